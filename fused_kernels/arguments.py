@@ -1,0 +1,148 @@
+"""Check the operators' arguments and bring them into one form; every error is one sentence."""
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PRECISIONS = ("auto", "ieee", "tf32")
+
+
+class ConvArguments(NamedTuple):
+    """A convolution's geometry: ``padding`` is (top, bottom, left, right), the rest is (vertical, horizontal)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def output_size(self, input_shape, weight_shape):
+        """Give the convolution's (H', W')."""
+        top, bottom, left, right = self.padding
+        padded = (input_shape[2] + top + bottom, input_shape[3] + left + right)
+        extent = [d * (k - 1) + 1 for d, k in zip(self.dilation, weight_shape[2:], strict=True)]
+        return tuple((p - e) // s + 1 for p, e, s in zip(padded, extent, self.stride, strict=True))
+
+
+def check_input(input):
+    """Raise unless ``input`` is an (N, C, H, W) tensor of a supported dtype with at least one channel."""
+    _check_tensor("input", input, "(N, C, H, W)")
+    if input.shape[1] == 0:
+        raise ValueError(f"input: expected at least one channel to take the minimum over, got shape {_shape(input)}")
+
+
+def as_scale(scale):
+    """Return ``scale`` as a float; integers too large for one become an infinity."""
+    if isinstance(scale, float):
+        return scale
+    if isinstance(scale, torch.Tensor) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a real Python number, got {_describe(scale)}")
+    try:
+        return float(scale)
+    except OverflowError:
+        return math.copysign(math.inf, scale)
+
+
+def check_conv(input, weight, bias, stride, padding, dilation, groups):
+    """Check a fused convolution's tensors and geometry.
+
+    Returns
+    -------
+    ConvArguments
+        The geometry as tuples of integers, "same" and "valid" resolved.
+    """
+    _check_tensor("input", input, "(N, C, H, W)")
+    _check_tensor("weight", weight, "(C_out, C_in / groups, kH, kW)")
+    if bias is not None:
+        _check_tensor("bias", bias, "(C_out,)")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != input.dtype:
+            raise ValueError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name}: expected the input's device {input.device}, got {tensor.device}")
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"groups: expected a positive integer, got {groups!r}")
+
+    out_channels, group_channels, kernel_h, kernel_w = weight.shape
+    if min(weight.shape) == 0:
+        raise ValueError(f"weight: expected no dimension of size zero, got shape {_shape(weight)}")
+    if input.shape[1] != group_channels * groups:
+        raise ValueError(
+            f"input: expected {group_channels * groups} channels "
+            f"(weight.shape[1] {group_channels} x groups {groups}), got {input.shape[1]}"
+        )
+    if out_channels % groups:
+        raise ValueError(f"groups: expected a divisor of the {out_channels} output channels, got {groups}")
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(f"bias: expected {out_channels} elements, one an output channel, got {bias.shape[0]}")
+
+    stride = _pair("stride", stride, 1)
+    dilation = _pair("dilation", dilation, 1)
+    padding = _padding(padding, stride, dilation, (kernel_h, kernel_w))
+    geometry = ConvArguments(stride, padding, dilation, groups)
+    if min(geometry.output_size(input.shape, weight.shape)) < 1:
+        top, bottom, left, right = padding
+        raise ValueError(
+            f"weight: expected a kernel no larger than the padded input "
+            f"{input.shape[2] + top + bottom} x {input.shape[3] + left + right}, got {kernel_h} x {kernel_w} "
+            f"with dilation {dilation}"
+        )
+    return geometry
+
+
+def check_precision(precision):
+    """Raise unless ``precision`` is one that the operators know."""
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision: expected "auto", "ieee" or "tf32", got {precision!r}')
+
+
+RANK = {"input": 4, "weight": 4, "bias": 1}
+
+
+def _check_tensor(name, value, shape):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {_describe(value)}")
+    if value.dim() != RANK[name]:
+        raise ValueError(f"{name}: expected {RANK[name]} dimensions {shape}, got shape {_shape(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+
+
+def _pair(name, value, smallest):
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(pair) == 1:
+        pair *= 2
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= smallest for v in pair):
+        raise ValueError(f"{name}: expected an integer of at least {smallest} or a pair of them, got {value!r}")
+    return pair
+
+
+def _padding(padding, stride, dilation, kernel):
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f'padding: expected numbers where stride is {stride}, got "same", which needs stride 1')
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        # Where the total is odd, the extra row or column goes below and to the right, as in PyTorch.
+        return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    if isinstance(padding, str):
+        raise ValueError(f'padding: expected numbers, "same" or "valid", got {padding!r}')
+    vertical, horizontal = _pair("padding", padding, 0)
+    return (vertical, vertical, horizontal, horizontal)
+
+
+def _shape(tensor):
+    return tuple(tensor.shape)
+
+
+def _describe(value):
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {_shape(value)}"
+    return f"{value!r}" if isinstance(value, (str, complex)) else f"{type(value).__name__}"

@@ -1,0 +1,325 @@
+"""The operators: schemas, shapes and gradients for torch, and the public functions that choose a rung."""
+
+import hashlib
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from . import arguments, build, reference
+from .rungs import LADDER, edited, rungs
+
+SCHEMAS = {
+    "scale_min": "(Tensor input, float scale) -> Tensor",
+    "conv2d_scale_min": "(Tensor input, Tensor weight, Tensor? bias, float scale, int[2] stride, int[4] padding, "
+    "int[2] dilation, int groups, str precision) -> Tensor",
+}
+
+# A Library takes its registrations back when it is collected.
+_libraries = []
+_load_lock = threading.RLock()
+
+
+def scale_min(input, scale):
+    """Multiply by a number and take the minimum over the channels, in one pass over the input.
+
+    Equal to ``torch.min(input * scale, dim=1, keepdim=True).values``, NaN and infinities included; differentiable.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape (N, C, H, W), C at least 1, any strides; float32, float16, bfloat16 or float64; never modified.
+    scale : float
+        Any real Python number, negative and zero included.
+
+    Returns
+    -------
+    Tensor
+        Shape (N, 1, H, W), contiguous, the input's dtype. 16-bit types are scaled in float32 and rounded once.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is off; the sentence says which, what was expected and what came.
+    """
+    arguments.check_input(input)
+    scale = arguments.as_scale(scale)
+    name = _SCALE_MIN.get(input.device.type)
+    if name is None or _why_unavailable(name, input.device.index):
+        return reference.scale_min(input, scale)
+    return getattr(torch.ops.fused_kernels, name)(input, scale)
+
+
+def conv2d_scale_min(
+    input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"
+):
+    """Convolve, multiply by a number, take the minimum over the output channels.
+
+    Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable. The fastest
+    rung that can take the arguments runs (:func:`explain` says which), else the library's convolution followed by
+    :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape (N, C_in, H, W), any strides; float32, float16, bfloat16 or float64; never modified.
+    weight : Tensor
+        Shape (C_out, C_in / groups, kH, kW), the input's dtype and device.
+    bias : Tensor, optional
+        Shape (C_out,).
+    scale : float
+        Any real Python number.
+    stride, padding, dilation, groups
+        As for :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
+    precision : {"auto", "ieee", "tf32"}
+        For float32: how exact the convolution must be. "ieee" is full float32; "tf32" allows operands of a 10-bit mantissa
+        with float32 accumulation; "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the call.
+
+    Returns
+    -------
+    Tensor
+        Shape (N, 1, H', W'), contiguous, the input's dtype.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is off; the sentence says which, what was expected and what came.
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
+    arguments.check_precision(precision)
+    scale = arguments.as_scale(scale)
+    name, _ = _choose(input, weight, bias)
+    run = composite if name == "composite" else getattr(torch.ops.fused_kernels, name)
+    return run(input, weight, bias, scale, *geometry, precision)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: the rung that would run, at which precision, and why not a faster one."""
+
+    rung: str
+    precision: str
+    why: str
+
+    def __str__(self):
+        return f"{self.rung} at {self.precision}: {self.why}"
+
+
+def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"):
+    """Say which rung :func:`conv2d_scale_min` would run for these arguments, at which precision, and why not a faster one.
+
+    Takes the same arguments, raises the same errors, computes nothing.
+
+    Returns
+    -------
+    Explanation
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
+    arguments.check_precision(precision)
+    arguments.as_scale(scale)
+    name, why = _choose(input, weight, bias)
+    if name == "composite":
+        inner = _SCALE_MIN.get(input.device.type)
+        missing = _why_unavailable(inner, input.device.index) if inner else f"no kernel for {input.device.type} tensors"
+        why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
+    return Explanation(name, _resolve_precision(input, precision), why)
+
+
+# The fastest rung of each operator on each kind of device.
+_SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
+_CONV2D_SCALE_MIN = {"cpu": "conv2d_scale_min"}
+
+
+def _choose(input, weight, bias):
+    """Name the rung for a fused convolution, or "composite", and say why."""
+    name = _CONV2D_SCALE_MIN.get(input.device.type)
+    if name is None:
+        return "composite", f"the library's convolution, then scale and min: no fused kernel for {input.device.type} tensors"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return "composite", f"the library's convolution, then scale and min: {name} has no fast gradient"
+    if missing := _why_unavailable(name, input.device.index):
+        return "composite", f"the library's convolution, then scale and min: {missing}"
+    return name, f"the fastest rung for {input.device.type} tensors"
+
+
+def _why_unavailable(name, device_index):
+    """Ask once a process: finding the compilers takes longer than a small kernel."""
+    key = (name, device_index)
+    if key not in _availability:
+        _availability[key] = rungs[name].why_unavailable(device_index)
+    return _availability[key]
+
+
+_availability = {}
+# What torch.compiler.assume_constant_result sets; that function would import the compiler, one second, for this line.
+_why_unavailable._dynamo_marked_constant = True
+
+
+def _resolve_precision(input, precision):
+    if input.dtype != torch.float32:
+        return str(input.dtype).removeprefix("torch.")
+    if input.device.type == "cpu":
+        return "ieee"
+    if precision == "auto":
+        return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return precision
+
+
+def composite(input, weight, bias, scale, stride, padding, dilation, groups, precision):
+    """Convolve with torch's library, in the layout that it is fastest in, then :func:`scale_min`."""
+    if _channels_last_pays(input, weight, groups, precision):
+        input = input.contiguous(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    output = _library_conv(input, weight, bias, stride, padding, dilation, groups, precision)
+    return scale_min(output, scale)
+
+
+def reference_operator(input, weight, bias, scale, stride, padding, dilation, groups, precision):
+    """Do what :class:`fused_kernels.Model` does, one of PyTorch's operations after the other."""
+    return reference.scale_min(_library_conv(input, weight, bias, stride, padding, dilation, groups, precision), scale)
+
+
+def _library_conv(input, weight, bias, stride, padding, dilation, groups, precision):
+    (top, bottom, left, right) = padding
+    if (top, left) != (bottom, right):
+        input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
+    geometry = (stride, (top, left), dilation)
+    if precision == "auto" or input.dtype != torch.float32 or input.device.type != "cuda":
+        return F.conv2d(input, weight, bias, *geometry, groups)
+    # Only this overload takes the precision as an argument; the others read a global setting.
+    flags = (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.enabled)
+    return torch.ops.aten._convolution(input, weight, bias, *geometry, False, (0, 0), groups, *flags, precision == "tf32")
+
+
+def _channels_last_pays(input, weight, groups, precision):
+    return False
+
+
+def _autocast(*tensors):
+    """Cast as autocast casts a convolution's arguments: every floating-point tensor but float64."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in castable else t for t in tensors]
+
+
+def define(rung):
+    """Register a rung's operator: schema, output shape, gradient, and an implementation that builds itself on first call."""
+    library = torch.library.Library(rung.namespace, "FRAGMENT")
+    _libraries.append(library)
+    library.define(rung.name + SCHEMAS[rung.operator])
+    qualified = f"{rung.namespace}::{rung.name}"
+    if rung.device is None:
+        library.impl(rung.name, _FUNCTIONS[rung.name], "CompositeImplicitAutograd")
+        return
+    if rung.operator == "scale_min":
+        fake, backward, setup = _scale_min_fake, _scale_min_backward, _scale_min_setup
+    else:
+        fake, backward, setup = _conv2d_scale_min_fake, _conv2d_scale_min_backward, _conv2d_scale_min_setup
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
+    _build_on_first_call(rung)
+
+
+def edit(name, source):
+    """Make a rung of your own out of another one: the same operator with your kernel's text.
+
+    Parameters
+    ----------
+    name : str
+        The rung to start from; the source must keep its name and signature.
+    source : str
+        The whole text, such as ``rungs[name].source`` with a few lines changed.
+
+    Returns
+    -------
+    Rung
+        Callable as any other; it is compiled on the first call.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    rung = edited(rungs[name], source, f"fused_kernels_edit_{digest}")
+    if not hasattr(getattr(torch.ops, rung.namespace), rung.name):
+        define(rung)
+    return rung
+
+
+def _build_on_first_call(rung):
+    """Stand in for the kernel until somebody calls it, then build it and let it take over."""
+    stand_in = torch.library.Library(rung.namespace, "IMPL")
+
+    def implementation(*args):
+        with _load_lock:
+            if stand_in in _libraries:
+                if missing := rung.why_unavailable():
+                    raise RuntimeError(f"{rung.name}: {missing}")
+                # The kernel registers itself while its library loads, which would warn of the one that it replaces.
+                _libraries.remove(stand_in)
+                stand_in._destroy()
+                try:
+                    rung.load()
+                except BaseException:
+                    _build_on_first_call(rung)
+                    raise
+        return getattr(getattr(torch.ops, rung.namespace), rung.name)(*args)
+
+    stand_in.impl(rung.name, implementation, rung.device.upper())
+    _libraries.append(stand_in)
+
+
+def _scale_min_fake(input, scale):
+    return input.new_empty((input.shape[0], 1, *input.shape[2:]))
+
+
+def _scale_min_setup(ctx, inputs, output):
+    input, ctx.scale = inputs
+    ctx.save_for_backward(input)
+
+
+def _scale_min_backward(ctx, grad):
+    (input,) = ctx.saved_tensors
+    return _scale_min_vjp(input, ctx.scale, grad), None
+
+
+def _scale_min_vjp(input, scale, grad):
+    """Give the gradient to each pixel's winner, the channel that torch.min names."""
+    winner = torch.min(input * scale, dim=1, keepdim=True).indices
+    return torch.zeros_like(input).scatter(1, winner, grad * scale)
+
+
+def _conv2d_scale_min_fake(input, weight, bias, scale, stride, padding, dilation, groups, precision):
+    geometry = arguments.ConvArguments(stride, padding, dilation, groups)
+    return input.new_empty((input.shape[0], 1, *geometry.output_size(input.shape, weight.shape)))
+
+
+def _conv2d_scale_min_setup(ctx, inputs, output):
+    input, weight, bias, *ctx.rest = inputs
+    ctx.save_for_backward(input, weight, bias)
+
+
+def _conv2d_scale_min_backward(ctx, grad):
+    """Convolve again, then go back through PyTorch's own operations, one after the other."""
+    input, weight, bias = ctx.saved_tensors
+    scale, stride, (top, bottom, left, right), dilation, groups, _ = ctx.rest
+    padded = F.pad(input, (left, right, top, bottom))
+    conv = F.conv2d(padded, weight, bias, stride, 0, dilation, groups)
+    grad_conv = _scale_min_vjp(conv, scale, grad)
+    bias_sizes = None if bias is None else bias.shape
+    needed = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.aten.convolution_backward(
+        grad_conv, padded, weight, bias_sizes, stride, (0, 0), dilation, False, (0, 0), groups, needed
+    )
+    height, width = padded.shape[2] - bottom, padded.shape[3] - right
+    grad_input = grads[0][:, :, top:height, left:width] if needed[0] else None
+    return grad_input, grads[1], grads[2], *[None] * 6
+
+
+# The rungs made of PyTorch's own operations: gradients, shapes and devices come from those.
+_FUNCTIONS = {"reference": reference_operator, "composite": composite}
+
+for _rung in LADDER:
+    define(_rung)

@@ -1,0 +1,28 @@
+"""One line that says what takes long: on a terminal or in a notebook, never in a log."""
+
+import contextlib
+import sys
+import time
+
+
+def interactive():
+    """Tell whether a person watches: a terminal, or a notebook's kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return sys.stdout.isatty() or (shell is not None and hasattr(shell, "kernel"))
+
+
+@contextlib.contextmanager
+def task(label):
+    """Print ``label``, then the seconds that the block took."""
+    if not interactive():
+        yield
+        return
+    start = time.perf_counter()
+    print(f"{label} ...", end=" ", flush=True)
+    try:
+        yield
+    except BaseException:
+        print("failed", flush=True)
+        raise
+    print(f"{time.perf_counter() - start:.1f} s", flush=True)

@@ -1,0 +1,130 @@
+"""The ladder: one entry a rung, from the plain PyTorch model upwards.
+
+A rung's name is its file's name under ``csrc/``, its operator's name, its key in the records and its label in every plot.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from . import arguments, build
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to compute an operator; call it with the operator's own arguments.
+
+    Attributes
+    ----------
+    name : str
+        The rung's name.
+    operator : {"scale_min", "conv2d_scale_min"}
+        What it computes, and so the arguments that it takes.
+    idea : str
+        What it does that the rung before it does not.
+    device : {"cpu", "cuda"} or None
+        Where it runs; None for rungs made of PyTorch's own operations, which run anywhere.
+    min_capability : tuple of int
+        The oldest GPU that it runs on.
+    namespace : str
+        The namespace of its operator in ``torch.ops``.
+    """
+
+    name: str
+    operator: Literal["scale_min", "conv2d_scale_min"]
+    idea: str
+    device: Literal["cpu", "cuda"] | None = None
+    min_capability: tuple[int, int] = (8, 0)
+    namespace: str = build.NAMESPACE
+    edited_source: str | None = None
+
+    def why_unavailable(self, device=None):
+        """Say in one sentence why this rung can't run on this machine, or None.
+
+        Parameters
+        ----------
+        device : torch.device, optional
+            Which GPU to ask about; by default the current one.
+        """
+        if self.device is None:
+            return None
+        if self.device == "cpu":
+            return build.why_no_compiler()
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA GPU on this machine"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < self.min_capability:
+            need, have = (".".join(map(str, pair)) for pair in (self.min_capability, capability))
+            return f"{self.name} needs a GPU of compute capability {need} or newer, this one has {have}"
+        return build.why_no_nvcc(capability)
+
+    @property
+    def source_file(self):
+        """The path of its kernel, or None for rungs made of PyTorch's own operations."""
+        if self.device is None:
+            return None
+        return build.CSRC / self.device / f"{self.name}.{'cu' if self.device == 'cuda' else 'cpp'}"
+
+    @property
+    def source(self):
+        """The text of its kernel."""
+        return self.edited_source if self.edited_source is not None else self.source_file.read_text()
+
+    def excerpt(self, start):
+        """Give the part of the source from the first line that holds ``start`` to the ``}`` that ends it."""
+        lines = self.source.splitlines()
+        first = next(i for i, line in enumerate(lines) if start in line)
+        last = next(i for i in range(first, len(lines)) if lines[i].startswith("}"))
+        return "\n".join(lines[first : last + 1])
+
+    def load(self, arch=None):
+        """Build the kernel if need be and register it; ``arch`` as in :func:`fused_kernels.build.load`."""
+        build.load(self.name, self.source, device=self.device, namespace=self.namespace, arch=arch)
+
+    def __call__(self, *args, **kwargs):
+        """Run it: ``(input, scale)``, or ``(input, weight, bias, scale, *, stride, padding, dilation, groups, precision)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is off; the sentence says which, what was expected and what came.
+        RuntimeError
+            The kernel cannot be built here, or cannot take these arguments.
+        """
+        return (self._scale_min if self.operator == "scale_min" else self._conv2d_scale_min)(*args, **kwargs)
+
+    def _scale_min(self, input, scale):
+        arguments.check_input(input)
+        return self._operator(input, arguments.as_scale(scale))
+
+    def _conv2d_scale_min(
+        self, input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"
+    ):
+        geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
+        arguments.check_precision(precision)
+        return self._operator(input, weight, bias, arguments.as_scale(scale), *geometry, precision)
+
+    @property
+    def _operator(self):
+        return getattr(getattr(torch.ops, self.namespace), self.name)
+
+
+LADDER = (
+    Rung("reference", "conv2d_scale_min", "PyTorch's own convolution, multiplication and minimum, one after the other"),
+    Rung("scale_min_naive", "scale_min", "a block a pixel, a thread a channel, one thread reduces", "cuda"),
+    Rung("scale_min_coalesced", "scale_min", "a thread a pixel: neighbours read neighbours", "cuda"),
+    Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda"),
+    Rung("composite", "conv2d_scale_min", "the library's convolution in its fastest layout, then the fastest scale_min"),
+    Rung("scale_min", "scale_min", "vector instructions and threads, one pass over the input", "cpu"),
+    Rung("conv2d_scale_min", "conv2d_scale_min", "the convolution's output never leaves the cache", "cpu"),
+)
+
+rungs = {rung.name: rung for rung in LADDER}
+
+
+def edited(rung, source, namespace):
+    """Give a copy of a rung with another source text, its operator in a namespace of its own."""
+    return replace(rung, edited_source=source, namespace=namespace)
