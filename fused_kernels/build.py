@@ -5,7 +5,6 @@ rebuilt in seconds. The schemas live in Python (:mod:`fused_kernels.ops`); a lib
 PyTorch's stable ABI, whose headers compile in a fifth of the time that ``torch/extension.h`` takes.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -151,12 +150,6 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
     return library
 
 
-def load_all(jobs):
-    """Run several :func:`load` calls, given as dictionaries of its arguments, on as many threads as there are cores."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: load(**job), jobs))
-
-
 def _compile_and_load(name, source, device, flags, directory):
     cpp_extension = _import_cpp_extension()
     text = [f'#line 1 "{name}.{"cu" if device == "cuda" else "cpp"}"\n{source}']
@@ -267,7 +260,7 @@ def _compiler_version():
 
 @functools.cache
 def _cpu_features():
-    """What ``-march=native`` depends on: a cache in a shared home must not serve another machine's instructions."""
+    """Read what ``-march=native`` depends on: a cache in a shared home must not serve another machine's instructions."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

@@ -1,0 +1,45 @@
+#pragma once
+// What every rung's host function needs: tensors and streams through PyTorch's stable ABI, and dispatch over dtypes.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace fused_kernels {
+
+using torch::stable::Tensor;
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Calls f with a value of the C++ type that the dtype stands for.
+template <typename F>
+void dispatch(torch::headeronly::ScalarType dtype, const F& f) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::Half: return f(torch::headeronly::Half());
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
+    default: STD_TORCH_CHECK(false, "input: expected float32, float64, float16 or bfloat16");
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A grid's x extent, checked: CUDA takes at most 2^31 - 1 blocks.
+inline unsigned int grid_size(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "input: expected at most 2^31 - 1 blocks of work, got ", blocks);
+  return static_cast<unsigned int>(blocks);
+}
+
+}  // namespace fused_kernels

@@ -1,0 +1,250 @@
+// scale_min_vectorized: wide loads, several of them in flight, in whichever layout the input has.
+//
+// Memory speed needs about 30 KB of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for up to
+// kInFlight vectors of up to 16 bytes before it uses the first.
+//   NCHW           a thread owns a vector of pixels and walks the channels; the minimum is lane by lane.
+//   channels_last  a group of lanes owns a pixel, whose channels lie side by side; shuffles finish the minimum.
+//   other strides  a thread owns a pixel, as in the previous rung.
+// Limit: the memory's read bandwidth.
+// Previous rung: scale_min_coalesced.
+
+#include "launch.cuh"
+#include "numerics.cuh"
+
+namespace fused_kernels {
+
+// Small blocks, so that the last ones finish together.
+constexpr int kThreads = 128;
+constexpr int kWarpSize = 32;
+constexpr int kInFlight = 8;
+// NOTE: told nothing, ptxas saves registers by moving each load next to its use: of eight in the source, two were in flight
+// (read off the SASS, nvcc 13.0). Told that 1024 threads an SM are enough, it keeps all eight.
+constexpr int kBlocksPerSM = 8;
+constexpr int kVectorBytes = 16;
+
+template <typename T, int VEC>
+struct alignas(VEC * sizeof(T)) Vector {
+  T values[VEC];
+};
+
+// One load instruction of VEC * sizeof(T) bytes.
+template <typename T, int VEC>
+__device__ __forceinline__ Vector<T, VEC> load_vector(const T* address) {
+  using Bits = std::conditional_t<
+      VEC * sizeof(T) == 16, uint4,
+      std::conditional_t<VEC * sizeof(T) == 8, uint2,
+                         std::conditional_t<VEC * sizeof(T) == 4, uint32_t, uint16_t>>>;
+  const Bits bits = __ldg(reinterpret_cast<const Bits*>(address));
+  return reinterpret_cast<const Vector<T, VEC>&>(bits);
+}
+
+// NCHW. The block's threads are `split` rows of kThreads / split: a row owns every split-th channel, so that a small image
+// with many channels keeps the chip busy too.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    planes_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t vectors, int channels,
+                  int64_t plane, int split) {
+  using A = Accumulator<T>;
+  const int row_threads = kThreads / split;
+  const int row = threadIdx.x / row_threads, column = threadIdx.x % row_threads;
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * row_threads + column;
+  const bool inside = vector < vectors;
+
+  A smallest[VEC];
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) smallest[i] = kInfinity<A>;
+
+  if (inside) {
+    const int64_t vectors_a_plane = plane / VEC;
+    const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
+    const T* source = input + (image * channels + row) * plane + offset;
+    const int64_t step = split * plane;
+
+    int channel = row;
+    for (; channel + (kInFlight - 1) * split < channels; channel += kInFlight * split) {
+      Vector<T, VEC> loaded[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) loaded[k] = load_vector<T, VEC>(source + k * step);
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], loaded[k].values[i] * scale);
+      }
+      source += kInFlight * step;
+    }
+    for (; channel < channels; channel += split, source += step) {
+      const Vector<T, VEC> loaded = load_vector<T, VEC>(source);
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], loaded.values[i] * scale);
+    }
+  }
+
+  if (split > 1) {
+    __shared__ A partial[VEC][kThreads];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) partial[i][threadIdx.x] = smallest[i];
+    __syncthreads();
+    if (row > 0) return;
+    for (int r = 1; r < split; ++r) {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], partial[i][r * row_threads + column]);
+    }
+  }
+
+  if (inside) {
+    Vector<T, VEC> result;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) result.values[i] = static_cast<T>(smallest[i]);
+    *reinterpret_cast<Vector<T, VEC>*>(output + vector * VEC) = result;
+  }
+}
+
+// channels_last. `group` lanes, a power of two, own a pixel together; a warp has kInFlight pixels a group on the way.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    channels_last_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels,
+                         int channels, int group) {
+  using A = Accumulator<T>;
+  const int lane = threadIdx.x % kWarpSize, groups = kWarpSize / group;
+  const int member = lane % group;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  // The groups of a warp take neighbouring pixels, so that one load of the warp is one run of addresses.
+  const int64_t first = warp * kInFlight * groups + lane / group;
+
+  A smallest[kInFlight];
+#pragma unroll
+  for (int k = 0; k < kInFlight; ++k) smallest[k] = kInfinity<A>;
+
+  for (int channel = member * VEC; channel < channels; channel += group * VEC) {
+    Vector<T, VEC> loaded[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      // Past the end the last pixel is read again: no branch, no value that matters.
+      const int64_t pixel = min(first + k * groups, pixels - 1);
+      loaded[k] = load_vector<T, VEC>(input + pixel * channels + channel);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) smallest[k] = min_nan(smallest[k], loaded[k].values[i] * scale);
+    }
+  }
+
+  for (int distance = group / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
+    }
+  }
+
+  // Every member now knows all the group's results; they take turns in storing them.
+#pragma unroll
+  for (int k = 0; k < kInFlight; ++k) {
+    const int64_t pixel = first + k * groups;
+    if (member == k % group && pixel < pixels) output[pixel] = static_cast<T>(smallest[k]);
+  }
+}
+
+// Any strides, in elements.
+struct Strides {
+  int64_t image, channel, row, column;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    strided_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels, int channels,
+                   int64_t height, int64_t width, Strides strides) {
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (pixel >= pixels) return;
+  const int64_t column = pixel % width, row = pixel / width % height, image = pixel / width / height;
+  const T* source = input + image * strides.image + row * strides.row + column * strides.column;
+  Accumulator<T> smallest = kInfinity<Accumulator<T>>;
+#pragma unroll 8
+  for (int channel = 0; channel < channels; ++channel) {
+    smallest = min_nan(smallest, source[channel * strides.channel] * scale);
+  }
+  output[pixel] = static_cast<T>(smallest);
+}
+
+// The widest vector that starts at an aligned address in every run of `length` elements.
+template <typename T>
+int vector_width(const void* pointer, int64_t length) {
+  int width = kVectorBytes / sizeof(T);
+  while (length % width != 0 || reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) != 0) width /= 2;
+  return width;
+}
+
+// Calls f with the run-time width as a compile-time one.
+template <typename T, int VEC = kVectorBytes / sizeof(T), typename F>
+void with_width(int width, const F& f) {
+  if (width == VEC) {
+    f(std::integral_constant<int, VEC>());
+  } else if constexpr (VEC > 1) {
+    with_width<T, VEC / 2>(width, f);
+  }
+}
+
+bool is_channels_last(const Tensor& t) {
+  const int64_t expected[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
+  for (int d = 0; d < 4; ++d) {
+    if (t.size(d) > 1 && t.stride(d) != expected[d]) return false;
+  }
+  return true;
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+template <typename T>
+void launch(const Tensor& input, Accumulator<T> scale, Tensor& output) {
+  const int channels = input.size(1);
+  const int64_t height = input.size(2), width = input.size(3), plane = height * width, pixels = input.size(0) * plane;
+  const T* source = static_cast<const T*>(input.data_ptr());
+  T* target = static_cast<T*>(output.data_ptr());
+  const cudaStream_t stream = current_stream(input);
+
+  if (channels > 1 && is_channels_last(input)) {
+    with_width<T>(vector_width<T>(source, channels), [&](auto vec) {
+      int group = 1;
+      while (group < kWarpSize && group * vec < channels) group *= 2;
+      const int64_t pixels_a_block = kThreads / group * kInFlight;
+      channels_last_kernel<T, vec><<<grid_size(ceil_div(pixels, pixels_a_block)), kThreads, 0, stream>>>(
+          source, scale, target, pixels, channels, group);
+    });
+  } else if (input.is_contiguous()) {
+    with_width<T>(vector_width<T>(source, plane), [&](auto vec) {
+      const int64_t vectors = pixels / vec;
+      // Enough threads to fill the chip half, unless a thread would be left with too few channels.
+      const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
+      int split = 1;
+      while (split < 16 && vectors * split < wanted && channels >= 2 * split * kInFlight) split *= 2;
+      planes_kernel<T, vec><<<grid_size(ceil_div(vectors, kThreads / split)), kThreads, 0, stream>>>(
+          source, scale, target, vectors, channels, plane, split);
+    });
+  } else {
+    const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
+    strided_kernel<T><<<grid_size(ceil_div(pixels, kThreads)), kThreads, 0, stream>>>(source, scale, target, pixels, channels,
+                                                                                      height, width, strides);
+  }
+}
+
+Tensor scale_min_vectorized(const Tensor& input, double scale) {
+  Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
+  if (output.numel() == 0) return output;
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  dispatch(input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    launch<T>(input, static_cast<Accumulator<T>>(scale), output);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
+  m.impl("scale_min_vectorized", TORCH_BOX(&scale_min_vectorized));
+}
+
+}  // namespace fused_kernels
