@@ -1,0 +1,39 @@
+# make run    set up, run every notebook and the quick benchmark on this machine
+# make test   set up, then lint, tests and notebooks; with a GPU and nvcc the GPU's tests too
+# make lab    open the notebooks in JupyterLab
+# make figures  redraw figures/ and the README's table from figures/data/
+PYTHON ?= python3
+BIN := .venv/bin
+# With an NVIDIA GPU but no CUDA toolkit, take nvcc from PyPI.
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(if $(shell command -v nvcc),,$(comma)cuda))
+comma := ,
+
+.PHONY: run test lab figures setup
+.DEFAULT_GOAL := run
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: $(PYTHON) is too old: expected Python 3.10 or newer; name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "make: $(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	@echo "setting up .venv (a few minutes and 6 GB the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+run: setup
+	@$(BIN)/python notebooks/run.py
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
+
+lab: setup
+	$(BIN)/jupyter lab --notebook-dir=notebooks notebooks/00_start_here.ipynb
+
+figures: setup
+	$(BIN)/python -m fused_kernels figures
