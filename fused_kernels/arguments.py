@@ -42,7 +42,7 @@ def as_scale(scale):
     try:
         return float(scale)
     except OverflowError:
-        return math.copysign(math.inf, scale)
+        return math.inf if scale > 0 else -math.inf
 
 
 def check_conv(input, weight, bias, stride, padding, dilation, groups):
@@ -92,6 +92,15 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
             f"with dilation {dilation}"
         )
     return geometry
+
+
+def check_layer(in_channels, out_channels, groups):
+    """Raise unless a layer's channels can be divided into its groups."""
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {channels!r}")
+        if not isinstance(groups, int) or groups < 1 or channels % groups:
+            raise ValueError(f"groups: expected a divisor of {name} {channels}, got {groups!r}")
 
 
 def check_precision(precision):

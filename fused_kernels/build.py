@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
 import platform
@@ -31,6 +32,7 @@ NAMESPACE = "fused_kernels"
 # load_inline reads the PATH and a global of torch's: the first of several builds at once sets them, the last one restores them.
 _environment_lock = threading.Lock()
 _environment_users = []
+_builds = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,18 @@ def cuda_toolkit():
 
     Looked for in this order: ``$CUDA_HOME``, ``$CUDA_PATH``, nvcc on the PATH, ``/usr/local/cuda``, and the PyPI packages that
     ``pip install 'fused-kernels[cuda]'`` brings.
+
+    Raises
+    ------
+    RuntimeError
+        An nvcc is there but fails; the message holds what it said.
     """
     for nvcc in _nvcc_candidates():
         if not nvcc or not os.access(nvcc, os.X_OK):
             continue
         # NOTE: nvcc on the PATH may be a script outside the toolkit (seen on Debian and in conda); only nvcc itself knows home.
-        dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+        dry_run = _say([nvcc, "--dryrun", "-x", "cu", os.devnull])
+        version, listed = _say([nvcc, "--version"]), _say([nvcc, "--list-gpu-code"])
         top, release = re.search(r"TOP=(\S+)", dry_run), re.search(r"release (\d+)\.(\d+)", version)
         if top and release:
             codes = frozenset(int(code) for code in re.findall(r"sm_(\d+)", listed))
@@ -142,20 +148,23 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
                 # NOTE: a killed build leaves torch's own lock file, on which the next one would wait for ever: start clean.
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir()
+                # NOTE: torch remembers names: it would not build again what failed, and add a version to what it built.
+                unique = f"{name}_{next(_builds)}"
                 with progress.task(f"building {name}" + (f" for sm_{arch}" if arch else "")):
-                    _compile_and_load(name, source, device, flags, directory)
+                    _compile_and_load(name, unique, source, device, flags, directory)
+                (directory / f"{unique}.so").replace(library)
                 done.touch()
                 return library
     torch.ops.load_library(str(library))
     return library
 
 
-def _compile_and_load(name, source, device, flags, directory):
+def _compile_and_load(name, unique, source, device, flags, directory):
     cpp_extension = _import_cpp_extension()
     text = [f'#line 1 "{name}.{"cu" if device == "cuda" else "cpp"}"\n{source}']
     with _build_environment(cpp_extension, device):
         cpp_extension.load_inline(
-            name,
+            unique,
             cpp_sources=[""] if device == "cuda" else text,
             cuda_sources=text if device == "cuda" else None,
             extra_cflags=flags if device == "cpu" else None,
@@ -255,7 +264,15 @@ def _cxx():
 def _compiler_version():
     if reason := why_no_compiler():
         raise RuntimeError(reason)
-    return subprocess.run([*_cxx(), "--version"], capture_output=True, text=True).stdout
+    return _say([*_cxx(), "--version"])
+
+
+def _say(command):
+    """Run a compiler for what it says of itself."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the compiler is there but fails: {shlex.join(command)} said: {done.stdout.strip()}")
+    return done.stdout
 
 
 @functools.cache

@@ -42,6 +42,7 @@ class Conv2dScaleMin(nn.Conv2d):
         device=None,
         dtype=None,
     ):
+        arguments.check_layer(in_channels, out_channels, groups)
         arguments.check_precision(precision)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype

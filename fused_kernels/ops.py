@@ -268,7 +268,15 @@ def edit(name, source):
     -------
     Rung
         Callable as any other; it is compiled on the first call.
+
+    Raises
+    ------
+    ValueError
+        No rung of that name has a source.
     """
+    editable = [rung.name for rung in LADDER if rung.device]
+    if name not in editable:
+        raise ValueError(f"name: expected a rung with a source, one of {', '.join(editable)}, got {name!r}")
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     rung = edited(rungs[name], source, f"fused_kernels_edit_{digest}")
     if not hasattr(getattr(torch.ops, rung.namespace), rung.name):

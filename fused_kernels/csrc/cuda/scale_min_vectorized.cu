@@ -110,6 +110,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   // The groups of a warp take neighbouring pixels, so that one load of the warp is one run of addresses.
   const int64_t first = warp * kInFlight * groups + lane / group;
+  // Past the end the last pixel is read again: no branch in the loop, and no result of it is stored.
+  const int64_t left = pixels - 1 - first;
+  const int last = left >= kInFlight * groups ? kInFlight - 1 : max(static_cast<int>(left), 0) / groups;
+  const T* source = input + min(first, pixels - 1) * channels;
+  const int step = groups * channels;
 
   A smallest[kInFlight];
 #pragma unroll
@@ -117,11 +122,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
   for (int channel = member * VEC; channel < channels; channel += group * VEC) {
     Vector<T, VEC> loaded[kInFlight];
+    const T* address = source + channel;
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      // Past the end the last pixel is read again: no branch, no value that matters.
-      const int64_t pixel = min(first + k * groups, pixels - 1);
-      loaded[k] = load_vector<T, VEC>(input + pixel * channels + channel);
+      loaded[k] = load_vector<T, VEC>(address);
+      if (k < last) address += step;
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
