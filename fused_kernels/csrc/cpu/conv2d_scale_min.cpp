@@ -1,29 +1,348 @@
-// WIP simple
+// Convolve, multiply by a number, take the minimum over the output channels: what lies between never leaves the core.
+//
+// Idea: an implicit matrix product, weights (output channels x depth) times pixels (depth x output pixels), where the depth is
+//   input channels x filter taps. A tile of output pixels needs a patch of the input, which a thread copies into its L2
+//   cache: padding, strides, layout and dtype end there. Every tap then reads the same patch from another start address, so
+//   there is no im2col. Pixels lie in vector lanes and a block of output channels in registers, so that bias, scale and the
+//   minimum over channels need neither shuffles nor memory.
+// Limit: one vector multiply-add a clock and core (two on some). The sums of one block fill the registers, to keep it busy.
+// Previous rung: composite: the library's convolution writes every channel to memory, scale_min reads it back.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "vectors.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+using namespace fused_kernels;
 using torch::stable::Tensor;
-Tensor conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::string precision) {
-  int64_t N = input.size(0), C = weight.size(1), H = input.size(2), W = input.size(3), K = weight.size(0), R = weight.size(2), S = weight.size(3);
-  int64_t P = (H + padding[0] + padding[1] - dilation[0]*(R-1) - 1) / stride[0] + 1, Q = (W + padding[2] + padding[3] - dilation[1]*(S-1) - 1) / stride[1] + 1;
-  Tensor out = torch::stable::new_empty(input, {N, 1, P, Q});
-  const float* x = (const float*)input.data_ptr(); const float* wt = (const float*)weight.data_ptr(); float* q = (float*)out.data_ptr();
-  auto s = input.strides(); auto t = weight.strides();
-  for (int64_t n = 0; n < N; n++) for (int64_t p = 0; p < P; p++) for (int64_t o = 0; o < Q; o++) {
-    float m = INFINITY;
-    for (int64_t k = 0; k < K; k++) { 
-      float v = bias ? ((const float*)bias->data_ptr())[k] : 0.f; int64_t g = k / (K / groups);
-      for (int64_t c = 0; c < C; c++) for (int64_t i = 0; i < R; i++) for (int64_t j = 0; j < S; j++) {
-        int64_t h = p*stride[0]-padding[0]+i*dilation[0], w = o*stride[1]-padding[2]+j*dilation[1];
-        if (h < 0 || h >= H || w < 0 || w >= W) continue;
-        v += x[n*s[0]+(g*C+c)*s[1]+h*s[2]+w*s[3]] * wt[k*t[0]+c*t[1]+i*t[2]+j*t[3]];
-      }
-      v *= (float)scale; m = (v < m || v != v) ? v : m; }
-    *q++ = m;
-  }
-  return out;
+
+constexpr int BLOCK = REGISTERS == 32 ? 8 : 4;  // output channels whose sums are in registers together, ...
+constexpr int STRIP = 3;                        // ... for this many vectors of pixels, ...
+constexpr int64_t CHAIN = 48;                   // ... over few terms: a sum of short sums has small rounding errors
+constexpr int64_t DEPTH = 576;                  // terms of one patch: BLOCK x DEPTH weights stay in the L1 cache
+constexpr int64_t PATCH_BYTES = 256 << 10;      // leaves most of an L2 cache to the weights
+constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
+constexpr int64_t MIN_WORK = 1 << 20;           // multiply-adds; less is not worth waking a thread for
+
+// One term of a pixel's sum: a number of one input channel or, where the processor has bfloat16 dot products, of two.
+template <class T> struct Term {
+  using Type = typename Compute<T>::Scalar;
+  static constexpr int CHANNELS = 1;
+  static Type of(const T* x, int64_t /*channel_stride*/, int64_t /*channels*/) { return Type(*x); }
+  static auto of_pixels(const T* x, int64_t /*channel_stride*/) { return load(x); }  // LANES neighbours, pixels or channels
+  static auto of_channels(const T* x) { return load(x); }
+};
+template <class Vector, class Scalar> Vector multiply_add(Vector sum, Vector pixels, Scalar weight) {
+  return sum + pixels * weight;
 }
+
+#ifdef __AVX512BF16__
+template <> struct Term<BFloat16> {
+  using Type = uint32_t;
+  static constexpr int CHANNELS = 2;
+  static Type of(const BFloat16* x, int64_t channel_stride, int64_t channels) {
+    return x[0].x | (channels > 1 ? uint32_t(x[channel_stride].x) << 16 : 0);
+  }
+  static auto of_pixels(const BFloat16* x, int64_t channel_stride) {
+    return (BitsVector)load(x) >> 16 | (BitsVector)load(x + channel_stride);
+  }
+  static auto of_channels(const BFloat16* x) { return load_as<BitsVector>(x); }
+};
+// NOTE: this instruction takes numbers below 2^-126 for zero.
+inline FloatVector multiply_add(FloatVector sum, BitsVector pixels, uint32_t weight) {
+  return (FloatVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pixels, (__m512bh)(BitsVector{} + weight));
+}
+#endif
+
+// One axis of a patch. Taps whose distance is a multiple of the stride read one plane, each at its own shift. Where the
+// dilation is so large that a plane of its own for every tap is smaller, they get that.
+struct Axis {
+  int64_t stride, padding, input, length;           // input: its size; length: a plane's
+  std::vector<int64_t> planes, plane_of, shift_of;  // where each plane begins in the input; each tap's plane and shift in it
+
+  Axis(int64_t taps, int64_t dilation, int64_t stride, int64_t padding, int64_t input, int64_t tile)
+      : stride(stride), padding(padding), input(input), length(tile + (taps - 1) * dilation / stride) {
+    for (int64_t tap = 0; tap < taps; tap++) {
+      const int64_t start = tap * dilation % stride;
+      const auto found = std::find(planes.begin(), planes.end(), start);
+      plane_of.push_back(found - planes.begin());
+      shift_of.push_back(tap * dilation / stride);
+      if (found == planes.end()) planes.push_back(start);
+    }
+    if (size() <= taps * tile) return;
+    length = tile;
+    planes.resize(taps);
+    for (int64_t tap = 0; tap < taps; tap++) planes[tap] = tap * dilation, plane_of[tap] = tap, shift_of[tap] = 0;
+  }
+  int64_t size() const { return (int64_t)planes.size() * length; }
+};
+
+// What one call of the innermost kernel works on.
+template <class Scalar, class Element> struct Strip {
+  const Element *weights, *patch;
+  const int *starts, *offsets;  // of the vectors of pixels, and of the terms, in the patch
+  int64_t depth, pitch;         // terms; distance between the channels of unfinished sums
+  bool first, last;             // of the blocks that the whole depth is cut into
+  const Scalar* bias;
+  Scalar scale, *unfinished, *minima;
+};
+
+template <int CHANNELS, int VECTORS, class Scalar, class Element>
+__attribute__((noinline)) void convolve(const Strip<Scalar, Element>& s) {
+  typename Compute<Scalar>::Vector total[CHANNELS][VECTORS] = {};
+  const Element *weights = s.weights, *from[VECTORS];
+  for (int v = 0; v < VECTORS; v++) from[v] = s.patch + s.starts[v];
+  for (const int *offset = s.offsets, *end = offset + s.depth; offset != end;) {
+    // The innermost loop: VECTORS loads, CHANNELS broadcasts, and a multiply-add for each pair of them.
+    typename Compute<Scalar>::Vector sum[CHANNELS][VECTORS] = {};
+    for (const int* stop = offset + std::min<int64_t>(CHAIN, end - offset); offset != stop; offset++, weights += CHANNELS) {
+      decltype(load(s.patch)) pixels[VECTORS];
+      for (int v = 0; v < VECTORS; v++) pixels[v] = load(from[v] + *offset);
+#pragma GCC unroll 8
+      for (int o = 0; o < CHANNELS; o++)
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; v++) sum[o][v] = multiply_add(sum[o][v], pixels[v], weights[o]);
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < CHANNELS; o++)
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; v++) total[o][v] += sum[o][v];
+  }
+  for (int v = 0; v < VECTORS; v++) {
+    auto minimum = load(s.minima + v * LANES<Scalar>);
+    for (int o = 0; o < CHANNELS; o++) {
+      Scalar* unfinished = s.unfinished + o * s.pitch + v * LANES<Scalar>;
+      if (!s.first) total[o][v] += load(unfinished);
+      if (s.last) minimum = nan_min(minimum, (total[o][v] + s.bias[o]) * s.scale);
+      else store(unfinished, total[o][v]);
+    }
+    store(s.minima + v * LANES<Scalar>, minimum);
+  }
+}
+
+// All pixels of a tile for one block of output channels.
+template <int CHANNELS, class Scalar, class Element> void convolve_tile(Strip<Scalar, Element> s, int channels, int vectors) {
+  if constexpr (CHANNELS > 1)
+    if (channels < CHANNELS) return convolve_tile<CHANNELS / 2>(s, channels, vectors);
+  for (; vectors > 0; vectors -= STRIP) {
+    if (vectors >= STRIP) convolve<CHANNELS, STRIP>(s);
+    else if (vectors == 2) convolve<CHANNELS, 2>(s);
+    else convolve<CHANNELS, 1>(s);
+    s.starts += STRIP, s.unfinished += STRIP * LANES<Scalar>, s.minima += STRIP * LANES<Scalar>;
+  }
+}
+
+template <class T> struct Convolution {
+  using Scalar = typename Compute<T>::Scalar;
+  using Element = typename Term<T>::Type;
+  static constexpr int N = LANES<T>, PER_TERM = Term<T>::CHANNELS;
+
+  const Tensor &input, &weight, &output;
+  const int64_t groups, in_channels = weight.size(1), out_channels = weight.size(0) / groups;  // channels of one group
+  const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3), taps = kernel_h * kernel_w;
+  const int64_t images = output.size(0), out_rows = output.size(2), out_columns = output.size(3);
+
+  // The depth is cut evenly, so that the weights stay in the L1 cache. The last block of output channels may be smaller: a
+  // power of two, its last channel repeated, which a minimum does not mind.
+  const int64_t terms = ceil_div(in_channels, PER_TERM), cuts = ceil_div(terms, std::max<int64_t>(DEPTH / taps, 1));
+  const int64_t block_terms = ceil_div(terms, cuts), depth_blocks = ceil_div(terms, block_terms);
+  const int64_t out_blocks = ceil_div(out_channels, BLOCK);
+  const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
+  const std::unique_ptr<Element[]> weights{new Element[groups * padded_out * terms * taps]};
+  std::vector<Scalar> biases = std::vector<Scalar>(groups * padded_out);
+
+  int block_size(int64_t block) const {
+    int size = 1;
+    while (size < std::min<int64_t>(BLOCK, out_channels - block * BLOCK)) size *= 2;
+    return size;
+  }
+  int64_t terms_in(int64_t depth_block) const { return std::min(block_terms, terms - depth_block * block_terms); }
+  int64_t weights_at(int64_t group, int64_t block, int64_t depth_block) const {
+    return ((group * terms + depth_block * block_terms) * padded_out + block * BLOCK * terms_in(depth_block)) * taps;
+  }
+
+  // Put the weights in the order in which they are read: depth block, block of output channels, term, tap, output channel.
+  void pack_weights(const std::optional<Tensor>& bias) {
+    const int64_t s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), s3 = weight.stride(3);
+    const int64_t grain = ceil_div(MIN_WORK / 16, BLOCK * in_channels * taps);
+    torch::stable::parallel_for(0, groups * out_blocks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t work = begin; work < end; work++) {
+        const int64_t group = work / out_blocks, block = work % out_blocks, size = block_size(block);
+        const T* from[BLOCK];
+        for (int64_t o = 0; o < size; o++) {
+          const int64_t channel = group * out_channels + std::min(block * BLOCK + o, out_channels - 1);
+          from[o] = (const T*)weight.data_ptr() + channel * s0;
+          const T* value = bias ? (const T*)bias->data_ptr() + channel * bias->stride(0) : nullptr;
+          biases[group * padded_out + block * BLOCK + o] = value ? Scalar(*value) : Scalar(0);
+        }
+        for (int64_t b = 0; b < depth_blocks; b++) {
+          Element* to = weights.get() + weights_at(group, block, b);
+          for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t t = 0; t < terms_in(b); t++) {
+              const int64_t channel = (b * block_terms + t) * PER_TERM;
+              const int64_t at = channel * s1 + tap / kernel_w * s2 + tap % kernel_w * s3;
+              for (int64_t o = 0; o < size; o++)
+                to[(t * taps + tap) * size + o] = Term<T>::of(from[o] + at, s1, in_channels - channel);
+            }
+        }
+      }
+    });
+  }
+
+  // Copy some channels of some pixels of a row, step apart, to rows of terms, pitch apart.
+  void copy_row(const T* from, int64_t channels, int64_t step, int64_t pixels, int64_t pitch, Element* to) const {
+    const int64_t channel_stride = input.stride(1), all = ceil_div(channels, PER_TERM), in_vectors = pixels / N * N;
+    int64_t terms_done = 0;
+    if (step == 1) {
+      for (; (terms_done + 1) * PER_TERM <= channels; terms_done++) {
+        const T* row = from + terms_done * PER_TERM * channel_stride;
+        for (int64_t j = 0; j < in_vectors; j += N)
+          store(to + terms_done * pitch + j, Term<T>::of_pixels(row + j, channel_stride));
+      }
+    } else if (channel_stride == 1) {
+      for (; (terms_done + N) * PER_TERM <= channels; terms_done += N)
+        for (int64_t j = 0; j < in_vectors; j += N) {
+          decltype(Term<T>::of_channels(from)) square[N];
+          for (int k = 0; k < N; k++) square[k] = Term<T>::of_channels(from + (j + k) * step + terms_done * PER_TERM);
+          transpose(square);
+          for (int k = 0; k < N; k++) store(to + (terms_done + k) * pitch + j, square[k]);
+        }
+    }
+    // What does not fill vectors, one by one.
+    for (int64_t t = 0; t < all; t++)
+      for (int64_t j = t < terms_done ? in_vectors : 0; j < pixels; j++) {
+        const int64_t channel = t * PER_TERM;
+        to[t * pitch + j] = Term<T>::of(from + channel * channel_stride + j * step, channel_stride, channels - channel);
+      }
+  }
+
+  // Copy what a tile needs of some channels, zeros in the padding: [term][row plane][column plane][row][column].
+  void pack_patch(const T* x, int64_t channels, const Axis& rows, const Axis& columns, int64_t first_row, int64_t first_column,
+                  int64_t pitch, Element* patch) const {
+    for (int64_t row_plane : rows.planes)
+      for (int64_t column_plane : columns.planes)
+        for (int64_t i = 0; i < rows.length; i++, patch += columns.length) {
+          const int64_t row = (first_row + i) * rows.stride - rows.padding + row_plane;
+          const int64_t column = first_column * columns.stride - columns.padding + column_plane;
+          // Columns low to high of the patch's row lie inside the input.
+          int64_t low = std::min(ceil_div(std::max<int64_t>(-column, 0), columns.stride), columns.length);
+          int64_t high = std::min(ceil_div(std::max<int64_t>(columns.input - column, 0), columns.stride), columns.length);
+          if (row < 0 || row >= rows.input || high < low) low = high = 0;
+          for (int64_t t = 0; t < ceil_div(channels, PER_TERM); t++) {
+            std::fill(patch + t * pitch, patch + t * pitch + low, Element(0));
+            std::fill(patch + t * pitch + high, patch + t * pitch + columns.length, Element(0));
+          }
+          const T* from = x + row * input.stride(2) + (column + low * columns.stride) * input.stride(3);
+          copy_row(from, channels, columns.stride * input.stride(3), high - low, pitch, patch + low);
+        }
+  }
+
+  using Ints = const std::vector<int64_t>&;
+  void run(Scalar scale, Ints stride, Ints padding, Ints dilation) {
+    // A tile: columns in even parts, as many rows as keep the patch in the cache and leave every thread several tiles.
+    const int64_t threads = torch::stable::get_num_threads(), wide = ceil_div(out_columns, TILE_COLUMNS);
+    const int64_t tile_columns = wide == 1 ? out_columns : ceil_div(ceil_div(out_columns, wide), N) * N;
+    const Axis columns(kernel_w, dilation[1], stride[1], padding[2], input.size(3), tile_columns);
+    const auto rows_of = [&](int64_t tile) { return Axis(kernel_h, dilation[0], stride[0], padding[0], input.size(2), tile); };
+    const int64_t least = std::min(out_rows, ceil_div(STRIP * N, tile_columns));
+    const int64_t fair = images * wide * out_rows / (4 * threads);
+    int64_t tile_rows = std::max(least, std::min({out_rows, TILE_PIXELS / tile_columns, fair}));
+    const int64_t most = PATCH_BYTES / (int64_t)sizeof(Element) / (block_terms * columns.size());
+    while (tile_rows > least && rows_of(tile_rows).size() > most) tile_rows -= ceil_div(tile_rows, 16);
+    const int64_t high = ceil_div(out_rows, tile_rows), tiles = images * high * wide;
+    tile_rows = ceil_div(out_rows, high);
+    const Axis rows = rows_of(tile_rows);
+
+    // An odd number of cache lines between a patch's channels spreads them over all sets of the cache.
+    const int64_t line = 64 / sizeof(Element), pitch = (ceil_div(rows.size() * columns.size(), line) | 1) * line;
+    std::vector<int> offsets;
+    for (int64_t t = 0; t < block_terms; t++)
+      for (int64_t y = 0; y < kernel_h; y++)
+        for (int64_t x = 0; x < kernel_w; x++) {
+          const int64_t plane = rows.plane_of[y] * (int64_t)columns.planes.size() + columns.plane_of[x];
+          offsets.push_back(int(t * pitch + (plane * rows.length + rows.shift_of[y]) * columns.length + columns.shift_of[x]));
+        }
+
+    // Where there are fewer tiles than threads, several threads share a tile's output channels.
+    const int64_t blocks = groups * out_blocks, work = tile_rows * tile_columns * in_channels * taps * weight.size(0);
+    const int64_t parts = std::max<int64_t>(std::min({ceil_div(threads, tiles), blocks, tiles * work / MIN_WORK}), 1);
+    PartialMinima<T> minima_of_parts(output, parts);
+    torch::stable::parallel_for(0, tiles * parts, ceil_div(MIN_WORK, ceil_div(work, parts)), [&](int64_t begin, int64_t end) {
+      const int64_t most_vectors = tile_rows * ceil_div(columns.length, N);
+      std::vector<Element> patch(block_terms * pitch + N);
+      std::vector<Scalar> minima(most_vectors * N), unfinished(depth_blocks > 1 ? padded_out * most_vectors * N : 0);
+      std::vector<int> starts;
+      for (int64_t item = begin; item < end; item++) {
+        const int64_t part = item % parts, tile = item / parts, image = tile / wide / high;
+        const int64_t first_column = tile % wide * tile_columns, first_row = tile / wide % high * tile_rows;
+        const int64_t column_count = std::min(tile_columns, out_columns - first_column);
+        const int64_t row_count = std::min(tile_rows, out_rows - first_row);
+
+        // Vectors run on through the whole patch, row ends included, or begin anew in each row: whichever are fewer.
+        const int64_t in_row = ceil_div(column_count, N);
+        const int64_t running = ceil_div((row_count - 1) * columns.length + column_count, N);
+        const bool anew = row_count * in_row <= running;
+        const int64_t vectors = anew ? row_count * in_row : running, row_pitch = anew ? in_row * N : columns.length;
+        starts.clear();
+        for (int64_t v = 0; v < vectors; v++)
+          starts.push_back(int(anew ? v / in_row * columns.length + v % in_row * N : v * N));
+
+        std::fill(minima.begin(), minima.end(), Scalar(NOTHING));
+        const int64_t first_block = part * blocks / parts, end_block = (part + 1) * blocks / parts;
+        for (int64_t group = first_block / out_blocks; group * out_blocks < end_block; group++)
+          for (int64_t b = 0; b < depth_blocks; b++) {
+            const int64_t channel = b * block_terms * PER_TERM;
+            const int64_t channels = std::min(block_terms * PER_TERM, in_channels - channel);
+            const int64_t at = image * input.stride(0) + (group * in_channels + channel) * input.stride(1);
+            pack_patch((const T*)input.data_ptr() + at, channels, rows, columns, first_row, first_column, pitch, patch.data());
+            const int64_t before = group * out_blocks, end = std::min(out_blocks, end_block - before);
+            for (int64_t o = std::max<int64_t>(first_block - before, 0); o < end; o++) {
+              Strip<Scalar, Element> strip;
+              strip.weights = weights.get() + weights_at(group, o, b), strip.patch = patch.data();
+              strip.starts = starts.data(), strip.offsets = offsets.data();
+              strip.depth = terms_in(b) * taps, strip.pitch = vectors * N;
+              strip.first = b == 0, strip.last = b == depth_blocks - 1;
+              strip.bias = biases.data() + group * padded_out + o * BLOCK, strip.scale = scale;
+              strip.unfinished = unfinished.data() + o * BLOCK * strip.pitch, strip.minima = minima.data();
+              convolve_tile<BLOCK>(strip, block_size(o), (int)vectors);
+            }
+          }
+        for (int64_t i = 0; i < row_count; i++) {
+          const int64_t pixel = (image * out_rows + first_row + i) * out_columns + first_column;
+          minima_of_parts.put(part, pixel, &minima[i * row_pitch], column_count);
+        }
+      }
+    });
+    minima_of_parts.finish();
+  }
+};
+
+// The precision is a choice of GPUs; here float32 is float32.
+Tensor conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        int64_t groups, std::string /*precision*/) {
+  const auto size = [&](int axis) {
+    const int64_t padded = input.size(2 + axis) + padding[2 * axis] + padding[2 * axis + 1];
+    return (padded - dilation[axis] * (weight.size(2 + axis) - 1) - 1) / stride[axis] + 1;
+  };
+  Tensor output = torch::stable::new_empty(input, {input.size(0), 1, size(0), size(1)});
+  if (output.numel() == 0) return output;
+  dispatch(input.scalar_type(), [&](auto* type) {
+    using T = std::decay_t<decltype(*type)>;
+    Convolution<T> convolution{input, weight, output, groups};
+    convolution.pack_weights(bias);
+    convolution.run(typename Compute<T>::Scalar(scale), stride, padding, dilation);
+  });
+  return output;
+}
+}  // namespace
+
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) { m.impl("conv2d_scale_min", TORCH_BOX(&conv2d_scale_min)); }
