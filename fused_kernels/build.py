@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +141,11 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
     flags = _flags(device, namespace, arch)
     key = _key(source, device, flags)
     directory = cache_dir() / f"{name}-{key}"
-    library, done = directory / f"{name}.so", directory / "done"
-    if not done.exists():
+    library = directory / f"{name}.so"
+    if not library.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{directory}.lock"):
-            if not done.exists():
+            if not library.exists():
                 # NOTE: a killed build leaves torch's own lock file, on which the next one would wait for ever: start clean.
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir()
@@ -152,8 +153,8 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
                 unique = f"{name}_{next(_builds)}"
                 with progress.task(f"building {name}" + (f" for sm_{arch}" if arch else "")):
                     _compile_and_load(name, unique, source, device, flags, directory)
+                # The final name is what says that a build was completed.
                 (directory / f"{unique}.so").replace(library)
-                done.touch()
                 return library
     torch.ops.load_library(str(library))
     return library
@@ -169,6 +170,9 @@ def _compile_and_load(name, unique, source, device, flags, directory):
             cuda_sources=text if device == "cuda" else None,
             extra_cflags=flags if device == "cpu" else None,
             extra_cuda_cflags=flags if device == "cuda" else None,
+            # NOTE: a compiler may link a C++ runtime of its own into the library (seen with a GCC 13), and then the first
+            # exception that reaches torch kills the process: name the shared one first.
+            extra_ldflags=["-lstdc++"] if sys.platform == "linux" else None,
             extra_include_paths=[str(path) for path in _include_paths(device)],
             build_directory=str(directory),
             is_python_module=False,

@@ -1,7 +1,7 @@
 // scale_min_vectorized: wide loads, several of them in flight, in whichever layout the input has.
 //
-// Memory speed needs about 30 KB of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for up to
-// kInFlight vectors of up to 16 bytes before it uses the first.
+// Memory speed needs about 30 KB of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for
+// several vectors of up to 16 bytes before it uses the first.
 //   NCHW           a thread owns a vector of pixels and walks the channels; the minimum is lane by lane.
 //   channels_last  a group of lanes owns a pixel, whose channels lie side by side; shuffles finish the minimum.
 //   other strides  a thread owns a pixel, as in the previous rung.
@@ -13,14 +13,21 @@
 
 namespace fused_kernels {
 
-// Small blocks, so that the last ones finish together.
-constexpr int kThreads = 128;
 constexpr int kWarpSize = 32;
-constexpr int kInFlight = 8;
-// NOTE: told nothing, ptxas saves registers by moving each load next to its use: of eight in the source, two were in flight
-// (read off the SASS, nvcc 13.0). Told that 1024 threads an SM are enough, it keeps all eight.
-constexpr int kBlocksPerSM = 8;
 constexpr int kVectorBytes = 16;
+
+// How a kernel is launched: threads a block, vectors in flight a thread, blocks that must fit on an SM. Chosen by measurement.
+// NOTE: told no number of blocks, ptxas saves registers for more of them by moving each load next to its use: of eight in the
+// source, two were in flight (read off the SASS, nvcc 13.0).
+struct Planes {
+  static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
+};
+struct ChannelsLast {
+  static constexpr int kThreads = 128, kInFlight = 8, kBlocksPerSM = 8;
+};
+struct Strided {
+  static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
+};
 
 template <typename T, int VEC>
 struct alignas(VEC * sizeof(T)) Vector {
@@ -38,14 +45,14 @@ __device__ __forceinline__ Vector<T, VEC> load_vector(const T* address) {
   return reinterpret_cast<const Vector<T, VEC>&>(bits);
 }
 
-// NCHW. The block's threads are `split` rows of kThreads / split: a row owns every split-th channel, so that a small image
-// with many channels keeps the chip busy too.
+// NCHW. The block's threads are `split` equal rows: a row owns every split-th channel, so that a small image with many
+// channels keeps the chip busy too.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+__global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     planes_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t vectors, int channels,
                   int64_t plane, int split) {
   using A = Accumulator<T>;
-  const int row_threads = kThreads / split;
+  const int row_threads = Planes::kThreads / split;
   const int row = threadIdx.x / row_threads, column = threadIdx.x % row_threads;
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * row_threads + column;
   const bool inside = vector < vectors;
@@ -60,27 +67,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     const T* source = input + (image * channels + row) * plane + offset;
     const int64_t step = split * plane;
 
-    int channel = row;
-    for (; channel + (kInFlight - 1) * split < channels; channel += kInFlight * split) {
-      Vector<T, VEC> loaded[kInFlight];
+    for (int channel = row; channel < channels; channel += Planes::kInFlight * split) {
+      Vector<T, VEC> loaded[Planes::kInFlight];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) loaded[k] = load_vector<T, VEC>(source + k * step);
+      for (int k = 0; k < Planes::kInFlight; ++k) {
+        loaded[k] = load_vector<T, VEC>(source);
+        // Past the end the last channel is read again: it is in the cache, and a minimum does not mind.
+        if (channel + (k + 1) * split < channels) source += step;
+      }
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+      for (int k = 0; k < Planes::kInFlight; ++k) {
 #pragma unroll
         for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], loaded[k].values[i] * scale);
       }
-      source += kInFlight * step;
-    }
-    for (; channel < channels; channel += split, source += step) {
-      const Vector<T, VEC> loaded = load_vector<T, VEC>(source);
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], loaded.values[i] * scale);
     }
   }
 
   if (split > 1) {
-    __shared__ A partial[VEC][kThreads];
+    __shared__ A partial[VEC][Planes::kThreads];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) partial[i][threadIdx.x] = smallest[i];
     __syncthreads();
@@ -99,37 +103,38 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   }
 }
 
-// channels_last. `group` lanes, a power of two, own a pixel together; a warp has kInFlight pixels a group on the way.
+// channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+__global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM)
     channels_last_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels,
                          int channels, int group) {
   using A = Accumulator<T>;
   const int lane = threadIdx.x % kWarpSize, groups = kWarpSize / group;
   const int member = lane % group;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (ChannelsLast::kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   // The groups of a warp take neighbouring pixels, so that one load of the warp is one run of addresses.
-  const int64_t first = warp * kInFlight * groups + lane / group;
+  const int64_t first = warp * ChannelsLast::kInFlight * groups + lane / group;
   // Past the end the last pixel is read again: no branch in the loop, and no result of it is stored.
   const int64_t left = pixels - 1 - first;
-  const int last = left >= kInFlight * groups ? kInFlight - 1 : max(static_cast<int>(left), 0) / groups;
+  const bool full = left >= ChannelsLast::kInFlight * groups;
+  const int last = full ? ChannelsLast::kInFlight - 1 : max(static_cast<int>(left), 0) / groups;
   const T* source = input + min(first, pixels - 1) * channels;
   const int step = groups * channels;
 
-  A smallest[kInFlight];
+  A smallest[ChannelsLast::kInFlight];
 #pragma unroll
-  for (int k = 0; k < kInFlight; ++k) smallest[k] = kInfinity<A>;
+  for (int k = 0; k < ChannelsLast::kInFlight; ++k) smallest[k] = kInfinity<A>;
 
   for (int channel = member * VEC; channel < channels; channel += group * VEC) {
-    Vector<T, VEC> loaded[kInFlight];
+    Vector<T, VEC> loaded[ChannelsLast::kInFlight];
     const T* address = source + channel;
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
+    for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
       loaded[k] = load_vector<T, VEC>(address);
       if (k < last) address += step;
     }
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
+    for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) smallest[k] = min_nan(smallest[k], loaded[k].values[i] * scale);
     }
@@ -137,14 +142,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
   for (int distance = group / 2; distance > 0; distance /= 2) {
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
+    for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
       smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
     }
   }
 
   // Every member now knows all the group's results; they take turns in storing them.
 #pragma unroll
-  for (int k = 0; k < kInFlight; ++k) {
+  for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
     const int64_t pixel = first + k * groups;
     if (member == k % group && pixel < pixels) output[pixel] = static_cast<T>(smallest[k]);
   }
@@ -156,15 +161,15 @@ struct Strides {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+__global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
     strided_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels, int channels,
                    int64_t height, int64_t width, Strides strides) {
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * Strided::kThreads + threadIdx.x;
   if (pixel >= pixels) return;
   const int64_t column = pixel % width, row = pixel / width % height, image = pixel / width / height;
   const T* source = input + image * strides.image + row * strides.row + column * strides.column;
   Accumulator<T> smallest = kInfinity<Accumulator<T>>;
-#pragma unroll 8
+#pragma unroll Strided::kInFlight
   for (int channel = 0; channel < channels; ++channel) {
     smallest = min_nan(smallest, source[channel * strides.channel] * scale);
   }
@@ -215,8 +220,8 @@ void launch(const Tensor& input, Accumulator<T> scale, Tensor& output) {
     with_width<T>(vector_width<T>(source, channels), [&](auto vec) {
       int group = 1;
       while (group < kWarpSize && group * vec < channels) group *= 2;
-      const int64_t pixels_a_block = kThreads / group * kInFlight;
-      channels_last_kernel<T, vec><<<grid_size(ceil_div(pixels, pixels_a_block)), kThreads, 0, stream>>>(
+      const int64_t pixels_a_block = ChannelsLast::kThreads / group * ChannelsLast::kInFlight;
+      channels_last_kernel<T, vec><<<grid_size(ceil_div(pixels, pixels_a_block)), ChannelsLast::kThreads, 0, stream>>>(
           source, scale, target, pixels, channels, group);
     });
   } else if (input.is_contiguous()) {
@@ -225,14 +230,14 @@ void launch(const Tensor& input, Accumulator<T> scale, Tensor& output) {
       // Enough threads to fill the chip half, unless a thread would be left with too few channels.
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
       int split = 1;
-      while (split < 16 && vectors * split < wanted && channels >= 2 * split * kInFlight) split *= 2;
-      planes_kernel<T, vec><<<grid_size(ceil_div(vectors, kThreads / split)), kThreads, 0, stream>>>(
+      while (split < 16 && vectors * split < wanted && channels >= 2 * split * Planes::kInFlight) split *= 2;
+      planes_kernel<T, vec><<<grid_size(ceil_div(vectors, Planes::kThreads / split)), Planes::kThreads, 0, stream>>>(
           source, scale, target, vectors, channels, plane, split);
     });
   } else {
     const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
-    strided_kernel<T><<<grid_size(ceil_div(pixels, kThreads)), kThreads, 0, stream>>>(source, scale, target, pixels, channels,
-                                                                                      height, width, strides);
+    strided_kernel<T><<<grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream>>>(
+        source, scale, target, pixels, channels, height, width, strides);
   }
 }
 
