@@ -1,0 +1,90 @@
+"""``python -m fused_kernels doctor | bench | figures``."""
+
+import argparse
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from . import __version__, bench, build
+from .check import DTYPES
+from .rungs import LADDER
+
+
+def doctor(_):
+    """Say what this machine has, and for each rung whether it runs here, else what is missing."""
+    toolkit = build.cuda_toolkit()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "fused_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda or "none: a build for CPUs",
+        "GPU": ", ".join(gpus) or "none that torch sees",
+        "C++ compiler": build.why_no_compiler() or os.environ.get("CXX", "c++"),
+        "CUDA toolkit": f"{'.'.join(map(str, toolkit.version))} in {toolkit.home}" if toolkit else "none: nvcc was not found",
+        "built kernels": build.cache_dir(),
+    }
+    for name, fact in facts.items():
+        print(f"{name:<22}{fact}")
+    print()
+    for rung in LADDER:
+        print(f"{rung.name:<22}{rung.why_unavailable() or 'ready'}")
+
+
+def run_bench(options):
+    """Check and time every rung that runs here beside its peers."""
+    dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
+    keep = (lambda part: bench.append(part, options.data)) if options.record else None
+    new = bench.run(options.device, dtypes=dtypes, quick=options.quick, machine=options.machine, each=keep)
+    print(bench.summary(new))
+    if options.record:
+        print(f"\nrecorded in {(options.data or bench.data_dir()) / (new[0].machine + '.csv')}")
+
+
+def figures(options):
+    """Draw every machine's figures from its newest run, and the README's table."""
+    from . import plots
+
+    records = bench.records(data=options.data)
+    if not records:
+        raise SystemExit(
+            f"no records in {options.data or bench.data_dir()}; make some with: python -m fused_kernels bench --record"
+        )
+    out = options.out or (options.data or bench.data_dir()).parent
+    for path in plots.save_all(records, out):
+        print(path)
+    readme = out.parent / "README.md"
+    if readme.exists() and plots.BEGIN in readme.read_text():
+        plots.update_readme(readme, records)
+        print(readme)
+
+
+def main(arguments=None):
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m fused_kernels", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="doctor | bench | figures")
+    commands.add_parser("doctor", help=doctor.__doc__).set_defaults(command=doctor)
+
+    parser_bench = commands.add_parser("bench", help=run_bench.__doc__)
+    parser_bench.add_argument("--record", action="store_true", help="append the measurements to figures/data")
+    parser_bench.add_argument("--quick", action="store_true", help="float32 alone, without torch.compile's max-autotune")
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES["conv2d_scale_min"]]
+    parser_bench.add_argument("--dtypes", nargs="+", choices=names, help="which to run, in this order")
+    parser_bench.add_argument("--device", type=torch.device, help="cuda or cpu; by default the GPU if a CUDA rung runs on it")
+    parser_bench.add_argument("--machine", help="name for the records, by default the GPU's, or cpu")
+    parser_bench.add_argument("--data", type=Path, help="folder of the records, by default figures/data")
+    parser_bench.set_defaults(command=run_bench)
+
+    parser_figures = commands.add_parser("figures", help=figures.__doc__)
+    parser_figures.add_argument("--out", type=Path, help="folder of the pictures, by default figures")
+    parser_figures.add_argument("--data", type=Path, help="folder of the records, by default figures/data")
+    parser_figures.set_defaults(command=figures)
+
+    options = parser.parse_args(arguments)
+    options.command(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""Every figure and table, from recorded data: functions take records (:mod:`fused_kernels.bench`) and return a Figure.
+
+Only this module imports matplotlib, and only when something is drawn.
+"""
+
+import math
+from pathlib import Path
+
+from . import bench
+from .rungs import LADDER
+
+BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
+
+PEERS = ("eager", "compile", "compile-max-autotune", "cudnn-graph")
+
+# Peers are grey; a rung keeps its colour in every figure. Told apart by the colour-blind (Okabe and Ito; Tol).
+COLOURS = {
+    "eager": "#999999",
+    "reference": "#999999",
+    "compile": "#7f7f7f",
+    "compile-max-autotune": "#666666",
+    "cudnn-graph": "#404040",
+    "library": "#c8c8c8",
+    "scale_min_naive": "#cc79a7",
+    "scale_min_coalesced": "#e69f00",
+    "scale_min_vectorized": "#56b4e9",
+    "scale_min": "#56b4e9",
+    "composite": "#0072b2",
+    "conv_direct": "#ddaa33",
+    "conv_mma": "#44aa99",
+    "conv_wgmma": "#117733",
+    "conv2d_scale_min": "#117733",
+    "conv_wgmma_ieee": "#882255",
+    "backward": "#d55e00",
+}
+OTHER = "#332288"
+
+
+def ladder(records, dtype="float32", precision=None):
+    """Draw the whole model's time: every rung and peer, with speedups over eager, beside the machine's floors.
+
+    Parameters
+    ----------
+    records : list of Record
+        Of one run.
+    dtype : str
+    precision : str, optional
+        By default PyTorch's own for this dtype: "tf32" for float32 on a GPU.
+    """
+    chosen, layouts = _whole_model(records, dtype, precision)
+    names = _order(chosen)
+    figure, axes = _figure(len(layouts), 1.1 + 0.33 * len(names), sharey=True)
+    for axis, layout in zip(axes, layouts, strict=True):
+        here = {r.rung: r for r in chosen if r.layout == layout}
+        eager = here["eager"].p50_ms
+        for y, name in enumerate(names):
+            if name not in here:
+                continue
+            time = here[name].p50_ms
+            axis.barh(y, time, color=_colour(name), height=0.72)
+            error = [[time - here[name].p20_ms], [here[name].p80_ms - time]]
+            axis.errorbar(time, y, xerr=error, color="black", linewidth=0.8)
+            speedup = ("" if name == "eager" else f"  {eager / time:.2f}x") + ("" if here[name].correct else "  (less exact)")
+            _label(axis, max(time, here[name].p80_ms), y, f"{_ms(time)}{speedup}")
+        for y, (label, floor) in zip((-0.6, -1.05), _floors(records, chosen[0]).items(), strict=True):
+            axis.axvline(floor, color="black", linestyle=":", linewidth=1)
+            _label(axis, floor, y, f"{label}, {_ms(floor)}", fontsize=7, color="#404040")
+        axis.set_xlim(0, 1.32 * max(r.p50_ms for r in here.values()))
+        axis.set_ylim(len(names) - 0.4, -1.4)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xlabel("ms, less is better")
+        axis.set_title(f"{layout} input", fontsize=9, loc="left")
+    return _finish(figure, f"min over channels of (scale · conv2d(x)), {_precision_words(chosen[0])}", chosen[0])
+
+
+def roofline(records, dtype="float32", precision=None, layout="NCHW"):
+    """Draw the rungs and peers under the ceilings of memory and arithmetic, both as measured.
+
+    To the right, fewer bytes: fusion moves a point there, a better kernel up.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    chosen, _ = _whole_model(records, dtype, precision)
+    chosen = [r for r in chosen if r.layout == layout and r.rung != "reference"]
+    memory, rate = _ceilings(records, chosen[0])
+    unit, letter = (1e12, "T") if rate > 1e12 else (1e9, "G")
+    points = sorted((r.flops / r.bytes, r.tflops * 1e12 / unit, r) for r in chosen if r.p50_ms)
+    ridge, top = rate / memory, rate / unit
+    left, right = min(ridge, points[0][0]) / 4, max(ridge, points[-1][0]) * 6
+    figure, (axis,) = _figure(1, 4.6, width=8)
+    axis.plot([left, ridge, right], [left * memory / unit, top, top], color="black", linewidth=1.4)
+    axis.text(right, top * 1.04, f"matmul, {top:.3g} {letter}FLOP/s ", ha="right", va="bottom", fontsize=8)
+    middle = math.sqrt(left * ridge)
+    axis.text(middle * 1.1, middle * memory / unit, f"reading memory, {memory / unit:.3g} {letter}B/s", va="top", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlim=(left, right))
+    rates = [speed for _, speed, _ in points]
+    axis.set_ylim(min(*rates, middle * memory / unit) / 2, max(top, *rates) * 1.6)
+    gap = (axis.get_ylim()[1] / axis.get_ylim()[0]) ** 0.042
+    used = {}
+    for intensity, speed, r in points:
+        axis.plot(intensity, speed, "o", color=_colour(r.rung), markersize=7)
+        # Labels of one column keep a line's distance; those of the leftmost stand to the left.
+        at = used[intensity] = max(speed, used.get(intensity, 0.0) * gap)
+        side = intensity > points[0][0] or len({x for x, _, _ in points}) == 1
+        axis.annotate(
+            f"{r.rung}, {_ms(r.p50_ms)}",
+            (intensity, speed),
+            xytext=(intensity * (1.13 if side else 0.88), at),
+            fontsize=7.5,
+            va="center",
+            ha="left" if side else "right",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#808080", "shrinkA": 0, "shrinkB": 3},
+        )
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter(lambda value, _: f"{value:g}")
+        ticks.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("FLOP for each byte that has to move into, out of and between the kernels")
+    axis.set_ylabel(f"{letter}FLOP/s")
+    return _finish(figure, f"Roofline, {_precision_words(chosen[0])}, {layout}", chosen[0])
+
+
+def bandwidth(records):
+    """Draw the rate at which each scale_min reads its input, beside the fastest read-only reduction of the same bytes."""
+    chosen = bench.select(records, operator="scale_min", direction="forward")
+    columns = list(dict.fromkeys((r.dtype, r.layout) for r in chosen))
+    names = _order(chosen)
+    across = min(len(columns), 2)
+    down = math.ceil(len(columns) / across)
+    figure, axes = _figure(across, (0.75 + 0.28 * len(names)) * down + 0.3, down=down, sharey=True, sharex=True)
+    for axis, (dtype, layout) in zip(axes, columns, strict=False):
+        here = {r.rung: r for r in chosen if (r.dtype, r.layout) == (dtype, layout)}
+        (ceiling,) = bench.select(records, operator="ceiling", rung="read", dtype=dtype, layout=layout)
+        for y, name in enumerate(names):
+            if name in here:
+                rate = here[name].gbps
+                axis.barh(y, rate, color=_colour(name), height=0.72)
+                _label(axis, rate, y, f"{_three(rate)}  {rate / ceiling.gbps:.0%}")
+        axis.axvline(ceiling.gbps, color="black", linestyle=":", linewidth=1)
+        _label(axis, ceiling.gbps, -0.65, _three(ceiling.gbps), fontsize=7, color="#404040")
+        axis.set_ylim(len(names) - 0.4, -1.0)
+        axis.set_xlim(
+            0, 1.5 * max(r.gbps for r in records if (r.operator, r.rung, r.shape) == ("ceiling", "read", ceiling.shape))
+        )
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"{dtype}, {layout}", fontsize=9, loc="left")
+    for axis in axes[-across:]:
+        axis.set_xlabel("GB/s; dotted: the fastest read of the same bytes")
+    return _finish(figure, f"scale_min alone on {chosen[0].shape}", chosen[0])
+
+
+def where_time_goes(records, dtype="float32", precision=None, layout="NCHW"):
+    """Draw how much of the whole model's time is the library's convolution, and how much comes after it (Amdahl's law)."""
+    chosen, _ = _whole_model(records, dtype, precision)
+    here = {r.rung: r for r in chosen if r.layout == layout}
+    first = chosen[0]
+    (conv,) = bench.select(records, operator="conv2d", dtype=dtype, precision=first.precision, layout=layout)
+    split = {rung.name for rung in LADDER if rung.operator == "scale_min"} | {"eager"}
+    names = [name for name in _order(chosen) if name in split and name in here]
+    figure, (axis,) = _figure(1, 1.2 + 0.42 * len(names), width=7.5)
+    for y, name in enumerate(names):
+        total = here[name].p50_ms
+        rest = max(total - conv.p50_ms, 0.0)
+        axis.barh(y, total - rest, color=COLOURS["library"], height=0.7)
+        axis.barh(y, rest, left=total - rest, color=_colour(name), height=0.7)
+        _label(axis, total, y, f"{_ms(rest)} after the convolution, {rest / total:.0%}")
+    _label(axis, 0, -0.6, f"the library's convolution, {_ms(conv.p50_ms)}")
+    axis.set_xlim(0, 1.55 * max(here[name].p50_ms for name in names))
+    axis.set_ylim(len(names) - 0.5, -0.9)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("ms")
+    return _finish(figure, f"Where the time goes, {_precision_words(first)}, {layout}", first)
+
+
+def access_pattern(channels=6):
+    """Draw which addresses one load of a warp touches in the naive, the coalesced and the vectorized rung (float32, NCHW).
+
+    Of the 32 channels that the naive rung's warp reads, the first few are shown.
+    """
+    from matplotlib.patches import Rectangle
+
+    loads = {
+        "scale_min_naive": (
+            [(lane, 3, 1) for lane in range(32)],
+            "a lane a channel: 32 sectors move (6 are shown), 128 of 1024 bytes are used",
+        ),
+        "scale_min_coalesced": (
+            [(0, lane, 1) for lane in range(32)],
+            "a lane a pixel: 4 sectors move, 128 of 128 bytes are used",
+        ),
+        "scale_min_vectorized": (
+            [(0, 4 * lane, 4) for lane in range(32)],
+            "16 bytes a lane: 16 sectors move, 512 of 512 bytes are used",
+        ),
+    }
+    figure, axes = _figure(1, 5.2, down=3, width=9)
+    for axis, (name, (touched, words)) in zip(axes, loads.items(), strict=True):
+        for channel in range(channels):
+            for sector in range(0, 128, 8):
+                moved = any(c == channel and sector <= at < sector + 8 for c, at, _ in touched)
+                colour = "#dddddd" if moved else "white"
+                axis.add_patch(Rectangle((sector, channel), 8, 0.8, facecolor=colour, edgecolor="#b0b0b0", linewidth=0.5))
+        for lane, (channel, at, width) in enumerate(touched):
+            if channel < channels:
+                axis.add_patch(Rectangle((at, channel), width, 0.8, facecolor=_colour(name), edgecolor="white", linewidth=0.4))
+                if width == 4:
+                    axis.text(at + 2, channel + 0.42, lane, fontsize=5, ha="center", va="center")
+        axis.set_xlim(-0.5, 128.5)
+        axis.set_ylim(channels, -0.3)
+        axis.set_yticks([0.4, channels - 0.6], ["channel 0", f"channel {channels - 1}"], fontsize=7)
+        axis.set_xticks(range(0, 129, 32), [f"{4 * at} B" for at in range(0, 129, 32)], fontsize=7)
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+        axis.set_title(f"{name}: {words}", fontsize=9, loc="left")
+    return _finish(figure, "What one load of a warp touches: a box is a sector of 32 bytes, grey if it moves", None)
+
+
+def table(records, dtypes=("float32", "bfloat16")):
+    """Lay out one run's ladder in Markdown: the whole model's time, and its speedup over eager in the same column."""
+    whole = bench.select(records, operator="conv2d_scale_min", direction="forward", dtype=tuple(dtypes))
+    columns = list(dict.fromkeys((r.precision, r.layout) for r in whole))
+    cells = {(r.rung, r.precision, r.layout): r for r in whole}
+
+    def cell(name, column):
+        r = cells.get((name, *column))
+        if r is None:
+            return ""
+        speedup = "" if name == "eager" else f" · {cells[('eager', *column)].p50_ms / r.p50_ms:.2f}x"
+        return _three(r.p50_ms) + speedup + ("" if r.correct else " (*)")
+
+    first = whole[0]
+    lines = [
+        f"Milliseconds, and speedup over eager at the same precision and layout; {first.shape}, forward. {first.device}, "
+        f"torch {first.torch}, {first.date[:10]}, commit {first.commit}.",
+        "",
+        "| | " + " | ".join(f"{precision}, {layout}" for precision, layout in columns) + " | rms error |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    for name in _order(whole):
+        shown = next(cells[(name, *column)] for column in columns if (name, *column) in cells)
+        error = f"{shown.rms_error:.1e} {shown.precision}"
+        row = [name if name in PEERS else f"`{name}`", *(cell(name, column) for column in columns), error]
+        lines.append(f"| {' | '.join(row)} |")
+    if not all(r.correct for r in whole):
+        lines += ["", "(*) less accurate than 1.1 times the error of PyTorch's own convolution at that precision."]
+    return "\n".join(lines)
+
+
+def update_readme(path, records):
+    """Write every machine's newest table between the README's markers.
+
+    Raises
+    ------
+    ValueError
+        The file lacks the markers.
+    """
+    path = Path(path)
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"path: expected a file with the lines {BEGIN} and {END}, got {path}")
+    tables = [table(bench.latest(records, machine=name)) for name in _machines(records)]
+    before, rest = text.split(BEGIN, 1)
+    path.write_text("\n\n".join([before + BEGIN, *tables, END + rest.split(END, 1)[1]]))
+
+
+def save_all(records, out):
+    """Draw every machine's figures from its newest run into a folder; give the paths."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = {"access-pattern": access_pattern()}
+    for name in _machines(records):
+        newest = bench.latest(records, machine=name)
+        for draw in (ladder, roofline, bandwidth, where_time_goes):
+            drawn[f"{draw.__name__.replace('_', '-')}-{name}"] = draw(newest)
+        for dtype in sorted({r.dtype for r in newest if r.operator == "conv2d_scale_min"} - {"float32"}):
+            drawn[f"ladder-{dtype}-{name}"] = ladder(newest, dtype)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(out / f"{name}.png")
+        # Without the date that matplotlib would put in, the same records give the same file.
+        figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
+    return paths
+
+
+def _machines(records):
+    """Name the machines, GPUs first."""
+    return sorted({r.machine for r in records}, key=lambda name: (name == "cpu", name))
+
+
+def _whole_model(records, dtype, precision):
+    """Select the whole model's records at one precision, and name their layouts."""
+    chosen = bench.select(records, operator="conv2d_scale_min", direction="forward", dtype=dtype)
+    if precision is None and chosen:
+        precision = chosen[0].precision
+    chosen = [r for r in chosen if r.precision == precision]
+    if not chosen:
+        raise ValueError(f"records: expected some of the whole model in {dtype}, got none")
+    return chosen, list(dict.fromkeys(r.layout for r in chosen))
+
+
+def _order(records):
+    """Name eager, then the rungs as they climb, then the other peers; the reference is eager by another name."""
+    present = {r.rung for r in records} - {"reference"}
+    rungs = [rung.name for rung in LADDER if rung.name in present]
+    later = sorted(present - set(rungs) - set(PEERS))
+    return [name for name in ("eager", *rungs, *later, *PEERS[1:]) if name in present]
+
+
+def _ceilings(records, like):
+    """Give bytes/s of reading and flop/s of a matmul, as measured in the same run."""
+    found = bench.select(records, operator="ceiling", layout="flat", dtype=like.dtype, precision=like.precision)
+    rates = {r.rung: r for r in found}
+    return rates["read"].gbps * 1e9, rates["matmul"].tflops * 1e12
+
+
+def _floors(records, like):
+    """Give label -> milliseconds: the least that memory and arithmetic take."""
+    memory, rate = _ceilings(records, like)
+    fused = min(r.bytes for r in bench.select(records, operator=like.operator, dtype=like.dtype))
+    return {"input read once": fused / memory * 1e3, f"matmul in {like.precision}": like.flops / rate * 1e3}
+
+
+def _colour(name):
+    return COLOURS.get(name, OTHER)
+
+
+def _three(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _ms(milliseconds):
+    return f"{_three(milliseconds)} ms"
+
+
+def _label(axis, x, y, text, fontsize=8, color="black"):
+    # A space of its own over the dotted lines.
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    space = axis.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=fontsize, color=color)
+    space.set_bbox(box)
+
+
+def _precision_words(record):
+    return record.dtype if record.precision == record.dtype else f"{record.dtype} at {record.precision}"
+
+
+def _figure(across, height, *, down=1, width=10.0, **shared):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No pyplot: it would keep every figure alive, and show it twice in a notebook.
+    figure = Figure(figsize=(width, height + 0.5), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, across, squeeze=False, **shared).ravel()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _finish(figure, title, record):
+    figure.suptitle(title, fontsize=10.5, x=0.01, ha="left", fontweight="bold")
+    if record is not None:
+        note = f"{record.device}, torch {record.torch}, {record.date[:10]}, {record.commit}"
+        figure.supxlabel(note, fontsize=6.5, x=0.99, ha="right", color="#606060")
+    return figure
