@@ -1,0 +1,141 @@
+"""What all tests share: which implementation runs where, inputs in awkward layouts, and what the result must be."""
+
+import os
+import subprocess
+import sys
+
+import hypothesis
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fused_kernels as fk
+from fused_kernels.rungs import LADDER, Rung
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+GPU_RUNG = next(rung for rung in LADDER if rung.device == "cuda")
+PUBLIC = {"scale_min": fk.scale_min, "conv2d_scale_min": fk.conv2d_scale_min}
+
+hypothesis.settings.register_profile("fused_kernels", derandomize=True, deadline=None, max_examples=30)
+hypothesis.settings.load_profile("fused_kernels")
+
+
+def on(device, *values, id):
+    return pytest.param(*values, device, id=id, marks=[pytest.mark.gpu] if device == "cuda" else [])
+
+
+DEVICES = [on(device, id=device) for device in ("cpu", "cuda")]
+
+
+def implementations(operator, *, public=True):
+    """Give (function, device) for the public function and for every rung of an operator, on each device that it runs on."""
+    named = [("public", PUBLIC[operator], None)] if public else []
+    named += [(rung.name, rung, rung.device) for rung in LADDER if rung.operator == operator]
+    return [
+        on(device, function, id=f"{name}-{device}")
+        for name, function, only in named
+        for device in ("cpu", "cuda")
+        if only in (None, device)
+    ]
+
+
+def pytest_runtest_setup(item):
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    asked = [value for value in values if isinstance(value, Rung)]
+    asked += [GPU_RUNG] if item.get_closest_marker("gpu") else []
+    for rung in asked:
+        if reason := rung.why_unavailable():
+            pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fill the memory of new tensors with NaN (integers: the largest), so that an element nobody wrote shows."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def set_conv_precision():
+    """Set what precision="auto" follows, for the length of a test."""
+    before = torch.backends.cudnn.conv.fp32_precision
+
+    def set_to(precision):
+        torch.backends.cudnn.conv.fp32_precision = precision
+
+    yield set_to
+    set_to(before)
+
+
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "channels_last_offset": lambda x: LAYOUTS["offset"](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+    "sliced": lambda x: x.repeat_interleave(2, 1).repeat_interleave(3, 3)[:, ::2, :, 1::3],
+    "cropped": lambda x: F.pad(x, (1, 2, 3, 0, 1, 1), value=float("nan"))[:, 1:-1, 3:, 1:-2],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch_inside": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded": lambda x: x[:1, :, :, :1].expand(x.shape),
+}
+
+
+def exact(input, scale, weight=None, bias=None, **conv):
+    """Give the result in float64, on the CPU, by PyTorch's own operations."""
+    input, weight, bias = (t if t is None else t.detach().cpu().double() for t in (input, weight, bias))
+    if weight is not None:
+        input = F.conv2d(input, weight, bias, **conv)
+    return torch.min(input * scale, dim=1, keepdim=True).values
+
+
+def assert_within(result, expected, bound):
+    """Compare with float64: at most ``bound`` apart, the same NaN and infinities."""
+    assert result.shape == expected.shape
+    result, rounded = result.detach().cpu().double(), expected.to(result.dtype).double()
+    wrong = ~((result == rounded) | (result.isnan() & rounded.isnan()) | ((result - expected).abs() <= bound))
+    count = int(wrong.sum())
+    assert count == 0, f"{count} of {wrong.numel()} are wrong: {result[wrong][:4]}, expected {expected[wrong][:4]}"
+
+
+def assert_one_sentence(text):
+    assert "\n" not in text
+    assert text.strip() == text
+    assert not text.endswith(".")
+    assert ". " not in text
+    assert len(text) < 320
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Start a fresh interpreter on some code, its kernel cache empty; gives the process."""
+    started = []
+
+    def run(code, wait=True, **environment):
+        environment = {"FUSED_KERNELS_CACHE": str(tmp_path / "cache"), **environment}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        return out
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+        process.communicate()

@@ -1,0 +1,144 @@
+"""Bad input: every error is one sentence with the argument's name, what was expected and what was given."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_sentence, implementations, on
+
+import fused_kernels as fk
+from fused_kernels.rungs import LADDER
+
+SCALE_MIN = pytest.mark.parametrize(("function", "device"), implementations("scale_min"))
+CONV = pytest.mark.parametrize(
+    ("function", "device"), [*implementations("conv2d_scale_min"), on("cpu", fk.explain, id="explain")]
+)
+
+X = torch.ones(1, 3, 4, 5)
+SCALE_MIN_ERRORS = {
+    "input as a list": (([1.0], 2.0), TypeError, r"input: .*\(N, C, H, W\).*list"),
+    "input as an array": ((np.ones((1, 3, 4, 5)), 2.0), TypeError, r"input: .*ndarray"),
+    "three dimensions": ((X[0], 2.0), ValueError, r"input: .*4.*\(3, 4, 5\)"),
+    "five dimensions": ((X[None], 2.0), ValueError, r"input: .*4.*\(1, 1, 3, 4, 5\)"),
+    "no channels": ((X[:, :0], 2.0), ValueError, r"input: .*channel.*\(1, 0, 4, 5\)"),
+    "integers": ((X.int(), 2.0), TypeError, r"input: .*float32.*int32"),
+    "bool": ((X.bool(), 2.0), TypeError, r"input: .*float32.*bool"),
+    "complex": ((X.cfloat(), 2.0), TypeError, r"input: .*float32.*complex64"),
+    "float8": ((X.to(torch.float8_e4m3fn), 2.0), TypeError, r"input: .*float32.*float8"),
+    "sparse": ((X.to_sparse(), 2.0), TypeError, r"input: .*strided.*sparse"),
+    "scale a tensor": ((X, torch.tensor(2.0)), TypeError, r"scale: .*number.*tensor of shape \(\)"),
+    "scale a string": ((X, "2"), TypeError, r"scale: .*number.*'2'"),
+    "scale complex": ((X, 2j), TypeError, r"scale: .*number.*2j"),
+    "scale None": ((X, None), TypeError, r"scale: .*number.*None"),
+}
+
+x, w, b = torch.ones(1, 4, 8, 9), torch.ones(6, 4, 3, 3), torch.ones(6)
+CONV_ERRORS = {
+    "input three dimensions": ((x[0], w, b), {}, ValueError, r"input: .*4.*\(4, 8, 9\)"),
+    "input integers": ((x.long(), w, b), {}, TypeError, r"input: .*float32.*int64"),
+    "input complex": ((x.cdouble(), w, b), {}, TypeError, r"input: .*float32.*complex128"),
+    "input None": ((None, w, b), {}, TypeError, r"input: .*tensor.*None"),
+    "weight three dimensions": ((x, w[0], b), {}, ValueError, r"weight: .*4.*\(4, 3, 3\)"),
+    "weight a list": ((x, [1.0], b), {}, TypeError, r"weight: .*tensor.*list"),
+    "weight complex": ((x, w.cfloat(), b), {}, TypeError, r"weight: .*complex64"),
+    "weight dtype": ((x, w.double(), b), {}, ValueError, r"weight: .*float32.*float64"),
+    "weight device": ((x, w.to("meta"), b), {}, ValueError, r"weight: .*cpu.*meta"),
+    "no input channels": ((x[:, :0], w[:, :0], b), {}, ValueError, r"weight: .*zero.*\(6, 0, 3, 3\)"),
+    "no output channels": ((x, w[:0], b[:0]), {}, ValueError, r"weight: .*zero.*\(0, 4, 3, 3\)"),
+    "empty kernel": ((x, w[:, :, :0], b), {}, ValueError, r"weight: .*zero.*\(6, 4, 0, 3\)"),
+    "channels": ((x[:, :3], w, b), {}, ValueError, r"input: .*4 channels.*got 3"),
+    "channels of groups": ((x, w, b), {"groups": 2}, ValueError, r"input: .*8 channels.*got 4"),
+    "groups divide outputs": ((x, w[:5, :2], b[:5]), {"groups": 2}, ValueError, r"groups: .*5 output.*got 2"),
+    "groups zero": ((x, w, b), {"groups": 0}, ValueError, r"groups: .*positive.*got 0"),
+    "groups a float": ((x, w, b), {"groups": 1.0}, ValueError, r"groups: .*integer.*1\.0"),
+    "bias two dimensions": ((x, w, b[None]), {}, ValueError, r"bias: .*1.*\(1, 6\)"),
+    "bias length": ((x, w, b[:5]), {}, ValueError, r"bias: .*6.*got 5"),
+    "bias dtype": ((x, w, b.half()), {}, ValueError, r"bias: .*float32.*float16"),
+    "bias device": ((x, w, b.to("meta")), {}, ValueError, r"bias: .*cpu.*meta"),
+    "bias a bool": ((x, w, True), {}, TypeError, r"bias: .*tensor.*bool"),
+    "scale a tensor": ((x, w, b, b), {}, TypeError, r"scale: .*number.*\(6,\)"),
+    "kernel too large": ((x[:, :, :2], w, b), {}, ValueError, r"weight: .*padded input 2 x 9.*3 x 3"),
+    "dilated kernel too large": ((x, w, b), {"dilation": 4}, ValueError, r"weight: .*8 x 9.*3 x 3.*4"),
+    "stride zero": ((x, w, b), {"stride": 0}, ValueError, r"stride: .*at least 1.*got 0"),
+    "stride a triple": ((x, w, b), {"stride": (1, 1, 1)}, ValueError, r"stride: .*pair.*\(1, 1, 1\)"),
+    "stride a float": ((x, w, b), {"stride": 1.5}, ValueError, r"stride: .*integer.*1\.5"),
+    "dilation zero": ((x, w, b), {"dilation": (1, 0)}, ValueError, r"dilation: .*at least 1.*\(1, 0\)"),
+    "padding negative": ((x, w, b), {"padding": -1}, ValueError, r"padding: .*at least 0.*got -1"),
+    "padding unknown": ((x, w, b), {"padding": "full"}, ValueError, r'padding: .*"same".*"valid".*full'),
+    "padding same strided": ((x, w, b), {"padding": "same", "stride": 2}, ValueError, r'padding: .*"same".*stride 1'),
+    "precision unknown": ((x, w, b), {"precision": "fp8"}, ValueError, r'precision: .*"auto".*"ieee".*"tf32".*fp8'),
+    "precision None": ((x, w, b), {"precision": None}, ValueError, r"precision: .*None"),
+    "precision a list": ((x, w, b), {"precision": ["ieee"]}, ValueError, r"precision: .*\['ieee'\]"),
+}
+
+
+def assert_refuses(call, error, pattern):
+    with pytest.raises(error, match=f"^{pattern}") as caught:
+        call()
+    assert_one_sentence(str(caught.value))
+
+
+def move(args, device):
+    return [a.to(device) if isinstance(a, torch.Tensor) and a.device.type == "cpu" and a.dim() else a for a in args]
+
+
+@SCALE_MIN
+@pytest.mark.parametrize("case", SCALE_MIN_ERRORS)
+def test_scale_min(function, device, case):
+    args, error, pattern = SCALE_MIN_ERRORS[case]
+    assert_refuses(lambda: function(*move(args, device)), error, pattern)
+
+
+@CONV
+@pytest.mark.parametrize("case", CONV_ERRORS)
+def test_conv2d_scale_min(function, device, case):
+    args, conv, error, pattern = CONV_ERRORS[case]
+    assert_refuses(lambda: function(*move(args, device), **conv), error, pattern.replace("cpu", device))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "pattern"),
+    [
+        ({"scale_factor": torch.ones(())}, TypeError, r"scale.*number.*tensor"),
+        ({"scale_factor": "x"}, TypeError, r"scale.*number.*'x'"),
+        ({"precision": "fp8"}, ValueError, r'precision: .*"ieee".*fp8'),
+        ({"groups": 3}, ValueError, r".*groups.*3"),
+        ({"out_channels": 0}, ValueError, r".*\b0\b"),
+        ({"in_channels": 5}, ValueError, r"input: .*5 channels.*got 4"),
+        ({"stride": 0}, ValueError, r"stride: .*at least 1.*0"),
+        ({"dilation": 0}, ValueError, r"dilation: .*at least 1.*0"),
+        ({"padding": -1}, ValueError, r"padding: .*at least 0.*-1"),
+        ({"padding": "full"}, ValueError, r".*padding.*full.*same"),
+        ({"padding": "same", "stride": 2}, ValueError, r"padding.*same.*strid"),
+        ({"dtype": torch.float64}, ValueError, r"weight: .*float32.*float64"),
+        ({"kernel_size": 9}, ValueError, r"weight: .*8 x 9.*9 x 9"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_module(arguments, error, pattern):
+    """When the layer is made, or at its first call at the latest."""
+    accepted = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "scale_factor": 2.0}
+    assert fk.Conv2dScaleMin(**accepted)(x).shape == (1, 1, 6, 7)
+    assert_refuses(lambda: fk.Conv2dScaleMin(**{**accepted, **arguments})(x), error, pattern)
+
+
+@pytest.mark.parametrize("name", [rung.name for rung in fk.rungs.values() if rung.device is None])
+def test_a_rung_without_a_kernel_cannot_be_edited(name):
+    assert_refuses(lambda: fk.edit(name, "text"), ValueError, rf".*{name}")
+
+
+def test_edit_names_an_unknown_rung():
+    assert_refuses(lambda: fk.edit("scale_max", "text"), (KeyError, ValueError), r".*scale_min_naive.*scale_max")
+
+
+@pytest.mark.parametrize("name", [rung.name for rung in LADDER if rung.device == "cuda"])
+def test_cuda_rung_on_cpu_tensors(name):
+    """What a learner without a GPU does first."""
+    args = (X,) if fk.rungs[name].operator == "scale_min" else (x, w, b)
+    assert_refuses(lambda: fk.rungs[name](*args, 2.0), (ValueError, RuntimeError), r".*(?i:cuda|gpu)")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [rung.name for rung in LADDER if rung.device == "cpu"])
+def test_cpu_rung_on_cuda_tensors(name):
+    args = (X,) if fk.rungs[name].operator == "scale_min" else (x, w, b)
+    assert_refuses(lambda: fk.rungs[name](*move(args, "cuda"), 2.0), (ValueError, RuntimeError), r".*(?i:cpu)")

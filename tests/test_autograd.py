@@ -1,0 +1,223 @@
+"""Gradients, autocast, opcheck and torch.compile."""
+
+import pytest
+import torch
+from conftest import DEVICES, implementations
+from torch.nn import functional as F
+
+import fused_kernels as fk
+from fused_kernels.rungs import LADDER
+
+SCALE_MIN = pytest.mark.parametrize(("function", "device"), implementations("scale_min"))
+CONV = pytest.mark.parametrize(("function", "device"), implementations("conv2d_scale_min"))
+ON = pytest.mark.parametrize("device", DEVICES)
+GEOMETRIES = [
+    {},
+    {"stride": 2, "padding": (1, 2)},
+    {"dilation": (2, 1), "padding": 1},
+    {"groups": 2},
+    {"padding": "same"},
+]
+
+
+def tensors(device, dtype=torch.float32, groups=1, **_):
+    shapes = (2, 4, 9, 11), (6, 4 // groups, 3, 2), (6,)
+    return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+
+
+def distinct(*shape, device, step=0.1):
+    """Give float64 values so far apart that gradcheck's small step changes no winner."""
+    count = torch.Size(shape).numel()
+    return ((torch.randperm(count, device=device).double() - count / 2) * step).view(shape).requires_grad_()
+
+
+def composed(input, weight, bias, scale, **conv):
+    return torch.min(F.conv2d(input, weight, bias, **conv) * scale, dim=1, keepdim=True).values
+
+
+def gradients(output, inputs):
+    torch.manual_seed(1)
+    return torch.autograd.grad(output, inputs, torch.randn(output.shape).to(output))
+
+
+@SCALE_MIN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [2.0, -0.7, 0.0])
+def test_scale_min_gradient(function, device, dtype, scale):
+    """Rounded values tie often: the winner must be torch.min's."""
+    input = torch.randn(2, 9, 7, 5, device=device).mul(2).round().to(dtype).requires_grad_()
+    (grad,) = gradients(function(input, scale), [input])
+    (expected,) = gradients(torch.min(input * scale, dim=1, keepdim=True).values, [input])
+    torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+
+
+@SCALE_MIN
+def test_scale_min_gradcheck(function, device):
+    assert torch.autograd.gradcheck(lambda x: function(x, -1.5), distinct(2, 5, 3, 2, device=device))
+
+
+@SCALE_MIN
+def test_scale_min_gradient_of_nan_goes_to_the_nan(function, device):
+    input = torch.randn(1, 5, 2, 2, device=device)
+    input[0, 3, 1, 0] = torch.nan
+    (grad,) = gradients(function(input.requires_grad_(), 2.0), [input])
+    assert grad[0, 3, 1, 0] != 0
+    assert (grad != 0).sum() == 4
+
+
+@CONV
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("conv", GEOMETRIES, ids=str)
+def test_conv_gradients(function, device, dtype, conv, set_conv_precision):
+    inputs = tensors(device, dtype, **conv)
+    set_conv_precision("ieee")
+    found = gradients(function(*inputs, -1.3, **conv), inputs)
+    for one, other in zip(found, gradients(composed(*inputs, -1.3, **conv), inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@CONV
+def test_conv_gradcheck(function, device):
+    """The products differ by at least 1e-3, so that a step of 1e-6 changes no winner."""
+    inputs = distinct(1, 2, 4, 4, device=device), distinct(3, 2, 2, 2, device=device), distinct(3, device=device, step=0.037)
+    assert torch.autograd.gradcheck(lambda *t: function(*t, 1.5, padding=1, stride=2), inputs)
+
+
+@CONV
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1)], ids=str)
+def test_gradient_of_some_arguments_alone(function, device, needed, set_conv_precision):
+    set_conv_precision("ieee")
+    inputs = tensors(device)
+    if needed == (0, 1):
+        inputs[2] = None
+    for i, tensor in enumerate(inputs):
+        if tensor is not None:
+            tensor.requires_grad_(i in needed)
+    wanted = [inputs[i] for i in needed]
+    for one, other in zip(gradients(function(*inputs, 2.0), wanted), gradients(composed(*inputs, 2.0), wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@CONV
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_where_none_is_wanted(function, device, mode):
+    with mode():
+        assert not function(*tensors(device), 2.0).requires_grad
+
+
+@ON
+@pytest.mark.parametrize("name", ["conv2d_scale_min", "Conv2dScaleMin", "ModelNew"])
+def test_autocast_casts_like_a_convolution(device, name):
+    dtype = torch.bfloat16 if device == "cpu" else torch.float16
+    layer = fk.ModelNew(4, 6, 3, 2.0) if name == "ModelNew" else fk.Conv2dScaleMin(4, 6, 3, 2.0)
+    layer.to(device)
+    weight, bias = layer.parameters()
+    input = torch.randn(2, 4, 9, 11, device=device)
+    with torch.autocast(device, dtype):
+        result = fk.conv2d_scale_min(input, weight, bias, 2.0) if name == "conv2d_scale_min" else layer(input)
+        expected = composed(input, weight, bias, 2.0)
+    assert result.dtype == expected.dtype == dtype
+    torch.testing.assert_close(result, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+    result.float().sum().backward()
+    assert weight.grad.dtype == torch.float32
+    assert weight.grad.abs().sum() > 0
+
+
+@ON
+def test_autocast_leaves_float64_alone(device):
+    inputs = [t.detach() for t in tensors(device, torch.float64)]
+    with torch.autocast(device, torch.bfloat16):
+        result = fk.conv2d_scale_min(*inputs, 2.0)
+    torch.testing.assert_close(result, composed(*inputs, 2.0))
+
+
+@ON
+def test_training_step_changes_the_weights_as_eager_does(device):
+    losses = []
+    for kind in (fk.Model, fk.ModelNew):
+        torch.manual_seed(0)
+        model = kind(3, 8, 3, 2.0).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        input = torch.rand(4, 3, 10, 10, device=device)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(input).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+
+
+OPERATORS = [p for operator in ("scale_min", "conv2d_scale_min") for p in implementations(operator, public=False)]
+
+
+@pytest.mark.parametrize(("rung", "device"), OPERATORS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(rung, device, requires_grad):
+    operator = getattr(torch.ops.fused_kernels, rung.name).default
+    input, weight, bias = (t.detach().requires_grad_(requires_grad) for t in tensors(device))
+    if rung.operator == "scale_min":
+        samples = [(input, 2.0), (input[:, :1, ::2], -1.0)]
+    else:
+        geometry = [1, 1], [0, 0, 0, 0], [1, 1], 1
+        samples = [
+            (input, weight, bias, 2.0, *geometry, "ieee"),
+            (input, weight, None, -1.0, [2, 1], [1, 0, 2, 1], [1, 2], 1, "auto"),
+        ]
+    for sample in samples:
+        torch.library.opcheck(operator, sample)
+
+
+def compiled(function, dynamic, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+@ON
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+class TestCompile:
+    def test_scale_min(self, device, dynamic, requires_grad):
+        function = compiled(fk.scale_min, dynamic)
+        for height in (9, 6):
+            input = torch.randn(2, 5, height, 7, device=device, requires_grad=requires_grad)
+            result, expected = function(input, 2.0), fk.scale_min(input, 2.0)
+            assert result.equal(expected)
+            if requires_grad:
+                assert gradients(result, [input])[0].equal(gradients(expected, [input])[0])
+
+    def test_conv2d_scale_min(self, device, dynamic, requires_grad):
+        function = compiled(lambda *t: fk.conv2d_scale_min(*t, 2.0, stride=2, padding=(1, 0), dilation=1), dynamic)
+        for height in (9, 8):
+            inputs = [t.requires_grad_(requires_grad) for t in tensors(device)]
+            inputs[0] = inputs[0][:, :, :height]
+            torch.testing.assert_close(
+                function(*inputs), composed(*inputs, 2.0, stride=2, padding=(1, 0)), rtol=1e-3, atol=1e-3
+            )
+
+    @pytest.mark.parametrize("kind", [fk.Conv2dScaleMin, fk.ModelNew])
+    def test_module(self, device, dynamic, requires_grad, kind):
+        module = kind(4, 6, 3, 2.0).to(device).requires_grad_(requires_grad)
+        function = compiled(module, dynamic)
+        for size in (9, 12):
+            input = torch.randn(2, 4, size, size, device=device)
+            torch.testing.assert_close(function(input), module(input), rtol=1e-3, atol=1e-3)
+
+
+@ON
+def test_inductor(device):
+    """Between two of PyTorch's own operations, which inductor compiles."""
+    module = fk.Conv2dScaleMin(4, 6, 3, 2.0).to(device).requires_grad_(False)
+    network = lambda x: module(x.relu() + 1).sigmoid()  # noqa: E731
+    input = torch.randn(2, 4, 9, 9, device=device)
+    torch.testing.assert_close(compiled(network, False, "inductor")(input), network(input), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [rung.name for rung in LADDER])
+def test_fake_tensors_need_no_device(name):
+    """A meta tensor goes through each rung's shape rule, built or not."""
+    rung = fk.rungs[name]
+    input, weight, bias = (t.to("meta") for t in tensors("cpu"))
+    result = rung(input, 2.0) if rung.operator == "scale_min" else rung(input, weight, bias, 2.0, stride=2, padding="valid")
+    assert result.shape == ((2, 1, 9, 11) if rung.operator == "scale_min" else (2, 1, 4, 5))
+    assert result.is_contiguous()

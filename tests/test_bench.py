@@ -1,0 +1,240 @@
+"""check, bench, plots and the command line: what they compute, on a workload small enough for a test."""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from conftest import implementations
+
+import fused_kernels as fk
+from fused_kernels import __main__, bench, check, plots, reference
+from fused_kernels.rungs import LADDER
+
+SMALL = {"in_channels": 3, "out_channels": 8, "height": 12, "width": 14}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What the command line records on the CPU; without torch.compile, whose first call takes longer than all tests here."""
+    data = tmp_path_factory.mktemp("records") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(reference, name, value)
+        patch.setattr(bench, "_compile_modes", lambda device, quick: [])
+        patch.setattr(bench, "run", functools.partial(bench.run, seconds=0.01))
+        __main__.main(["bench", "--device", "cpu", "--quick", "--data", str(data)])
+        assert not data.exists()
+        __main__.main(["bench", "--device", "cpu", "--quick", "--record", "--data", str(data)])
+    return bench.records(data=data)
+
+
+# check: does it find what is wrong, and nothing else?
+
+
+@pytest.mark.parametrize(("rung", "device"), [p for o in check.DTYPES for p in implementations(o, public=False)])
+def test_verdict_of_every_rung(rung, device):
+    verdict = check.verdict(rung, device, nan=rung.name != "scale_min_naive")
+    assert verdict.correct, str(verdict)
+
+
+def test_verdict_reads_the_same_every_time():
+    torch.manual_seed(1)
+    first = str(check.verdict(fk.rungs["scale_min"]))
+    torch.manual_seed(2)
+    assert str(check.verdict(fk.rungs["scale_min"])) == first
+
+
+FAULTY = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+using torch::stable::Tensor;
+Tensor scale_min(const Tensor& input, double scale) {
+  return torch::stable::amax(input, {1}, true);
+}
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) { m.impl("scale_min", TORCH_BOX(&scale_min)); }
+"""
+
+
+def test_verdict_of_a_faulty_kernel():
+    """It takes the maximum, which is right for one channel, one element of an empty batch, and a scale of -1 alone."""
+    verdict = check.verdict(fk.edit("scale_min", FAULTY))
+    assert not verdict.correct
+    wrong = [line for line in verdict.lines if line.endswith("WRONG")]
+    assert any(line.startswith("float32, NCHW") for line in wrong)
+    assert any(line.startswith("empty batch") for line in set(verdict.lines) - set(wrong))
+    assert f"{len(verdict.lines) - len(wrong)} of {len(verdict.lines)} cases correct" in str(verdict)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_verdict_of_an_unavailable_rung_says_why():
+    rung = next(rung for rung in LADDER if rung.device == "cuda")
+    with pytest.raises(RuntimeError) as error:
+        check.verdict(rung)
+    assert rung.why_unavailable() in str(error.value)
+
+
+def test_expected_is_float64():
+    input, weight, bias = torch.randn(2, 3, 6, 7), torch.randn(4, 3, 3, 3), torch.randn(4)
+    result = check.expected(input, weight, bias, -2.0, stride=2, padding=1)
+    conv = torch.conv2d(input.double(), weight.double(), bias.double(), 2, 1)
+    assert result.equal((conv * -2.0).amin(1, keepdim=True))
+    assert check.expected(input, scale=3.0).equal((input.double() * 3.0).amin(1, keepdim=True))
+
+
+def test_errors():
+    expected = torch.tensor([1.0, -2.0, 4.0, math.inf, math.nan], dtype=torch.float64)
+    result = expected.float() + torch.tensor([0.0, 0.5, -1.5, 0.0, 0.0])
+    found = check.errors(result, expected)
+    assert found.max == 1.5
+    assert found.rms == pytest.approx(math.sqrt((0.25 + 2.25) / 3))
+    assert check.errors(expected.float(), expected)[:2] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(0, math.nan), (0, math.inf), (1, 0.0), (1, math.inf), (2, math.nan), (2, -math.inf)]
+)
+def test_errors_are_infinite_where_specials_differ(place, value):
+    expected = torch.tensor([1.0, math.nan, math.inf], dtype=torch.float64)
+    result = expected.float()
+    result[place] = value
+    assert check.errors(result, expected).max == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_tolerance_of_scale_min_is_one_rounding(dtype):
+    expected = torch.randn(1000, dtype=torch.float64)
+    assert check.errors(expected.to(dtype), expected).within(check.tolerance(dtype))
+    off_by_one = (expected.to(dtype).double() * (1 + 2 * torch.finfo(dtype).eps)).to(dtype)
+    assert not check.errors(off_by_one, expected).within(check.tolerance(dtype))
+
+
+# bench: what is recorded.
+
+
+def test_run_measures_all_that_runs_here(measured):
+    found = {(r.operator, r.rung) for r in measured}
+    here = {(r.operator, r.name) for r in LADDER if r.device in (None, "cpu") and not r.why_unavailable()}
+    whole = {("conv2d_scale_min", name) for _, name in here} | {("conv2d_scale_min", "eager"), ("scale_min", "eager")}
+    ceilings = {("ceiling", name) for name in ("copy", "read", "matmul")}
+    assert here | whole | ceilings | {("conv2d", "library")} <= found
+    assert {r.layout for r in measured if r.operator == "conv2d_scale_min"} == {"NCHW", "channels_last"}
+    assert len({r.run for r in measured}) == 1
+    assert all(r.correct for r in measured)
+    assert {(r.machine, r.direction, r.dtype) for r in measured} == {("cpu", "forward", "float32")}
+
+
+def test_run_counts_bytes_and_flops(measured):
+    (fused,) = bench.select(measured, rung="conv2d_scale_min", layout="NCHW")
+    assert fused.shape == "2x3x12x14 * 8x3x3x3"
+    assert fused.flops == 2 * 2 * 8 * 10 * 12 * 3 * 3 * 3
+    assert fused.bytes == 4 * (2 * 3 * 12 * 14 + 8 * 3 * 3 * 3 + 8 + 2 * 10 * 12)
+    (alone,) = bench.select(measured, operator="scale_min", rung="scale_min", layout="NCHW")
+    assert alone.bytes == 4 * (2 * 8 * 10 * 12 + 2 * 10 * 12)
+    assert fused.gbps == pytest.approx(fused.bytes / (fused.p50_ms * 1e-3) / 1e9)
+    assert fused.tflops == pytest.approx(fused.flops / (fused.p50_ms * 1e-3) / 1e12)
+
+
+def test_records_go_through_a_file(measured, tmp_path):
+    bench.append(measured, tmp_path)
+    first = (tmp_path / "cpu.csv").read_bytes()
+    later = [dataclasses.replace(r, run="later", date="2999-01-01T00:00:00+00:00") for r in measured]
+    elsewhere = [dataclasses.replace(measured[0], machine="nvidia-x1", device='a "GPU", of sorts')]
+    bench.append(later + elsewhere, tmp_path)
+    assert (tmp_path / "cpu.csv").read_bytes().startswith(first)
+    assert bench.records("cpu", tmp_path) == measured + later
+    assert bench.records("nvidia-x1", tmp_path) == elsewhere
+    assert bench.records(data=tmp_path) == measured + later + elsewhere
+    assert bench.records("absent", tmp_path) == []
+    assert bench.latest(bench.records(data=tmp_path), machine="cpu") == later
+    assert bench.latest(measured, machine="absent") == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_workload_is_the_reference_models(dtype):
+    load = bench.workload("cpu", dtype, channels_last=True, batch=1)
+    assert load.input.shape == (1, 64, 256, 256)
+    assert load.weight.shape == (128, 64, 3, 3)
+    assert load.scale == 2.0
+    assert load.input.is_contiguous(memory_format=torch.channels_last)
+    assert load.input.dtype == load.weight.dtype == load.bias.dtype == dtype
+    assert 0 <= load.input.min() < 0.01
+    assert 0.99 < load.input.max() <= 1
+    assert load.input.equal(bench.workload("cpu", dtype, batch=1).input)
+
+
+def test_measure_calls_after_warming_up():
+    calls = []
+    timing = bench.measure(lambda: calls.append(1), "cpu", seconds=0.0)
+    assert 5 <= timing.repeats < len(calls)
+    assert 0 < timing.p20 <= timing.p50 <= timing.p80
+
+
+def test_machine_is_a_file_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (SXM)")
+    assert bench.machine("cuda") == "nvidia-h200-sxm"
+    assert bench.machine("cpu") == "cpu"
+
+
+# plots: what is drawn from records.
+
+
+def test_table_has_a_row_a_rung_with_speedups(measured):
+    text = plots.table(measured)
+    for name in {r.rung for r in measured if r.operator == "conv2d_scale_min"} - {"reference"}:
+        assert len([line for line in text.splitlines() if line.startswith((f"| {name} |", f"| `{name}` |"))]) == 1
+    (eager,), (ours,) = (
+        bench.select(measured, rung=n, layout="NCHW", operator="conv2d_scale_min") for n in ("eager", "composite")
+    )
+    (row,) = (line for line in text.splitlines() if "`composite`" in line)
+    assert f"{eager.p50_ms / ours.p50_ms:.2f}" in row
+    assert "(*)" not in text
+    assert "(*)" in plots.table([dataclasses.replace(r, correct=r.rung != "composite") for r in measured])
+
+
+def test_update_readme_changes_what_is_between_the_markers(measured, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n\n{plots.BEGIN}\nold\n{plots.END}\nafter\n")
+    plots.update_readme(path, measured)
+    text = path.read_text()
+    assert text.startswith(f"before\n\n{plots.BEGIN}\n")
+    assert text.endswith(f"{plots.END}\nafter\n")
+    assert plots.table(measured) in text
+    assert "old" not in text
+    plots.update_readme(path, measured)
+    assert path.read_text() == text
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="path: "):
+        plots.update_readme(path, measured)
+
+
+def test_figures_are_drawn_and_reproducible(measured, tmp_path):
+    first, second = (plots.save_all(measured, tmp_path / folder) for folder in ("one", "two"))
+    assert {"access-pattern.png", "ladder-cpu.png", "roofline-cpu.png", "bandwidth-cpu.png"} <= {p.name for p in first}
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes().startswith(b"\x89PNG")
+        assert one.read_bytes() == two.read_bytes()
+
+
+# The command line.
+
+
+def test_doctor_says_of_each_rung_whether_it_runs(capsys):
+    __main__.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    for rung in LADDER:
+        (line,) = (line for line in lines if line.split(maxsplit=1)[:1] == [rung.name])
+        assert line.endswith(rung.why_unavailable() or "ready")
+
+
+def test_figures_draws_what_is_recorded(measured, tmp_path, capsys):
+    data = tmp_path / "figures" / "data"
+    with pytest.raises(SystemExit, match="bench --record"):
+        __main__.main(["figures", "--data", str(data)])
+    bench.append(measured, data)
+    __main__.main(["figures", "--data", str(data)])
+    printed = capsys.readouterr().out.split()
+    assert str(tmp_path / "figures" / "ladder-cpu.png") in printed
+    assert all((tmp_path / "figures" / line).exists() for line in printed)

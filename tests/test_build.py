@@ -1,0 +1,323 @@
+"""Building: cold, warm, at once, after a kill, without a toolchain, with a broken one, and for every GPU architecture."""
+
+import concurrent.futures
+import os
+import shutil
+import signal
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_one_sentence
+
+import fused_kernels as fk
+from fused_kernels import build
+from fused_kernels.rungs import LADDER
+
+pytestmark = pytest.mark.skipif(build.why_no_compiler() is not None, reason=str(build.why_no_compiler()))
+
+# A kernel of the operator's signature that builds in a second, whose result nobody else gives.
+FILL = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+using torch::stable::Tensor;
+Tensor scale_min(const Tensor& input, double scale) {
+  Tensor result = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
+  return torch::stable::fill_(result, VALUE);
+}
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) { m.impl("scale_min", TORCH_BOX(&scale_min)); }
+"""
+PREPARE = f"""
+import sys, torch, fused_kernels as fk
+FILL = {FILL!r}
+input = torch.tensor([3., 1., -2.]).view(1, 3, 1, 1)
+def filled(value): return fk.edit("scale_min", FILL.replace("VALUE", str(value)))
+"""
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_KERNELS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def load_all(jobs):
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: build.load(**job), jobs))
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 90
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_import_is_light(run_python):
+    heavy = "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "matplotlib", "IPython", "pandas", "triton"
+    out = run_python(
+        f"import sys, torch\nbefore = set(sys.modules)\nimport fused_kernels\nprint(set({heavy}) & set(sys.modules) - before)"
+    )
+    assert out.strip() == "set()"
+
+
+def test_cold_builds_and_warm_does_not(run_python):
+    """The second process gets the same results without importing what compiles; nothing else is printed into a log."""
+    code = (
+        PREPARE
+        + "print(fk.scale_min(input, 2.0).item(), filled(7).__call__(input, 1.0).item(), filled(8)(input, 1.0).item())\n"
+    )
+    code += "print('torch.utils.cpp_extension' in sys.modules)"
+    assert run_python(code).split() == ["-4.0", "7.0", "8.0", "True"]
+    assert run_python(code).split() == ["-4.0", "7.0", "8.0", "False"]
+
+
+def test_two_processes_at_once(run_python):
+    code = PREPARE + "print(filled(9)(input, 1.0).item())"
+    processes = [run_python(code, wait=False) for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [out.strip() for out, _ in answers] == ["9.0", "9.0"], answers
+
+
+def test_several_libraries_at_once_in_one_process(empty_cache):
+    before = os.environ["PATH"]
+    jobs = [
+        {"name": "scale_min", "source": FILL.replace("VALUE", "1.0"), "device": "cpu", "namespace": f"fused_kernels_test_{i}"}
+        for i in range(2)
+    ]
+    libraries = load_all(jobs)
+    assert len(set(libraries)) == 2
+    assert all(library.exists() for library in libraries)
+    assert os.environ["PATH"] == before
+
+
+def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path):
+    """SIGKILL in the middle of the compiler leaves torch's lock and half the files."""
+    started = tmp_path / "started"
+    slow = script(tmp_path / "slow", f'case "$*" in *scale_min*) touch {started}; sleep 300;; esac\nexec c++ "$@"')
+    code = PREPARE + "print(filled(5)(input, 1.0).item())"
+    process = run_python(code, wait=False, CXX=slow)
+    wait_for(started, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    assert list((tmp_path / "cache").glob("scale_min-*/lock"))
+    assert not list((tmp_path / "cache").glob("scale_min-*/scale_min.so"))
+    assert run_python(code, CXX="c++").strip() == "5.0"
+
+
+def test_stale_files_are_cleared(empty_cache):
+    """A build folder without the library is nobody's: torch's lock in it would be waited on for ever."""
+    arguments = {"device": "cpu", "namespace": "fused_kernels_stale"}
+    library = build.load("scale_min", FILL.replace("VALUE", "1.0"), **arguments)
+    library.rename(library.parent / "half.so")
+    (library.parent / "lock").touch()
+    assert build.load("scale_min", FILL.replace("VALUE", "1.0"), **arguments) == library
+    assert library.exists()
+    assert not (library.parent / "lock").exists()
+    assert not (library.parent / "half.so").exists()
+
+
+def test_without_a_compiler(run_python, tmp_path):
+    """Importing works, PyTorch's own operations compute, and the rungs say what is missing."""
+    (tmp_path / "empty").mkdir()
+    code = (
+        PREPARE
+        + """
+print(fk.scale_min(input, 2.0).item(), fk.ModelNew(3, 4, 1, 2.0)(input).shape)
+with torch.no_grad():
+    print(fk.explain(input, torch.ones(2, 3, 1, 1)).rung, fk.conv2d_scale_min(input, torch.ones(2, 3, 1, 1)).item())
+print(fk.rungs["scale_min"].why_unavailable())
+try:
+    fk.rungs["scale_min"](input, 2.0)
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    out = run_python(code, CXX=str(tmp_path / "nothing"), PATH=str(tmp_path / "empty")).splitlines()
+    assert out[:2] == ["-4.0 torch.Size([1, 1, 1, 1])", "composite 2.0"]
+    for sentence in out[2:]:
+        assert_one_sentence(sentence)
+        assert "C++ compiler" in sentence
+        assert "install" in sentence
+    assert len(out) == 4
+
+
+def test_failing_compiler_is_an_error_until_it_is_mended(run_python, tmp_path):
+    compiler = tmp_path / "compiler"
+    script(compiler, "echo boom; exit 1")
+    code = (
+        PREPARE
+        + f"""
+for run in range(2):
+    for call in (lambda: fk.scale_min(input, 2.0), lambda: fk.rungs["scale_min"](input, 2.0)):
+        try:
+            print(call().item())
+        except RuntimeError as error:
+            print("boom" in str(error))
+    open({str(compiler)!r}, "w").write('#!/bin/sh\\nexec c++ "$@"\\n')
+"""
+    )
+    assert run_python(code, CXX=str(compiler)).split() == ["True", "True", "-4.0", "-4.0"]
+
+
+def test_edit_gives_a_variant_beside_the_original():
+    input = torch.randn(2, 5, 3, 4)
+    original = fk.rungs["scale_min"]
+    before = original(input, 2.0)
+    edited = fk.edit("scale_min", FILL.replace("VALUE", "42.0"))
+    assert (edited(input, 2.0) == 42).all()
+    assert original(input, 2.0).equal(before)
+    assert fk.scale_min(input, 2.0).equal(before)
+    assert (edited.name, edited.operator, edited.device) == ("scale_min", "scale_min", "cpu")
+    assert edited.source != original.source == original.source_file.read_text()
+
+
+def test_edit_of_a_comment_gives_the_same_result():
+    rung, input = fk.rungs["scale_min"], torch.randn(2, 5, 6, 7)
+    assert fk.edit("scale_min", rung.source + "\n// A reader's comment.\n")(input, 2.0).equal(rung(input, 2.0))
+
+
+def test_a_source_that_registers_nothing_is_an_error():
+    empty = fk.edit("scale_min", FILL.replace("VALUE", "1.0").split("STABLE_TORCH")[0])
+    with pytest.raises(RuntimeError, match="scale_min") as error:
+        empty(torch.ones(1, 2, 3, 4), 2.0)
+    assert_one_sentence(str(error.value))
+
+
+def test_load_builds_every_rung_that_can_run_here():
+    assert fk.load() == [name for name, rung in fk.rungs.items() if rung.why_unavailable() is None]
+
+
+def test_a_syntax_error_shows_the_compilers_words():
+    broken = fk.edit("scale_min", FILL.replace("VALUE", "42.0 nonsense"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="nonsense") as error:
+            broken(torch.ones(1, 2, 3, 4), 2.0)
+        assert "scale_min.cpp:8" in str(error.value)
+    assert (fk.edit("scale_min", FILL.replace("VALUE", "43.0"))(torch.ones(1, 2, 3, 4), 2.0) == 43).all()
+
+
+# CUDA without a GPU: what is found, what is missing, and that every kernel compiles for every architecture.
+
+ARCHITECTURES = {"80": (8, 0), "90a": (9, 0), "100": (10, 0), "120": (12, 0)}
+CUDA_RUNGS = [rung for rung in LADDER if rung.device == "cuda"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend that there is a GPU and a toolkit."""
+
+    def pretend(capability, toolkit):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(build, "cuda_toolkit", lambda: toolkit)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "words"),
+    [
+        ((7, 5), {75, 80, 90}, ("7.5", "8.0")),
+        ((12, 0), {80, 90}, ("12.0", "12.8", "newer toolkit")),
+        ((9, 0), None, ("nvcc", "pip install")),
+        ((9, 0), {80, 90}, None),
+    ],
+    ids=["GPU too old", "toolkit too old", "no nvcc", "all there"],
+)
+def test_why_unavailable(gpu, capability, codes, words):
+    rung = CUDA_RUNGS[0]
+    gpu(capability, None if codes is None else build.Toolkit(Path("/opt/cuda"), (12, 8), frozenset(codes)))
+    reason = rung.why_unavailable()
+    if words is None:
+        assert reason is None
+        return
+    assert_one_sentence(reason)
+    assert all(word in reason for word in words)
+
+
+def test_why_unavailable_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_one_sentence(CUDA_RUNGS[0].why_unavailable())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "CUDA build of torch" in CUDA_RUNGS[0].why_unavailable()
+
+
+@pytest.mark.parametrize(("capability", "name"), [(c, a) for a, c in ARCHITECTURES.items()])
+def test_architecture(capability, name):
+    assert build.architecture(capability) == name
+
+
+def test_nvcc_from_pypi_is_found_and_made_linkable(tmp_path, monkeypatch, empty_cache):
+    """site-packages/nvidia/cu13 has nvcc, and libcudart.so.13 under a name and in a folder where no linker looks."""
+    home = tmp_path / "site-packages" / "nvidia" / "cu13"
+    for folder in ("bin", "include", "nvvm", "lib"):
+        (home / folder).mkdir(parents=True)
+    (home / "lib" / "libcudart.so.13").touch()
+    says = {
+        "--dryrun": f"echo '#$ TOP={home}' >&2",
+        "--version": "echo 'release 13.0, V13'",
+        "--list-gpu-code": "echo sm_80 sm_90",
+    }
+    nvcc = script(
+        home / "bin" / "nvcc", "case $1 in\n" + "\n".join(f"{flag}) {what};;" for flag, what in says.items()) + "\nesac"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages"), *sys.path])
+    candidates = list(build._nvcc_candidates())
+    assert nvcc in candidates
+
+    monkeypatch.setattr(
+        build, "_nvcc_candidates", lambda: [None, str(tmp_path / "absent"), *candidates[candidates.index(nvcc) :]]
+    )
+    toolkit = build.cuda_toolkit.__wrapped__()
+    assert toolkit == build.Toolkit(home.resolve(), (13, 0), frozenset({80, 90}))
+
+    for _ in range(2):  # made, then found
+        shim = build._linkable_home(toolkit)
+        assert (shim / "lib64" / "libcudart.so").resolve() == (home / "lib" / "libcudart.so.13").resolve()
+        assert (shim / "bin" / "nvcc").samefile(nvcc)
+        assert (shim / "include").is_dir()
+        assert (shim / "nvvm").is_dir()
+
+    (home / "lib" / "libcudart.so.13").unlink()
+    shutil.rmtree(shim)
+    with pytest.raises(RuntimeError, match="no libcudart") as error:
+        build._linkable_home(toolkit)
+    assert_one_sentence(str(error.value))
+
+
+def test_cuda_home_goes_before_all_other_toolkits(monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/chosen")
+    assert next(build._nvcc_candidates()) == "/chosen/bin/nvcc"
+
+
+def cuda_jobs():
+    toolkit = build.cuda_toolkit()
+    for rung in CUDA_RUNGS:
+        for arch, capability in ARCHITECTURES.items():
+            if capability >= rung.min_capability and capability[0] * 10 + capability[1] in toolkit.architectures:
+                namespace = f"fused_kernels_test_sm_{arch}"
+                yield {"name": rung.name, "source": rung.source, "device": "cuda", "namespace": namespace, "arch": arch}
+
+
+@pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
+    """And loads, without a GPU; a register spill is an error, whose message names the kernel."""
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-Xptxas=--warn-on-spills,--warning-as-error")
+    jobs = list(cuda_jobs())
+    libraries = load_all(jobs)
+    assert len(set(libraries)) == len(jobs) >= len(CUDA_RUNGS)
+    assert all(library.exists() for library in libraries)

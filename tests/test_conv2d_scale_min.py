@@ -1,0 +1,265 @@
+"""conv2d_scale_min: every rung and the public function against float64, within bounds that follow from the arithmetic."""
+
+import math
+
+import pytest
+import torch
+from conftest import DTYPES, LAYOUTS, assert_within, exact, implementations
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+EVERY = pytest.mark.parametrize(("function", "device"), implementations("conv2d_scale_min"))
+
+
+def problem(device, input_shape, out_channels, kernel, dtype=torch.float32, groups=1, layout="nchw", bias=True):
+    fan_in = input_shape[1] // groups * math.prod(kernel)
+    weight = torch.randn(out_channels, input_shape[1] // groups, *kernel, device=device) / fan_in**0.5
+    bias = torch.randn(out_channels, device=device).to(dtype) if bias else None
+    return LAYOUTS[layout](torch.randn(input_shape, device=device).to(dtype)), weight.to(dtype), bias
+
+
+def error_bound(input, weight, bias, scale, expected, precision, **conv):
+    """Bound a pixel's error: the sums' roundings, the operands' under TF32, the result's; |min a - min b| <= max |a - b|."""
+    magnitudes = F.conv2d(*(t if t is None else t.detach().cpu().double().abs() for t in (input, weight, bias)), **conv)
+    terms = weight[0].numel() + 2
+    unit = 2**-53 if input.dtype == torch.float64 else 2**-24
+    operands = 2 * 2**-11 if precision == "tf32" and input.dtype == torch.float32 else 0
+    result = 0 if input.dtype in (torch.float32, torch.float64) else 1.01 * torch.finfo(input.dtype).eps
+    # cuDNN rounds a 16-bit convolution once before it adds the bias, too.
+    rounded = expected.abs() + (0 if bias is None else abs(scale) * bias.detach().cpu().double().abs().max())
+    return (terms * unit + operands) * abs(scale) * magnitudes.amax(1, keepdim=True) + result * rounded + 1e-30
+
+
+def rms_error(result, expected):
+    return (result.cpu().double() - expected).square().mean().sqrt()
+
+
+def check(function, input, weight, bias, scale, precision="ieee", **conv):
+    before = [t if t is None else t.clone() for t in (input, weight, bias)]
+    result = function(input, weight, bias, scale, precision=precision, **conv)
+    for now, then in zip((input, weight, bias), before, strict=True):
+        assert now is None or now.equal(then)
+    assert result.dtype == input.dtype
+    assert result.device == input.device
+    expected = exact(input, scale, weight, bias, **conv)
+    assert_within(result, expected, error_bound(input, weight, bias, scale, expected, precision, **conv))
+    return result
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_dtypes(function, device, dtype, layout, poisoned):
+    input, weight, bias = problem(device, (2, 6, 9, 11), 10, (3, 3), dtype, layout=layout)
+    check(function, input, weight, bias, -1.5)
+    check(function, input, LAYOUTS[layout](weight), bias.repeat_interleave(3)[::3], 2.0)
+
+
+GEOMETRIES = {
+    "one of everything": ((1, 1, 1, 1), 1, (1, 1), {}),
+    "1x1": ((2, 3, 5, 7), 1, (1, 1), {}),
+    "one input channel": ((1, 1, 17, 13), 7, (3, 3), {}),
+    "reference's": ((1, 64, 20, 37), 128, (3, 3), {}),
+    "past the blocks": ((1, 130, 5, 6), 129, (3, 3), {"padding": 1}),
+    "row": ((2, 3, 1, 40), 5, (1, 5), {}),
+    "column": ((2, 3, 40, 1), 5, (5, 1), {}),
+    "one pixel": ((3, 5, 8, 8), 6, (8, 8), {}),
+    "1500 channels": ((1, 4, 7, 9), 1500, (3, 2), {}),
+    "11x11": ((1, 3, 33, 31), 17, (11, 11), {"padding": 5}),
+    "stem": ((1, 3, 224, 9), 8, (7, 7), {"stride": 2, "padding": 3}),
+    "uneven": ((2, 4, 13, 11), 6, (3, 3), {"stride": (2, 3), "padding": (1, 2), "dilation": (2, 1)}),
+    "lists of one": ((2, 4, 13, 11), 6, (3, 2), {"stride": [3], "padding": [2], "dilation": [3]}),
+    "groups": ((2, 6, 9, 9), 8, (3, 3), {"groups": 2, "padding": 1}),
+    "depthwise": ((2, 6, 9, 9), 12, (3, 3), {"groups": 6, "stride": 2}),
+    "same": ((2, 4, 9, 10), 6, (2, 4), {"padding": "same"}),
+    "same dilated": ((2, 4, 9, 10), 6, (4, 3), {"padding": "same", "dilation": (1, 3)}),
+    "valid": ((2, 4, 9, 10), 6, (2, 4), {"padding": "valid"}),
+    "mostly padding": ((1, 3, 2, 2), 5, (3, 3), {"padding": (4, 1)}),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_geometry(function, device, layout, geometry, poisoned):
+    shape, out_channels, kernel, conv = GEOMETRIES[geometry]
+    for bias in (True, False):
+        tensors = problem(device, shape, out_channels, kernel, groups=conv.get("groups", 1), layout=layout, bias=bias)
+        check(function, *tensors, 1.7 if bias else -0.6, **conv)
+
+
+@st.composite
+def draw_problem(draw):
+    """Draw the arguments of problem() and the convolution's."""
+
+    def pair(low, high):
+        return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+
+    groups, kernel, dilation, stride = draw(st.sampled_from((1, 1, 2, 3))), pair(1, 5), pair(1, 3), pair(1, 3)
+    padding = draw(st.sampled_from(("same", "valid"))) if stride == (1, 1) and draw(st.booleans()) else pair(0, 3)
+    size = [d * (k - 1) + 1 + draw(st.integers(0, 24)) for d, k in zip(dilation, kernel, strict=True)]
+    shape = (draw(st.integers(0, 3)), groups * draw(st.integers(1, 20)), *size)
+    dtype, layout = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(sorted(LAYOUTS)))
+    tensors = (shape, groups * draw(st.integers(1, 40)), kernel, dtype, groups, layout, draw(st.booleans()))
+    return tensors, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+
+@EVERY
+@given(drawn=draw_problem(), scale=st.floats(-8, 8, width=16))
+def test_drawn(function, device, drawn, scale):
+    torch.manual_seed(0)
+    tensors, conv = drawn
+    check(function, *problem(device, *tensors), scale, **conv)
+
+
+@EVERY
+def test_empty_batch(function, device):
+    weight, bias = torch.randn(5, 3, 3, 3, device=device), torch.randn(5, device=device)
+    assert function(torch.empty(0, 3, 8, 9, device=device), weight, bias, 2.0).shape == (0, 1, 6, 7)
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-8, 1.0, 1e8, 1e30])
+def test_precision_at_any_magnitude(function, device, precision, magnitude):
+    input, weight, bias = problem(device, (1, 32, 12, 17), 24, (3, 3))
+    check(function, input * magnitude, weight, bias * magnitude, 2.0, precision)
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_no_less_accurate_than_torch(function, device, precision, set_conv_precision):
+    """The design's promise: rms error at most 1.1 times that of torch's convolution at the same precision."""
+    input, weight, bias = problem(device, (2, 64, 34, 66), 128, (3, 3))
+    expected = exact(input, 2.0, weight, bias)
+    set_conv_precision(precision)
+    torch_own = torch.min(F.conv2d(input, weight, bias) * 2.0, dim=1, keepdim=True).values
+    assert rms_error(function(input, weight, bias, 2.0, precision=precision), expected) <= 1.1 * rms_error(torch_own, expected)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_no_less_accurate_than_torch(function, device, dtype):
+    input, weight, bias = problem(device, (2, 32, 34, 34), 64, (3, 3), dtype)
+    expected = exact(input, 2.3, weight, bias)
+    torch_own = torch.min(F.conv2d(input, weight, bias) * 2.3, dim=1, keepdim=True).values
+    assert rms_error(function(input, weight, bias, 2.3), expected) <= 1.01 * rms_error(torch_own, expected)
+
+
+@EVERY
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_auto_follows_torchs_setting(function, device, setting, set_conv_precision):
+    input, weight, bias = problem(device, (1, 64, 20, 20), 32, (3, 3))
+    set_conv_precision(setting)
+    assert function(input, weight, bias, 2.0).equal(function(input, weight, bias, 2.0, precision=setting))
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [0.0, -3.0, 1, True, 2**40 + 1, 1e-30])
+def test_finite_scale(function, device, scale):
+    check(function, *problem(device, (1, 5, 8, 9), 7, (3, 3)), scale)
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [1e300, math.inf, -math.inf, 10**400])
+def test_overflowing_scale(function, device, scale):
+    """No output is zero, so that none becomes NaN."""
+    tensors = problem(device, (1, 5, 8, 9), 7, (3, 3))
+    sign = torch.min(F.conv2d(*tensors) * (-1 if scale < 0 else 1), dim=1, keepdim=True).values.sign()
+    assert function(*tensors, scale).equal(sign * math.inf)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_infinities_reach_what_they_touch(function, device, dtype):
+    input, weight, bias = problem(device, (1, 4, 12, 14), 6, (3, 3), dtype)
+    input[0, 1, 3, 4] = math.nan
+    input[0, 2, 9, 2] = math.inf
+    input[0, 3, 8, 10] = -math.inf
+    for scale in (2.0, -2.0):
+        result, expected = function(input, weight, bias, scale), exact(input, scale, weight, bias)
+        assert result.cpu().isnan().equal(expected.isnan())
+        assert result.cpu().isinf().equal(expected.isinf())
+        assert result.cpu()[expected.isinf()].double().equal(expected[expected.isinf()])
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("value", "scale", "expected"), [(math.nan, 2.0, math.nan), (-math.inf, 2.0, -math.inf), (math.inf, -1.0, -math.inf)]
+)
+def test_one_special_bias_decides_every_pixel(function, device, value, scale, expected):
+    input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3))
+    bias[10] = value
+    result = function(input, weight, bias, scale)
+    torch.testing.assert_close(result, torch.full_like(result, expected), equal_nan=True)
+
+
+@EVERY
+def test_nan_weight_makes_every_pixel_nan(function, device):
+    input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3))
+    weight[5, 2, 1, 1] = math.nan
+    assert function(input, weight, bias, -2.0).isnan().all()
+
+
+@EVERY
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_same_bits_every_time(function, device, layout):
+    tensors = problem(device, (2, 33, 30, 41), 37, (3, 3), layout=layout)
+    first = function(*tensors, 1.3)
+    assert all(function(*tensors, 1.3).equal(first) for _ in range(4))
+
+
+@EVERY
+def test_strides_past_2_to_31_elements(function, device):
+    stride = 2**30 + 1
+    storage = torch.empty(2 * stride + 30, dtype=torch.bfloat16, device=device)
+    input = storage.as_strided((1, 3, 5, 6), (30, stride, 6, 1))
+    input.copy_(torch.randn(input.shape))
+    check(function, input, *problem(device, (1, 3, 5, 6), 4, (3, 3), torch.bfloat16)[1:], 2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("function", "device"), [p for p in implementations("conv2d_scale_min") if p.id.endswith("cuda")])
+class TestGpu:
+    def test_past_2_to_31_elements(self, function, device):
+        if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+            pytest.skip("needs 24 GiB of free GPU memory")
+        input = torch.empty(3, 64, 4100, 2800, dtype=torch.bfloat16, device=device).normal_()
+        weight = torch.randn(8, 64, 3, 3, device=device).mul(0.04).bfloat16()
+        result = function(input, weight, None, 2.0)
+        for rows in (slice(0, 40), slice(-40, None)):
+            part = input[2:, :, rows]
+            expected = exact(part, 2.0, weight)
+            bound = error_bound(part, weight, None, 2.0, expected, "ieee")
+            assert_within(result[2:, :, :38] if rows.start == 0 else result[2:, :, -38:], expected, bound)
+
+    def test_side_stream_and_graph_capture(self, function, device):
+        input, weight, bias = problem(device, (2, 16, 20, 24), 32, (3, 3))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(input, weight, bias, 2.0)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(input, weight, bias, 2.0)
+        input.copy_(torch.randn_like(input))
+        graph.replay()
+        torch.testing.assert_close(result, function(input, weight, bias, 2.0))
+
+    def test_does_not_synchronise(self, function, device):
+        tensors = problem(device, (2, 16, 20, 24), 32, (3, 3))
+        function(*tensors, 2.0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function(*tensors, 2.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_second_device(self, function, device):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        tensors = problem("cuda:1", (2, 16, 20, 24), 32, (3, 3))
+        check(function, *tensors, 2.0)
+        assert torch.cuda.current_device() == 0

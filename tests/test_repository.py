@@ -1,0 +1,166 @@
+"""The repository agrees with itself: environments, README and records, notebooks, sources."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from fused_kernels import bench, build, plots
+from fused_kernels.rungs import LADDER
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+TEXT = {".py", ".md", ".toml", ".yml", ".txt", ".cpp", ".cu", ".cuh", ".h", ".ipynb", ".csv", ""}
+
+
+def requirements(extra=None):
+    """Give the names that pip would be asked for, extras of the package itself followed."""
+    found = set()
+    for line in PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]:
+        requirement = Requirement(line)
+        if requirement.name == PROJECT["name"]:
+            found.update(*(requirements(inner) for inner in requirement.extras))
+        else:
+            found.add(canonicalize_name(requirement.name))
+    return found
+
+
+def project_files():
+    """Give what git tracks or would track."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file() and Path(name).suffix in TEXT]
+
+
+def test_environment_installs_this_package_with_extras_that_exist():
+    (pip,) = (entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict))
+    (editable,) = (line for line in pip if line.startswith("-e"))
+    extras = re.fullmatch(r"-e \.\[(.+)\]", editable)[1].split(",")
+    assert {"dev", "cuda"} <= set(extras) <= set(PROJECT["optional-dependencies"])
+    assert "-c constraints.txt" in pip
+
+
+def test_environment_brings_a_compiler_and_a_python_that_the_package_accepts():
+    conda = dict(re.match(r"([\w-]+)=?(.*)", entry).groups() for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str))
+    assert conda["python"] in SpecifierSet(PROJECT["requires-python"])
+    assert {"pip", "make", "cxx-compiler"} <= set(conda)
+
+
+def test_constraints_pin_every_requirement_to_a_version_that_it_accepts():
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert re.fullmatch(r"==[\w.+]+", str(requirement.specifier)), line
+            pinned.setdefault(canonicalize_name(requirement.name), []).append(str(requirement.specifier)[2:])
+    assert pinned["torch"] == ["2.11.0"]
+    for extra in (None, *PROJECT["optional-dependencies"]):
+        assert requirements(extra) <= set(pinned)
+        for line in PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]:
+            for version in pinned.get(canonicalize_name(Requirement(line).name), []):
+                assert Requirement(line).specifier.contains(version), line
+
+
+def test_readme_opens_with_the_ladders_figure_and_recorded_table(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text(text)
+    plots.update_readme(copy, bench.records())
+    assert copy.read_text() == text, "README.md's table differs from figures/data: run make figures"
+    figure = re.search(r"(!\[|<img )[^\n]*figures/\S+\.png", text)
+    assert figure.start() < text.index(plots.BEGIN) < text.index("\n## ")
+
+
+@pytest.mark.parametrize("file", ["README.md", *(f"notebooks/{n.name}" for n in NOTEBOOKS)])
+def test_links_lead_to_files(file):
+    text = (ROOT / file).read_text()
+    if file.endswith(".ipynb"):
+        text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)", text)
+    local = [
+        link for pair in links for link in pair if link and "://" not in link and not link.startswith(("mailto:", "data:"))
+    ]
+    missing = [link for link in local if not ((ROOT / file).parent / link).exists()]
+    assert not missing
+
+
+def test_notebooks_are_there():
+    assert [n.name[:2] for n in NOTEBOOKS][:4] == ["00", "01", "02", "03"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_is_valid_and_runs_anywhere(self, path):
+        notebook = nbformat.read(path, 4)
+        nbformat.validate(notebook)
+        assert notebook.metadata.kernelspec.name == "python3"
+
+    def test_was_executed_top_to_bottom(self, path):
+        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        assert all(cell.source.strip() for cell in cells)
+
+    def test_stores_no_error_and_no_stderr(self, path):
+        outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+        assert outputs
+        assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+    def test_skips_nothing(self, path):
+        tags = {tag for cell in nbformat.read(path, 4).cells for tag in cell.metadata.get("tags", [])}
+        assert tags <= {"nbval-ignore-output"}
+
+
+def test_inline_assembly_is_in_ptx_headers_alone():
+    """One wrapper an instruction, under include/ptx."""
+    sources = [path for path in build.CSRC.rglob("*") if path.is_file() and "ptx" not in path.parts]
+    assert sources
+    assert not [path for path in sources if re.search(r"\b(__)?asm(__)?\b\s*(volatile)?\s*\(", path.read_text())]
+
+
+def test_no_file_names_a_place_on_one_machine():
+    found = []
+    for path in project_files():
+        if path != Path(__file__):
+            hits = re.findall(r"(?<![\w.$}])(?:/work/|/root/|/home/\w|/Users/\w)\S*", path.read_text(errors="ignore"))
+            found += [(str(path.relative_to(ROOT)), hit) for hit in hits]
+    assert not found
+
+
+def test_ladder_and_sources_agree():
+    """A rung's name is its file's name, and every kernel is on the ladder."""
+    files = {path for path in build.CSRC.rglob("*") if path.suffix in (".cpp", ".cu")}
+    assert files == {rung.source_file for rung in LADDER if rung.device}
+    assert len({rung.name for rung in LADDER}) == len(LADDER)
+
+
+@pytest.mark.parametrize("rung", [rung.name for rung in LADDER])
+def test_every_rung_says_its_idea(rung):
+    (rung,) = (r for r in LADDER if r.name == rung)
+    assert rung.operator in ("scale_min", "conv2d_scale_min")
+    assert 10 < len(rung.idea) < 120
+    if rung.device:
+        assert f'm.impl("{rung.name}"' in rung.source
+        assert "FUSED_KERNELS_NAMESPACE" in rung.source
+
+
+def test_records_are_of_rungs_and_peers_that_are_named():
+    known = {rung.name for rung in LADDER} | {"eager", "compile", "compile-max-autotune", "cudnn-graph", "library"}
+    for record in bench.records():
+        assert record.operator == "ceiling" or record.rung in known
+        assert record.correct
+        assert 0 < record.p20_ms <= record.p50_ms <= record.p80_ms

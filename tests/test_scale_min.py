@@ -1,0 +1,257 @@
+"""scale_min: every rung and the public function against float64 and against torch's own two operations."""
+
+import math
+
+import pytest
+import torch
+from conftest import DTYPES, LAYOUTS, assert_one_sentence, assert_within, exact, implementations
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_kernels import rungs
+
+EVERY = pytest.mark.parametrize(("function", "device"), implementations("scale_min"))
+# scale_min_naive keeps the source document's faults: it drops NaN.
+PROPAGATES_NAN = pytest.mark.parametrize(
+    ("function", "device"), [p for p in implementations("scale_min") if not p.id.startswith("scale_min_naive")]
+)
+NAIVE = pytest.mark.parametrize(
+    ("function", "device"), [p for p in implementations("scale_min") if p.id.startswith("scale_min_naive")]
+)
+NAIVE_MAX_CHANNELS = 1024
+
+
+def torch_own(input, scale):
+    return torch.min(input * scale, dim=1, keepdim=True).values
+
+
+def check(function, input, scale):
+    """Run, compare with float64, and see that the input stayed as it was."""
+    before = input.clone()
+    result = function(input, scale)
+    torch.testing.assert_close(input, before, rtol=0, atol=0, equal_nan=True)
+    assert result.dtype == input.dtype
+    assert result.device == input.device
+    assert result.is_contiguous()
+    expected = exact(input, scale)
+    # One rounding to the dtype, of the product; float32 rounds the scale as well.
+    eps = torch.finfo(input.dtype).eps
+    roundings = 1.01 if input.dtype == torch.float32 else 0.51
+    assert_within(result, expected, roundings * eps * expected.abs() + torch.finfo(input.dtype).smallest_normal * eps)
+    return result
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_dtypes(function, device, dtype, layout, poisoned):
+    input = LAYOUTS[layout](torch.randn(3, 7, 11, 13, device=device).to(dtype))
+    check(function, input, -1.7)
+
+
+@EVERY
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (1, 1, 5, 3),
+        (2, 2, 1, 1),
+        (1, 3, 1, 509),
+        (5, 7, 31, 1),
+        (2, 8, 16, 16),
+        (1, 128, 33, 65),
+        (2, 129, 17, 19),
+        (1, 1000, 3, 5),
+        (1, 1500, 7, 2),
+        (7, 64, 2, 2),
+    ],
+    ids=str,
+)
+def test_shapes(function, device, shape, layout, poisoned):
+    if shape[1] > NAIVE_MAX_CHANNELS and getattr(function, "name", "") == "scale_min_naive":
+        pytest.skip("refuses so many channels: test_naive_names_its_limit")
+    input = LAYOUTS[layout](torch.randn(shape, device=device))
+    check(function, input, 0.3)
+    check(function, input.bfloat16(), 2)
+
+
+@EVERY
+@given(
+    shape=st.tuples(st.integers(0, 4), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40)),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.floats(-8, 8, width=16),
+)
+def test_drawn(function, device, shape, layout, dtype, scale):
+    torch.manual_seed(0)
+    check(function, LAYOUTS[layout](torch.randn(shape, device=device).to(dtype)), scale)
+
+
+@EVERY
+@pytest.mark.parametrize("shape", [(0, 5, 4, 4), (3, 5, 0, 4), (3, 5, 4, 0)], ids=str)
+def test_empty(function, device, shape):
+    result = function(torch.empty(shape, device=device), 2.0)
+    assert result.shape == (shape[0], 1, *shape[2:])
+
+
+@EVERY
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+def test_float32_is_bit_equal_to_torch(function, device, layout):
+    input = LAYOUTS[layout](torch.randn(2, 37, 23, 29, device=device))
+    for scale in (2.0, -1.1, 1 / 3, 1e-30):
+        assert function(input, scale).view(torch.int32).equal(torch_own(input, scale).view(torch.int32))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.0, -3.0, 1, True, 2**60 + 1, 1e-320, 1e300, math.inf, -math.inf])
+def test_scale_is_torchs(function, device, dtype, scale):
+    """No element is zero, so that even an infinite scale makes no NaN, which one rung drops."""
+    input = torch.randn(2, 9, 8, 7, device=device).to(dtype)
+    torch.testing.assert_close(function(input, scale), torch_own(input, float(scale)), rtol=0, atol=0)
+
+
+@EVERY
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integer_scale_too_large_for_a_float_is_infinite(function, device, sign):
+    input = torch.randn(2, 9, 8, 7, device=device)
+    assert function(input, sign * 10**400).equal(function(input, sign * math.inf))
+
+
+@PROPAGATES_NAN
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+def test_nan_propagates_from_any_channel(function, device, dtype, layout, poisoned):
+    channels = 19
+    input = torch.randn(1, channels, 5, channels + 1, device=device).to(dtype)
+    for c in range(channels):
+        input[:, c, :, c] = math.nan
+    result = function(LAYOUTS[layout](input), -2.0)
+    assert result[..., :channels].isnan().all()
+    assert not result[..., channels].isnan().any()
+
+
+@PROPAGATES_NAN
+def test_infinity_times_zero_is_nan(function, device):
+    input = torch.randn(1, 4, 3, 8, device=device)
+    input[0, 2, :, 5] = math.inf
+    assert function(input, 0.0).isnan()[0, 0].equal(input[0, 2] == math.inf)
+
+
+@NAIVE
+def test_naive_drops_nan_on_purpose(function, device):
+    """The source document's fault, kept for the lesson: NaN loses every comparison, so it is never the minimum."""
+    input = torch.randn(1, 5, 4, 4, device=device)
+    input[:, 2] = math.nan
+    without = input[:, [0, 1, 3, 4]]
+    assert function(input, 2.0).equal(torch_own(without, 2.0))
+
+
+@NAIVE
+def test_naive_names_its_limit(function, device):
+    assert function(torch.randn(1, NAIVE_MAX_CHANNELS, 2, 2, device=device), 1.0).shape == (1, 1, 2, 2)
+    with pytest.raises(RuntimeError, match=r"1024.*1025") as error:
+        function(torch.randn(1, NAIVE_MAX_CHANNELS + 1, 2, 2, device=device), 1.0)
+    assert_one_sentence(str(error.value).splitlines()[0])
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [2.0, -2.0])
+def test_infinities(function, device, dtype, scale):
+    input = torch.randn(1, 6, 3, 5, device=device).to(dtype)
+    input[0, 1, 0, 0] = math.inf
+    input[0, 5, 1, 1] = -math.inf
+    input[0, :, 2, 2] = math.inf
+    input[0, :, 2, 3] = -math.inf
+    assert function(input, scale).equal(torch_own(input, scale))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_is_scaled_in_float32_and_rounded_once(function, device, dtype):
+    """scale 1 + 2^-12 rounds to 1 in either type, so a scale that was rounded first would change nothing."""
+    input = torch.linspace(1, 2, 4096, device=device).to(dtype).view(1, 1, 64, 64)
+    scale = 1 + 0.75 * torch.finfo(dtype).eps
+    assert function(input, scale).equal((input.float() * scale).to(dtype))
+
+
+@EVERY
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_same_bits_every_time(function, device, layout):
+    input = LAYOUTS[layout](torch.randn(4, 65, 37, 41, device=device))
+    first = function(input, 1.3)
+    assert all(function(input, 1.3).equal(first) for _ in range(5))
+
+
+@EVERY
+def test_strides_past_2_to_31_elements(function, device):
+    """Three channels 2^30 + 1 elements apart; the memory in between is never touched."""
+    stride = 2**30 + 1
+    storage = torch.empty(2 * stride + 15, dtype=torch.bfloat16, device=device)
+    input = storage.as_strided((1, 3, 3, 5), (15, stride, 5, 1))
+    input.copy_(torch.randn(input.shape))
+    check(function, input, 2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("function", "device"), [p for p in implementations("scale_min") if p.id.endswith("cuda")])
+class TestGpu:
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+    def test_past_2_to_31_elements(self, function, device, layout):
+        shape = (2, 64, 4100, 4100)
+        if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+            pytest.skip("needs 12 GiB of free GPU memory")
+        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        input = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=memory_format).normal_()
+        result = function(input, -2.0)
+        for n in range(shape[0]):
+            for rows in torch.arange(shape[2], device="cpu").split(512):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                assert result[n, :, part].equal(torch_own(input[n : n + 1, :, part], -2.0)[0]), (n, part)
+
+    def test_runs_on_the_current_stream(self, function, device):
+        function(torch.randn(1, 3, 4, 4, device=device), 1.0)
+        source = torch.randn(8, 64, 256, 256, device=device)
+        input = torch.zeros_like(source)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            input.copy_(source)
+            result = function(input, 2.0)
+        stream.synchronize()
+        assert result.equal(torch_own(source, 2.0))
+
+    def test_graph_capture(self, function, device):
+        input = torch.randn(2, 33, 17, 31, device=device)
+        function(input, 2.0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(input, 2.0)
+        input.copy_(torch.randn_like(input))
+        graph.replay()
+        assert result.equal(torch_own(input, 2.0))
+
+    def test_does_not_synchronise(self, function, device):
+        input = torch.randn(2, 33, 17, 31, device=device)
+        function(input, 2.0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function(input, 2.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_second_device(self, function, device):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        input = torch.randn(2, 33, 17, 31, device="cuda:1")
+        result = function(input, 2.0)
+        assert torch.cuda.current_device() == 0
+        assert result.equal(torch_own(input, 2.0))
+
+
+def test_ladder_has_the_rungs_that_the_course_climbs():
+    on_gpu = [name for name, rung in rungs.items() if rung.operator == "scale_min" and rung.device == "cuda"]
+    assert on_gpu[:3] == ["scale_min_naive", "scale_min_coalesced", "scale_min_vectorized"]
