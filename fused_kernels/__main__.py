@@ -24,7 +24,7 @@ def doctor(_):
         "GPU": ", ".join(gpus) or "none that torch sees",
         "C++ compiler": build.why_no_compiler() or os.environ.get("CXX", "c++"),
         "CUDA toolkit": f"{'.'.join(map(str, toolkit.version))} in {toolkit.home}" if toolkit else "none: nvcc was not found",
-        "built kernels": build.cache_dir(),
+        "built kernels": str(build.cache_dir()).replace(str(Path.home()), "~"),
     }
     for name, fact in facts.items():
         print(f"{name:<22}{fact}")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import check, ops, progress, reference
+from . import build, check, ops, progress, reference
 from .check import Errors
 from .rungs import LADDER, rungs
 
@@ -631,6 +631,7 @@ def _compile_modes(device, quick):
 
 
 def _compiled(function, mode, *args):
+    build.import_cpp_extension()  # quietly; torch.compile would do it with a warning where nvcc is and no GPU
     return functools.partial(torch.compile(function, mode=mode, dynamic=False), *args)
 
 

@@ -17,7 +17,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +160,7 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
 
 
 def _compile_and_load(name, unique, source, device, flags, directory):
-    cpp_extension = _import_cpp_extension()
+    cpp_extension = import_cpp_extension()
     text = [f'#line 1 "{name}.{"cu" if device == "cuda" else "cpp"}"\n{source}']
     with _build_environment(cpp_extension, device):
         cpp_extension.load_inline(
@@ -170,9 +169,7 @@ def _compile_and_load(name, unique, source, device, flags, directory):
             cuda_sources=text if device == "cuda" else None,
             extra_cflags=flags if device == "cpu" else None,
             extra_cuda_cflags=flags if device == "cuda" else None,
-            # NOTE: a compiler may link a C++ runtime of its own into the library (seen with a GCC 13), and then the first
-            # exception that reaches torch kills the process: name the shared one first.
-            extra_ldflags=["-lstdc++"] if sys.platform == "linux" else None,
+            extra_ldflags=_cxx_runtime(),
             extra_include_paths=[str(path) for path in _include_paths(device)],
             build_directory=str(directory),
             is_python_module=False,
@@ -180,7 +177,7 @@ def _compile_and_load(name, unique, source, device, flags, directory):
         )
 
 
-def _import_cpp_extension():
+def import_cpp_extension():
     """Import it only where something is compiled: it takes 0.3 s, and warns of a toolkit without a GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     before = logger.level
@@ -236,6 +233,17 @@ def _linkable_home(toolkit):
                 link.unlink(missing_ok=True)
                 link.symlink_to(target)
     return shim
+
+
+def _cxx_runtime():
+    """Name the C++ runtime that torch has loaded, so that our libraries link the same one.
+
+    NOTE: a compiler may link a static one of its own (seen with a GCC 13); the first exception that reaches torch then kills
+    the process.
+    """
+    with contextlib.suppress(OSError):
+        mapped = re.search(r"/\S*libstdc\+\+\.so\S*", Path("/proc/self/maps").read_text())
+        return [shlex.quote(mapped[0])] if mapped else None
 
 
 def _include_paths(device):

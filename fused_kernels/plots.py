@@ -121,7 +121,7 @@ def roofline(records, dtype="float32", precision=None, layout="NCHW"):
 
 
 def bandwidth(records):
-    """Draw the rate at which each scale_min reads its input, beside the fastest read-only reduction of the same bytes."""
+    """Draw how fast each scale_min gets through its input, beside the fastest read-only reduction of the same bytes."""
     chosen = bench.select(records, operator="scale_min", direction="forward")
     columns = list(dict.fromkeys((r.dtype, r.layout) for r in chosen))
     names = _order(chosen)
@@ -133,7 +133,7 @@ def bandwidth(records):
         (ceiling,) = bench.select(records, operator="ceiling", rung="read", dtype=dtype, layout=layout)
         for y, name in enumerate(names):
             if name in here:
-                rate = here[name].gbps
+                rate = ceiling.bytes / here[name].p50_ms / 1e6
                 axis.barh(y, rate, color=_colour(name), height=0.72)
                 _label(axis, rate, y, f"{_three(rate)}  {rate / ceiling.gbps:.0%}")
         axis.axvline(ceiling.gbps, color="black", linestyle=":", linewidth=1)

@@ -1,4 +1,4 @@
-"""One line that says what takes long: on a terminal or in a notebook, never in a log."""
+"""Say what takes long: on a terminal or in a notebook, never in a log."""
 
 import contextlib
 import sys
@@ -14,15 +14,15 @@ def interactive():
 
 @contextlib.contextmanager
 def task(label):
-    """Print ``label``, then the seconds that the block took."""
+    """Print ``label``, then again with the seconds that the block took: whole lines, as several may run at once."""
     if not interactive():
         yield
         return
     start = time.perf_counter()
-    print(f"{label} ...", end=" ", flush=True)
+    print(f"{label} ...", flush=True)
     try:
         yield
     except BaseException:
-        print("failed", flush=True)
+        print(f"{label} failed", flush=True)
         raise
-    print(f"{time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{label}: {time.perf_counter() - start:.1f} s", flush=True)
