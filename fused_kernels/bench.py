@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import platform
+import random
 import re
 import secrets
 import subprocess
@@ -197,8 +198,11 @@ def _timing(times):
 
 def _cpu_times(functions, repeats, _):
     times = {name: [] for name in functions}
+    order, shuffle = list(functions.items()), random.Random(0).shuffle
     for _ in range(repeats):
-        for name, function in functions.items():
+        # Each finds in the cache what the one before it left there: in another order each time.
+        shuffle(order)
+        for name, function in order:
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
