@@ -5,8 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # With an NVIDIA GPU but no CUDA toolkit, take nvcc from PyPI.
-EXTRAS := dev$(if $(shell command -v nvidia-smi),$(if $(shell command -v nvcc),,$(comma)cuda))
 comma := ,
+EXTRAS := dev$(if $(shell command -v nvidia-smi 2>&1),$(if $(shell command -v nvcc 2>&1),,$(comma)cuda))
 
 .PHONY: run test lab figures setup
 .DEFAULT_GOAL := run
