@@ -14,7 +14,12 @@ from .rungs import LADDER
 
 def doctor(_):
     """Say what this machine has, and for each rung whether it runs here, else what is missing."""
-    toolkit = build.cuda_toolkit()
+    try:
+        toolkit = build.cuda_toolkit()
+        found = f"{'.'.join(map(str, toolkit.version))} in {toolkit.home}" if toolkit else "none: nvcc was not found"
+    except RuntimeError as error:
+        found = error
+    cache, home = build.cache_dir(), Path.home()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
         "fused_kernels": __version__,
@@ -23,14 +28,18 @@ def doctor(_):
         "CUDA of torch": torch.version.cuda or "none: a build for CPUs",
         "GPU": ", ".join(gpus) or "none that torch sees",
         "C++ compiler": build.why_no_compiler() or os.environ.get("CXX", "c++"),
-        "CUDA toolkit": f"{'.'.join(map(str, toolkit.version))} in {toolkit.home}" if toolkit else "none: nvcc was not found",
-        "built kernels": str(build.cache_dir()).replace(str(Path.home()), "~"),
+        "CUDA toolkit": found,
+        "built kernels": Path("~", cache.relative_to(home)) if cache.is_relative_to(home) else cache,
     }
     for name, fact in facts.items():
         print(f"{name:<22}{fact}")
     print()
     for rung in LADDER:
-        print(f"{rung.name:<22}{rung.why_unavailable() or 'ready'}")
+        try:
+            missing = rung.why_unavailable()
+        except RuntimeError as error:
+            missing = error
+        print(f"{rung.name:<22}{missing or 'ready'}")
 
 
 def run_bench(options):

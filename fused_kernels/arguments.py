@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import operator
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,9 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
             raise ValueError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
         if tensor.device != input.device:
             raise ValueError(f"{name}: expected the input's device {input.device}, got {tensor.device}")
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-        raise ValueError(f"groups: expected a positive integer, got {groups!r}")
+    groups, given = _integer(groups), groups
+    if groups is None or groups < 1:
+        raise ValueError(f"groups: expected a positive integer, got {given!r}")
 
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     if min(weight.shape) == 0:
@@ -124,10 +126,10 @@ def _check_tensor(name, value, shape):
 
 
 def _pair(name, value, smallest):
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    pair = tuple(_integer(v) for v in (value if isinstance(value, (tuple, list)) else (value,)))
     if len(pair) == 1:
         pair *= 2
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= smallest for v in pair):
+    if len(pair) != 2 or not all(v is not None and v >= smallest for v in pair):
         raise ValueError(f"{name}: expected an integer of at least {smallest} or a pair of them, got {value!r}")
     return pair
 
@@ -145,6 +147,18 @@ def _padding(padding, stride, dilation, kernel):
         raise ValueError(f'padding: expected numbers, "same" or "valid", got {padding!r}')
     vertical, horizontal = _pair("padding", padding, 0)
     return (vertical, vertical, horizontal, horizontal)
+
+
+def _integer(value):
+    """Return an integer of any kind, NumPy's too, as an int; None for everything else, booleans included."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _shape(tensor):

@@ -54,12 +54,17 @@ def cache_dir():
 def why_no_compiler():
     """Say in one sentence why no C++ library can be built here, or None."""
     command = _cxx()
-    if shutil.which(command[0]):
-        return None
-    return (
-        f"no C++ compiler: {command[0]!r} was not found; install one (Debian: apt install g++; "
-        "conda: conda install cxx-compiler) or name it in the environment variable CXX"
-    )
+    if not shutil.which(command[0]):
+        return (
+            f"no C++ compiler: {command[0]!r} was not found; install one (Debian: apt install g++; "
+            "conda: conda install cxx-compiler) or name it in the environment variable CXX"
+        )
+    folder = cache_dir().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    # A cache that is there may be complete, and then need not be writable.
+    if existing != folder and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        return f"no place for built kernels: {folder} cannot be made; name another one in FUSED_KERNELS_CACHE"
+    return None
 
 
 def why_no_nvcc(capability):
@@ -123,7 +128,7 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
     namespace : str
         The operators' namespace, what ``FUSED_KERNELS_NAMESPACE`` is in the source.
     arch : str, optional
-        What to compile for, such as "90a"; by default the current GPU's.
+        What to compile for, such as "90a"; by default every GPU that is visible.
 
     Returns
     -------
@@ -135,9 +140,8 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
     RuntimeError
         No toolchain, or the compiler failed; the message holds what it said.
     """
-    if device == "cuda" and arch is None:
-        arch = architecture(torch.cuda.get_device_capability())
-    flags = _flags(device, namespace, arch)
+    archs = ([arch] if arch else _visible_architectures()) if device == "cuda" else []
+    flags = _flags(device, namespace, archs)
     key = _key(source, device, flags)
     directory = cache_dir() / f"{name}-{key}"
     library = directory / f"{name}.so"
@@ -150,7 +154,7 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
                 directory.mkdir()
                 # NOTE: torch remembers names: it would not build again what failed, and add a version to what it built.
                 unique = f"{name}_{next(_builds)}"
-                with progress.task(f"building {name}" + (f" for sm_{arch}" if arch else "")):
+                with progress.task(" for ".join([f"building {name}", *(f"sm_{arch}" for arch in archs)])):
                     _compile_and_load(name, unique, source, device, flags, directory)
                 # The final name is what says that a build was completed.
                 (directory / f"{unique}.so").replace(library)
@@ -180,12 +184,13 @@ def _compile_and_load(name, unique, source, device, flags, directory):
 def import_cpp_extension():
     """Import it only where something is compiled: it takes 0.3 s, and warns of a toolkit without a GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from torch.utils import cpp_extension
-    finally:
-        logger.setLevel(before)
+    with _environment_lock:
+        before = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            from torch.utils import cpp_extension
+        finally:
+            logger.setLevel(before)
     return cpp_extension
 
 
@@ -250,13 +255,20 @@ def _include_paths(device):
     return [CSRC / device / "include"]
 
 
-def _flags(device, namespace, arch):
+def _visible_architectures():
+    """Name what the visible GPUs need that a kernel of ours can run on: one library serves them all."""
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    known = cuda_toolkit().architectures
+    return [architecture(c) for c in sorted(capabilities) if c >= (8, 0) and c[0] * 10 + c[1] in known]
+
+
+def _flags(device, namespace, archs):
     flags = ["-O3", f"-DFUSED_KERNELS_NAMESPACE={namespace}"]
     if device == "cpu":
         native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
         return [*flags, native, "-fno-math-errno"]
     # NOTE: torch never chooses sm_90a by itself, and fails where no GPU is: always name the target.
-    return [*flags, "-DUSE_CUDA", "-lineinfo", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    return [*flags, "-DUSE_CUDA", "-lineinfo", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
 
 
 def _key(source, device, flags):
@@ -269,7 +281,7 @@ def _key(source, device, flags):
 
 
 def _cxx():
-    return shlex.split(os.environ.get("CXX", "c++"))
+    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 @functools.cache

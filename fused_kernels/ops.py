@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from . import arguments, build, reference
-from .rungs import LADDER, edited, rungs
+from .rungs import LADDER, edited, is_transformed, rungs
 
 SCHEMAS = {
     "scale_min": "(Tensor input, float scale) -> Tensor",
@@ -49,7 +49,7 @@ def scale_min(input, scale):
     arguments.check_input(input)
     scale = arguments.as_scale(scale)
     name = _SCALE_MIN.get(input.device.type)
-    if name is None or _why_unavailable(name, input.device.index):
+    if name is None or is_transformed() or _why_unavailable(name, input.device.index):
         return reference.scale_min(input, scale)
     return getattr(torch.ops.fused_kernels, name)(input, scale)
 
@@ -75,7 +75,8 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
         As for :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
     precision : {"auto", "ieee", "tf32"}
         For float32: how exact the convolution must be. "ieee" is full float32; "tf32" allows operands of a 10-bit mantissa
-        with float32 accumulation; "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the call.
+        with float32 accumulation; "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients
+        are PyTorch's own and follow that setting, whatever is asked here.
 
     Returns
     -------
@@ -139,12 +140,19 @@ def _choose(input, weight, bias, geometry):
     name = _CONV2D_SCALE_MIN.get(input.device.type)
     if name is None:
         why = f"no fused kernel for {input.device.type} tensors"
+    elif is_transformed():
+        why = f"{name} has no rule for torch.func's transforms and forward-mode gradients"
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
         why = f"{name} has no fast gradient"
     elif missing := _why_unavailable(name, input.device.index):
         why = missing
-    elif math.prod(geometry.output_size(input.shape, weight.shape)) < 128 and weight.numel() >= 2**18:
-        # Measured on Zen 4: 512 channels on 7 x 7 pixels leave vector lanes empty and are slow to pack the weights for.
+    elif (
+        input.dtype in (torch.float32, torch.bfloat16)
+        and weight.numel() >= 2**18
+        and math.prod(geometry.output_size(input.shape, weight.shape)) < 128
+    ):
+        # Measured on Zen 4: 512 channels on 7 x 7 pixels leave vector lanes empty and are slow to pack the weights for. The
+        # library has no fast float16 or float64 to lose to.
         why = f"{name} is slower on an image so small with channels so many"
     else:
         return name, f"the fastest rung for {input.device.type} tensors"
@@ -238,11 +246,19 @@ _cudnn_tf32._dynamo_marked_constant = True
 def _autocast(*tensors):
     """Cast as autocast casts a convolution's arguments: every floating-point tensor but float64."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)
     return [t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in castable else t for t in tensors]
+
+
+def _has_autocast(device):
+    return torch.amp.is_autocast_available(device)
+
+
+# A constant of the device, which the compiler cannot trace.
+_has_autocast._dynamo_marked_constant = True
 
 
 def define(rung):
@@ -333,7 +349,7 @@ def _build_on_first_call(rung, library):
     def stand_in(*args):
         if args[0].device.type != rung.device:
             raise RuntimeError(f"input: {rung.name} expected a {rung.device} tensor, got one on {args[0].device}")
-        if missing := rung.why_unavailable():
+        if missing := rung.why_unavailable(args[0].device.index):
             raise RuntimeError(f"{rung.name} cannot run here: {missing}")
         _load(rung)
         return getattr(getattr(torch.ops, rung.namespace), rung.name)(*args)

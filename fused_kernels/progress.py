@@ -9,7 +9,9 @@ def interactive():
     """Tell whether a person watches: a terminal, or a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    return sys.stdout.isatty() or (shell is not None and hasattr(shell, "kernel"))
+    # Loggers that stand in for stdout may lack isatty, and there may be no stdout at all.
+    isatty = getattr(sys.stdout, "isatty", None)
+    return bool(isatty and isatty()) or (shell is not None and hasattr(shell, "kernel"))
 
 
 @contextlib.contextmanager

@@ -94,6 +94,9 @@ class Rung:
         RuntimeError
             The kernel cannot be built here, or cannot take these arguments.
         """
+        if self.device and is_transformed():
+            # Without a rule of its own, torch would take the operator's derivative for zero.
+            raise RuntimeError(f"{self.name} has no rule for torch.func's transforms and forward-mode gradients")
         return (self._scale_min if self.operator == "scale_min" else self._conv2d_scale_min)(*args, **kwargs)
 
     def _scale_min(self, input, scale):
@@ -110,6 +113,11 @@ class Rung:
     @property
     def _operator(self):
         return getattr(getattr(torch.ops, self.namespace), self.name)
+
+
+def is_transformed():
+    """Tell whether a transform of torch.func or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 LADDER = (

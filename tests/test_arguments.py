@@ -142,3 +142,33 @@ def test_cuda_rung_on_cpu_tensors(name):
 def test_cpu_rung_on_cuda_tensors(name):
     args = (X,) if fk.rungs[name].operator == "scale_min" else (x, w, b)
     assert_refuses(lambda: fk.rungs[name](*move(args, "cuda"), 2.0), (ValueError, RuntimeError), r".*(?i:cpu)")
+
+
+NUMPY = {"stride": np.int64(2), "padding": (np.int32(1), 1), "dilation": np.int16(1), "groups": np.int64(2)}
+
+
+def test_numpy_integers_are_integers():
+    input, weight = torch.rand(1, 4, 8, 9), torch.rand(6, 2, 3, 3)
+    plain = fk.conv2d_scale_min(input, weight, stride=2, padding=1, groups=2)
+    assert fk.conv2d_scale_min(input, weight, **NUMPY).equal(plain)
+
+
+DIRECT = {
+    "no channels": lambda op, x, w: op.scale_min(x[:, :0], 2.0),
+    "rank": lambda op, x, w: op.scale_min(x[0], 2.0),
+    "stride": lambda op, x, w: op.conv2d_scale_min(x, w, None, 2.0, [0, 1], [0] * 4, [1, 1], 1, "ieee"),
+    "groups": lambda op, x, w: op.conv2d_scale_min(x, w, None, 2.0, [1, 1], [0] * 4, [1, 1], 0, "ieee"),
+    "channels": lambda op, x, w: op.conv2d_scale_min(x[:, :1], w, None, 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"),
+    "dtype": lambda op, x, w: op.conv2d_scale_min(x, w.half(), None, 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"),
+    "bias": lambda op, x, w: op.conv2d_scale_min(x, w, w[0, 0, 0], 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"),
+    "kernel": lambda op, x, w: op.conv2d_scale_min(x[..., :2], w, None, 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"),
+}
+
+
+@pytest.mark.parametrize("call", DIRECT.values(), ids=DIRECT)
+def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds(call):
+    """Around the Python functions and their sentences, the C++ refuses what it cannot read."""
+    if missing := fk.rungs["scale_min"].why_unavailable():
+        pytest.skip(missing)
+    with pytest.raises(RuntimeError, match="expected"):
+        call(torch.ops.fused_kernels, torch.rand(1, 4, 8, 9), torch.rand(6, 4, 3, 3))

@@ -221,3 +221,26 @@ def test_fake_tensors_need_no_device(name):
     result = rung(input, 2.0) if rung.operator == "scale_min" else rung(input, weight, bias, 2.0, stride=2, padding="valid")
     assert result.shape == ((2, 1, 9, 11) if rung.operator == "scale_min" else (2, 1, 4, 5))
     assert result.is_contiguous()
+
+
+def test_forward_mode_and_func_transforms_are_torchs_own():
+    """An operator without such rules would silently give a derivative of zero."""
+    input, weight = torch.randn(2, 3, 6, 5, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+
+    def own(x, w):
+        return fk.scale_min(fk.conv2d_scale_min(x, w, scale=-1.5), 2.0)
+
+    def torchs(x, w):
+        return torch.min(F.conv2d(x, w) * -1.5, dim=1, keepdim=True).values * 2.0
+
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        for argument in (0, 1):
+            torch.testing.assert_close(transform(own, argument)(input, weight), transform(torchs, argument)(input, weight))
+    batched = torch.func.vmap(own, (0, None))(input[None].repeat(3, 1, 1, 1, 1), weight)
+    torch.testing.assert_close(batched, torchs(input, weight).expand_as(batched))
+
+
+def test_a_rung_refuses_transforms_that_it_has_no_rule_for():
+    rung, input = fk.rungs["scale_min"], torch.randn(1, 3, 4, 4)
+    with pytest.raises(RuntimeError, match="scale_min has no rule"):
+        torch.func.jvp(lambda x: rung(x, 2.0), (input,), (input,))

@@ -321,3 +321,16 @@ def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
     libraries = load_all(jobs)
     assert len(set(libraries)) == len(jobs) >= len(CUDA_RUNGS)
     assert all(library.exists() for library in libraries)
+
+
+def test_one_library_serves_every_visible_gpu(monkeypatch):
+    """The current device may not be the tensor's: build for all that can run a kernel, and for no other."""
+    capabilities = [(9, 0), (7, 5), (8, 6), (9, 0), (99, 0)]
+    monkeypatch.setattr(build, "cuda_toolkit", lambda: build.Toolkit(Path("/nowhere"), (13, 0), frozenset({75, 80, 86, 90})))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
+    flags = build._flags("cuda", "somewhere", build._visible_architectures())
+    assert [flag for flag in flags if "gencode" in flag] == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]

@@ -130,3 +130,17 @@ def test_explain_names_the_precision(device, precision, setting, expected, set_c
     input, weight = torch.ones(1, 3, 8, 8, device=device), torch.ones(7, 3, 3, 3, device=device)
     assert fk.explain(input, weight, precision=precision).precision == expected
     assert fk.explain(input.half(), weight.half(), precision=precision).precision == "float16"
+
+
+@pytest.mark.parametrize("make", [lambda: fk.Conv2dScaleMin(4, 6, 3, 2.0), lambda: fk.ModelNew(4, 6, 3, 2.0)])
+def test_meta_tensors_pass_through(make):
+    with torch.device("meta"):
+        assert make()(torch.empty(2, 4, 8, 9)).shape == (2, 1, 6, 7)
+
+
+def test_exports_with_any_size():
+    layer, dynamic = fk.Conv2dScaleMin(4, 6, 3, 2.0, padding=1), torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(2, 4, 8, 9),), dynamic_shapes={"input": {0: dynamic, 2: dynamic}})
+        input = torch.randn(5, 4, 20, 9)
+        torch.testing.assert_close(exported.module()(input), layer(input))

@@ -101,6 +101,7 @@ template <class T> void run(const Tensor& input, double scale, Tensor& output) {
 }
 
 Tensor scale_min(const Tensor& input, double scale) {
+  check_input(input);
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   if (output.numel() == 0) return output;
   dispatch(input.scalar_type(), [&](auto* type) { run<std::decay_t<decltype(*type)>>(input, scale, output); });
