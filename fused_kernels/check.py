@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .rungs import rungs
 
-# What the kernels take; float64 convolutions go through the composite.
+# What a rung of each operator must take; some take float64 convolutions as well.
 DTYPES = {
     "scale_min": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
     "conv2d_scale_min": (torch.float32, torch.float16, torch.bfloat16),
@@ -185,7 +185,7 @@ def verdict(rung, device=None, *, nan=True, geometry=True):
         raise RuntimeError(f"{rung.name}: {missing}")
     device = torch.device(device or rung.device or "cpu")
     make = _scale_min_cases if rung.operator == "scale_min" else _conv2d_scale_min_cases
-    # float64 has a rung only where scale_min does, or where PyTorch itself convolves.
+    # A float64 convolution is asked only of PyTorch's own; a kernel may leave it to the composite.
     dtypes = DTYPES[rung.operator] + ((torch.float64,) if rung.device is None else ())
     with torch.no_grad():
         cases = [_judge(rung, label, *rest) for label, *rest in make(device, dtypes, nan, geometry)]

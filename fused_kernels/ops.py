@@ -5,13 +5,13 @@ import hashlib
 import math
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
 
 from . import arguments, build, reference
-from .rungs import LADDER, edited, is_transformed, rungs
+from .rungs import LADDER, is_transformed, rungs
 
 SCHEMAS = {
     "scale_min": "(Tensor input, float scale) -> Tensor",
@@ -217,7 +217,7 @@ def _fastest_layout(input, weight, geometry, precision):
     """Name the layout to copy to before the library's convolution, or None where the copy would not pay.
 
     Measured on an H200 with cuDNN 9.19: its tensor-core convolutions want channels_last and copy input and output to get it.
-    Copying the input alone ourselves pays where the convolution is large; its 16-bit grouped convolutions are six times
+    Copying the input alone ourselves pays where the convolution is large; its 16-bit grouped convolutions are
     slower in channels_last than the copies to NCHW and the convolution together.
     """
     if input.device.type != "cuda" or input.dtype == torch.float64:
@@ -303,7 +303,7 @@ def edit(name, source):
     if name not in editable:
         raise ValueError(f"name: expected a rung with a source, one of {', '.join(editable)}, got {name!r}")
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-    rung = edited(rungs[name], source, f"fused_kernels_edit_{digest}")
+    rung = replace(rungs[name], edited_source=source, namespace=f"fused_kernels_edit_{digest}")
     if not hasattr(getattr(torch.ops, rung.namespace), rung.name):
         define(rung)
     return rung

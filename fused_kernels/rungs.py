@@ -3,7 +3,7 @@
 A rung's name is its file's name under ``csrc/``, its operator's name, its key in the records and its label in every plot.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -131,8 +131,3 @@ LADDER = (
 )
 
 rungs = {rung.name: rung for rung in LADDER}
-
-
-def edited(rung, source, namespace):
-    """Give a copy of a rung with another source text, its operator in a namespace of its own."""
-    return replace(rung, edited_source=source, namespace=namespace)
