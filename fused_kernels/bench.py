@@ -198,29 +198,32 @@ def _timing(times):
 
 def _cpu_times(functions, repeats, _):
     times = {name: [] for name in functions}
-    order, shuffle = list(functions.items()), random.Random(0).shuffle
-    for _ in range(repeats):
-        # Each finds in the cache what the one before it left there: in another order each time.
-        shuffle(order)
-        for name, function in order:
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+    for name, function in _in_turns(functions, repeats):
+        start = time.perf_counter()
+        function()
+        times[name].append(time.perf_counter() - start)
     return times
 
 
 def _cuda_times(functions, repeats, flush):
     events = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            flush()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            events[name].append((start, end))
+    for name, function in _in_turns(functions, repeats):
+        flush()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        events[name].append((start, end))
     torch.cuda.synchronize()
     return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def _in_turns(functions, repeats):
+    """Give every function once a round, each round in another order: each finds the caches as the one before it left them."""
+    order, shuffle = list(functions.items()), random.Random(0).shuffle
+    for _ in range(repeats):
+        shuffle(order)
+        yield from order
 
 
 def _l2_flush(device, bytes):

@@ -172,3 +172,22 @@ def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds(call):
         pytest.skip(missing)
     with pytest.raises(RuntimeError, match="expected"):
         call(torch.ops.fused_kernels, torch.rand(1, 4, 8, 9), torch.rand(6, 4, 3, 3))
+
+
+NOT_AN_INPUT = {
+    "no channels": lambda x: x[:, :0],
+    "three dimensions": lambda x: x[0],
+    "five dimensions": lambda x: x[None],
+    "more channels than an int counts": lambda x: x[:1, :1, :1, :1].expand(1, 2**31, 1, 1),
+    "integers": lambda x: x.int(),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [rung.name for rung in LADDER if rung.device == "cuda" and rung.operator == "scale_min"])
+@pytest.mark.parametrize("change", NOT_AN_INPUT.values(), ids=NOT_AN_INPUT)
+def test_a_direct_call_of_a_cuda_operator_is_refused_before_a_launch(name, change):
+    operator = getattr(torch.ops.fused_kernels, name)
+    with pytest.raises(RuntimeError, match="input: expected"):
+        operator(change(torch.rand(1, 4, 8, 9, device="cuda")), 2.0)
+    assert operator(torch.ones(1, 1, 1, 1, device="cuda"), 2.0).item() == 2.0

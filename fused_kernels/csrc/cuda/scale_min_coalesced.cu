@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Tensor scale_min_coalesced(const Tensor& any_layout, double scale) {
+  check_input(any_layout);
   const Tensor input = torch::stable::contiguous(any_layout);
   const int64_t channels = input.size(1), plane = input.size(2) * input.size(3), pixels = input.size(0) * plane;
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});

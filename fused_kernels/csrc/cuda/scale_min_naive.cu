@@ -32,6 +32,7 @@ __global__ void scale_min_naive_kernel(const T* input, Accumulator<T> scale, T* 
 }
 
 Tensor scale_min_naive(const Tensor& any_layout, double scale) {
+  check_input(any_layout);
   const Tensor input = torch::stable::contiguous(any_layout);
   const int64_t images = input.size(0), channels = input.size(1), plane = input.size(2) * input.size(3);
   STD_TORCH_CHECK(channels <= 1024, "input: scale_min_naive expects at most 1024 channels, one a thread, got ", channels);

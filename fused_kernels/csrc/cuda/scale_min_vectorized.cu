@@ -1,6 +1,6 @@
 // scale_min_vectorized: wide loads, several of them in flight, in whichever layout the input has.
 //
-// Memory speed needs about 30 KB of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for
+// Memory speed needs tens of kilobytes of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for
 // several vectors of up to 16 bytes before it uses the first.
 //   NCHW           a thread owns a vector of pixels and walks the channels; the minimum is lane by lane.
 //   channels_last  a group of lanes owns a pixel, whose channels lie side by side; shuffles finish the minimum.
@@ -242,6 +242,7 @@ void launch(const Tensor& input, Accumulator<T> scale, Tensor& output) {
 }
 
 Tensor scale_min_vectorized(const Tensor& input, double scale) {
+  check_input(input);
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   if (output.numel() == 0) return output;
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
