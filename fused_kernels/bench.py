@@ -159,7 +159,7 @@ def measure(function, device=None, *, bytes=None, seconds=0.3):
     return compare({"": function}, device, bytes=bytes, seconds=seconds)[""]
 
 
-def compare(functions, device=None, *, bytes=None, seconds=0.3, warm_up=0.1):
+def compare(functions, device=None, *, bytes=None, seconds=0.3, warm_up=0.1, before=None):
     """Time several functions in turns, so that a drift of the machine's clock strikes all of them alike.
 
     Parameters
@@ -170,6 +170,8 @@ def compare(functions, device=None, *, bytes=None, seconds=0.3, warm_up=0.1):
         As for :func:`measure`, ``seconds`` for each function on average.
     warm_up : float
         Seconds of calls before the first that counts, for the clocks to settle.
+    before : callable, optional
+        Called before every call and not timed, in place of the flush: what a call finds in the caches.
 
     Returns
     -------
@@ -178,17 +180,17 @@ def compare(functions, device=None, *, bytes=None, seconds=0.3, warm_up=0.1):
     """
     device = torch.device(device or default_device())
     clock = _cuda_times if device.type == "cuda" else _cpu_times
-    flush = _l2_flush(device, bytes)
+    before = before or _l2_flush(device, bytes)
     # The first call may build and allocate; the later ones also tell how long a call takes.
-    clock(functions, 1, flush)
+    clock(functions, 1, before)
     start, rounds = time.perf_counter(), 0
     while rounds == 0 or time.perf_counter() - start < warm_up:
-        clock(functions, 1, flush)
+        clock(functions, 1, before)
         rounds += 1
     mean = (time.perf_counter() - start) / rounds / len(functions)
     least = 10 if device.type == "cuda" else 5
     repeats = max(least, min(1000, math.ceil(seconds / mean)))
-    return {name: _timing(times) for name, times in clock(functions, repeats, flush).items()}
+    return {name: _timing(times) for name, times in clock(functions, repeats, before).items()}
 
 
 def _timing(times):
@@ -196,19 +198,20 @@ def _timing(times):
     return Timing(p20, p50, p80, len(times))
 
 
-def _cpu_times(functions, repeats, _):
+def _cpu_times(functions, repeats, before):
     times = {name: [] for name in functions}
     for name, function in _in_turns(functions, repeats):
+        before()
         start = time.perf_counter()
         function()
         times[name].append(time.perf_counter() - start)
     return times
 
 
-def _cuda_times(functions, repeats, flush):
+def _cuda_times(functions, repeats, before):
     events = {name: [] for name in functions}
     for name, function in _in_turns(functions, repeats):
-        flush()
+        before()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -227,9 +230,9 @@ def _in_turns(functions, repeats):
 
 
 def _l2_flush(device, bytes):
-    """Give a function that writes twice the L2 cache, or nothing where the problem itself flushes it."""
+    """Give a function that writes twice a GPU's L2 cache, or does nothing where the problem itself flushes it."""
     if device.type == "cpu":
-        return None
+        return lambda: None
     size = torch.cuda.get_device_properties(device).L2_cache_size
     if bytes is None or bytes >= 4 * size:
         return lambda: None

@@ -172,6 +172,12 @@ def test_measure_calls_after_warming_up():
     assert 0 < timing.p20 <= timing.p50 <= timing.p80
 
 
+def test_compare_calls_before_every_call():
+    calls = []
+    bench.compare({"": lambda: calls.append("call")}, "cpu", seconds=0.0, warm_up=0.0, before=lambda: calls.append("before"))
+    assert calls == ["before", "call"] * (len(calls) // 2)
+
+
 def test_machine_is_a_file_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (SXM)")
     assert bench.machine("cuda") == "nvidia-h200-sxm"
