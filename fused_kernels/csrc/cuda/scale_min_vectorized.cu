@@ -36,6 +36,8 @@ struct alignas(VEC * sizeof(T)) Vector {
 };
 
 // One load instruction of VEC * sizeof(T) bytes.
+// NOTE: the hint evict_first (__ldcs) gains after a kernel that read and loses after one that wrote, such as the convolution
+// (H200; notebook 03, exercise 3).
 template <typename T, int VEC>
 __device__ __forceinline__ Vector<T, VEC> load_vector(const T* address) {
   using Bits = std::conditional_t<
