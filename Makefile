@@ -18,6 +18,8 @@ setup: .venv/ready
 		{ echo "make: $(PYTHON) is too old: expected Python 3.10 or newer; name another one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "make: $(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || \
+		{ echo "make: $(PYTHON) has no Python.h, which torch.compile needs; on Debian: apt install python3-dev"; exit 1; }
 	@echo "setting up .venv (a few minutes and 5 GB the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'

@@ -98,10 +98,12 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
 
 def check_layer(in_channels, out_channels, groups):
     """Raise unless a layer's channels can be divided into its groups."""
-    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {channels!r}")
-        if not isinstance(groups, int) or groups < 1 or channels % groups:
+    divisor = _integer(groups)
+    for name, given in (("in_channels", in_channels), ("out_channels", out_channels)):
+        channels = _integer(given)
+        if channels is None or channels < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {given!r}")
+        if divisor is None or divisor < 1 or channels % divisor:
             raise ValueError(f"groups: expected a divisor of {name} {channels}, got {groups!r}")
 
 

@@ -63,8 +63,12 @@ def why_no_compiler():
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     # A cache that is there may be complete, and then need not be writable.
     if existing != folder and not (existing.is_dir() and os.access(existing, os.W_OK)):
-        return f"no place for built kernels: {folder} cannot be made; name another one in FUSED_KERNELS_CACHE"
+        return _no_place(folder)
     return None
+
+
+def _no_place(folder):
+    return f"no place for built kernels: {folder} cannot be written; name another folder in FUSED_KERNELS_CACHE"
 
 
 def why_no_nvcc(capability):
@@ -146,8 +150,12 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
     directory = cache_dir() / f"{name}-{key}"
     library = directory / f"{name}.so"
     if not library.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{directory}.lock"):
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(f"{directory}.lock").acquire()
+        except OSError as error:
+            raise RuntimeError(_no_place(directory.parent)) from error
+        with lock:
             if not library.exists():
                 # NOTE: a killed build leaves torch's own lock file, on which the next one would wait for ever: start clean.
                 shutil.rmtree(directory, ignore_errors=True)
@@ -197,6 +205,7 @@ def import_cpp_extension():
 @contextlib.contextmanager
 def _build_environment(cpp_extension, device):
     """Let load_inline find ninja and the toolkit, which it takes from the PATH and from a global."""
+    home = str(_linkable_home(cuda_toolkit())) if device == "cuda" else None
     with _environment_lock:
         _environment_users.append((os.environ.get("PATH", ""), cpp_extension.CUDA_HOME))
         # NOTE: ninja from PyPI lies beside python, which is not on the PATH where nobody activated the environment.
@@ -204,8 +213,7 @@ def _build_environment(cpp_extension, device):
             import ninja
 
             os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
-        if device == "cuda":
-            cpp_extension.CUDA_HOME = str(_linkable_home(cuda_toolkit()))
+        cpp_extension.CUDA_HOME = home or cpp_extension.CUDA_HOME
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ def scale_min(input, scale):
     input : Tensor
         Shape (N, C, H, W), C at least 1, any strides; float32, float16, bfloat16 or float64; never modified.
     scale : float
-        Any real Python number, negative and zero included.
+        Any real Python number, negative and zero included. Under torch.compile each new value is compiled for anew.
 
     Returns
     -------
@@ -57,9 +57,9 @@ def scale_min(input, scale):
 def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"):
     """Convolve, multiply by a number, take the minimum over the output channels.
 
-    Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable. The fastest
-    rung that can take the arguments runs (:func:`explain` says which), else the library's convolution followed by
-    :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
+    Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable. The rung
+    that fuses most of it and can take the arguments runs (:func:`explain` says which), else the library's convolution
+    followed by :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
     bias : Tensor, optional
         Shape (C_out,).
     scale : float
-        Any real Python number.
+        Any real Python number. Under torch.compile each new value is compiled for anew.
     stride, padding, dilation, groups
         As for :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
     precision : {"auto", "ieee", "tf32"}
@@ -130,7 +130,7 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     return Explanation(name, _resolve_precision(input, precision), why)
 
 
-# The fastest rung of each operator on each kind of device.
+# What runs where it can: the rung that fuses most, on each kind of device.
 _SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
 _CONV2D_SCALE_MIN = {"cpu": "conv2d_scale_min"}
 
@@ -155,7 +155,7 @@ def _choose(input, weight, bias, geometry):
         # library has no fast float16 or float64 to lose to.
         why = f"{name} is slower on an image so small with channels so many"
     else:
-        return name, f"the fastest rung for {input.device.type} tensors"
+        return name, f"all in one kernel, for {input.device.type} tensors"
     return "composite", f"the library's convolution, then scale and min: {why}"
 
 
@@ -175,7 +175,7 @@ _why_unavailable._dynamo_marked_constant = True
 def _resolve_precision(input, precision):
     if input.dtype != torch.float32:
         return str(input.dtype).removeprefix("torch.")
-    if input.device.type == "cpu":
+    if input.device.type != "cuda":
         return "ieee"
     if precision == "auto":
         return "tf32" if _cudnn_tf32() else "ieee"
@@ -183,7 +183,7 @@ def _resolve_precision(input, precision):
 
 
 def composite(input, weight, bias, scale, stride, padding, dilation, groups, precision):
-    """Convolve with torch's library, in the layout that it is fastest in, then :func:`scale_min`."""
+    """Convolve with torch's library, in the layout that its tensor cores want, then :func:`scale_min`."""
     geometry = arguments.ConvArguments(stride, padding, dilation, groups)
     layout = _fastest_layout(input, weight, geometry, precision)
     if layout is not None:

@@ -81,7 +81,20 @@ class Rung:
         return "\n".join(lines[first : last + 1])
 
     def load(self, arch=None):
-        """Build the kernel if need be and register it; ``arch`` as in :func:`fused_kernels.build.load`."""
+        """Build the kernel if need be and register it; ``arch`` as in :func:`fused_kernels.build.load`.
+
+        Raises
+        ------
+        RuntimeError
+            No visible GPU can run it, or the toolchain is missing; or the compiler failed, and the message holds what it said.
+        """
+        if self.device is None:
+            return
+        if arch is None:
+            devices = range(torch.cuda.device_count()) if self.device == "cuda" else ()
+            missing = [self.why_unavailable(device) for device in devices or (None,)]
+            if all(missing):
+                raise RuntimeError(f"{self.name} cannot run here: {missing[0]}")
         build.load(self.name, self.source, device=self.device, namespace=self.namespace, arch=arch)
 
     def __call__(self, *args, **kwargs):
@@ -125,7 +138,7 @@ LADDER = (
     Rung("scale_min_naive", "scale_min", "a block a pixel, a thread a channel, one thread reduces", "cuda"),
     Rung("scale_min_coalesced", "scale_min", "a thread a pixel: neighbours read neighbours", "cuda"),
     Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda"),
-    Rung("composite", "conv2d_scale_min", "the library's convolution in its fastest layout, then the fastest scale_min"),
+    Rung("composite", "conv2d_scale_min", "the library's convolution in the layout for tensor cores, then scale_min"),
     Rung("scale_min", "scale_min", "vector instructions and threads, one pass over the input", "cpu"),
     Rung("conv2d_scale_min", "conv2d_scale_min", "the convolution's output never leaves the cache", "cpu"),
 )

@@ -151,6 +151,7 @@ def test_numpy_integers_are_integers():
     input, weight = torch.rand(1, 4, 8, 9), torch.rand(6, 2, 3, 3)
     plain = fk.conv2d_scale_min(input, weight, stride=2, padding=1, groups=2)
     assert fk.conv2d_scale_min(input, weight, **NUMPY).equal(plain)
+    assert fk.Conv2dScaleMin(np.int64(4), np.int32(6), 3, 2.0, groups=np.int16(2))(input).shape == (1, 1, 6, 7)
 
 
 DIRECT = {

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from conftest import assert_one_sentence
@@ -151,6 +152,23 @@ except RuntimeError as error:
         assert "C++ compiler" in sentence
         assert "install" in sentence
     assert len(out) == 4
+
+
+def test_a_cache_that_refuses_a_lock_is_named(empty_cache, monkeypatch):
+    def refuse(lock):
+        raise PermissionError(13, "Permission denied", lock.lock_file)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(RuntimeError, match="FUSED_KERNELS_CACHE") as error:
+        fk.rungs["scale_min"].load()
+    assert_one_sentence(str(error.value))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_loading_what_cannot_run_here_says_why():
+    with pytest.raises(RuntimeError, match="CUDA") as error:
+        fk.rungs["scale_min_naive"].load()
+    assert_one_sentence(str(error.value))
 
 
 def test_failing_compiler_is_an_error_until_it_is_mended(run_python, tmp_path):

@@ -2,7 +2,7 @@
 //
 // The 32 lanes of a warp read 32 consecutive pixels of one channel: every byte of every sector is used, each lane keeps its
 // own minimum in a register, and nothing is shared.
-// Limit: one narrow load at a time a thread is in flight, and other layouts than NCHW are copied first.
+// Limit: its loads are narrow, and how many are in flight is the compiler's choice; other layouts than NCHW are copied first.
 // Previous rung: scale_min_naive.
 
 #include "launch.cuh"

@@ -1,7 +1,8 @@
 // scale_min_naive: the first kernel that comes to mind. A block a pixel, a thread a channel; one thread reduces.
 //
-// Limit: neighbouring threads read addresses H * W apart, so each 4-byte load moves a 32-byte sector; and one thread compares
-// all channels while the others wait. Slower than the two PyTorch kernels that it replaces.
+// Limit: a block a pixel is millions of blocks, each started for one load a thread; neighbouring threads read addresses H * W
+// apart, so each 4-byte load moves a 32-byte sector; and one thread compares all channels while the others wait. Slower than the
+// two PyTorch kernels that it replaces.
 // Previous rung: none; this is the source document's kernel in other words. Mended just enough to build and to be right past
 // 2^31 elements; its faults of speed, and the one of NaN, are kept to be looked at.
 

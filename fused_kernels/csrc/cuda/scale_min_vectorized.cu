@@ -18,8 +18,8 @@ constexpr int kVectorBytes = 16;
 
 // How a kernel is launched: threads a block, vectors in flight a thread (Planes: their bytes), blocks that must fit on an SM.
 // Chosen by measurement. NOTE: more in flight than needed is slower again, by 1 % at 128 bytes (float32, H200).
-// NOTE: told no number of blocks, ptxas saves registers for more of them by moving each load next to its use: of eight in the
-// source, two were in flight (read off the SASS, nvcc 13.0).
+// NOTE: told no number of blocks, ptxas saves registers for more of them by moving each load next to its use: of four in the
+// source, two are in flight (read off the SASS, nvcc 13.0).
 struct Planes {
   static constexpr int kThreads = 256, kBytesInFlight = 64, kBlocksPerSM = 4;
 };
@@ -48,7 +48,7 @@ __device__ __forceinline__ Vector<T, VEC> load_vector(const T* address) {
   return reinterpret_cast<const Vector<T, VEC>&>(bits);
 }
 
-// Loads narrower than 8 bytes are not made up for in number: each takes a register.
+// A load of less than 8 bytes counts as one of 8: more of them at once gained nothing on an H200.
 template <typename T, int VEC>
 constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? VEC * sizeof(T) : 8);
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
                   int64_t plane, int split) {
   using A = Accumulator<T>;
   constexpr int kInFlight = kPlanesInFlight<T, VEC>;
-  static_assert(kInFlight > 0);
+  static_assert(kInFlight > 0, "kBytesInFlight: expected 16 at the least, one of the widest loads");
   const int row_threads = Planes::kThreads / split;
   const int row = threadIdx.x / row_threads, column = threadIdx.x % row_threads;
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * row_threads + column;
