@@ -1,0 +1,332 @@
+// conv_direct: convolution, bias, scale and minimum in one kernel; the convolution's output is never in memory.
+//
+// Each FMA wants two operands. An SM does 128 FMAs a clock and reads 32 floats a clock from shared memory, so that each float
+// read must serve eight times or more. A thread sums 8 rows x 16 output channels in registers: 8 inputs and 16 weights make
+// 128 FMAs, and the inputs of 10 rows serve all three rows of a 3 x 3 filter.
+//   Tiling         A warp owns a strip, 8 rows x 32 columns of output pixels: a lane a column, so that all lanes read the same
+//                  weight. The block's 4 warps split a strip's channels, or own a strip each where the channels are few.
+//   Shared memory  The strip's halo and the weights come a few input channels at a time, by cp.async, into one of two buffers
+//                  while the FMAs work on the other. A column's rows lie side by side: 16 bytes a load.
+//   Epilogue       Bias, scale and minimum happen in registers. A block makes a pass for each 64 output channels and stores one
+//                  value a pixel at the end.
+// Limit: the FMA units. Nearly nine in ten of the instructions issued are FMAs (counted in the SASS).
+// Previous rung: scale_min_vectorized.
+
+#include <numeric>
+
+#include "conv.cuh"
+#include "numerics.cuh"
+#include "ptx/cp_async.cuh"
+
+namespace fused_kernels {
+
+constexpr int kWarpSize = 32, kWarps = 4, kThreads = kWarps * kWarpSize;
+constexpr int kRows = 8;          // of output pixels, a thread
+constexpr int kColumnPitch = 12;  // floats a column of the halo: room for 10 rows, and 8 lanes' 16 bytes hit all 32 banks
+constexpr int kMinStripWidth = 8, kMaxStrips = kThreads / kMinStripWidth;  // in a narrow image a warp owns several strips
+constexpr int kMaxSharedBytes = 72 << 10;  // what is left of the SM's is L1 cache
+
+// A thread sums 16 output channels, or 4 for depthwise convolutions and their like: registers for so many blocks on an SM.
+template <int CHANNELS>
+constexpr int kBlocksPerSM = CHANNELS == 16 ? 2 : 4;
+// Floats from a tap's weights to the next tap's: copies of 8 taps x 4 output channels hit all banks.
+template <int CHANNELS>
+constexpr int kWeightPitch = kWarps * CHANNELS + 4;
+
+struct Plan {
+  ConvShape shape;
+  const float *input, *weight, *bias;
+  float* output;
+  int64_t bias_stride, strips, strips_high, strips_wide;
+  float scale;
+  int passes;                             // over a group's output channels
+  int warps_a_strip, strip_width, strips_a_block;
+  int channels, taps, columns;            // a step's input channels, its columns of the filter and of the halo
+  unsigned column_step, columns_inverse;  // from a column of the halo to the next, in the input; 2^32 / columns, rounded up
+  int lane_step, tap_step;                // from a lane to the next, from a tap to the next, in columns of the halo
+  int input_lanes_log2;                   // so many lanes copy neighbouring channels
+  bool weight_channels_fastest;
+};
+
+// Its image, its place in the output, its first output pixel.
+struct Strip {
+  const float* image;
+  int64_t output;
+  int row, column;
+};
+
+// A weight of a step: its place in the tensor and in the buffer, for output channel 0, and its input channel.
+struct alignas(16) Entry {
+  int64_t from;
+  int to, channel;
+};
+
+// What a buffer holds: some input channels of TAPS filter rows x p.taps filter columns.
+template <int TAPS>
+struct Step {
+  int group = 0, pass = 0, channel = 0, row = 0, column = 0;
+
+  __device__ __forceinline__ void advance(const Plan& p) {
+    if ((column += p.taps) == p.shape.kernel[1]) column = 0, row += TAPS;
+    if (row == p.shape.kernel[0]) row = 0, channel += p.channels;
+    if (channel >= p.shape.in_channels) channel = 0, ++pass;
+    if (pass == p.passes) pass = 0, ++group;
+  }
+  __device__ __forceinline__ int channels(const Plan& p) const {
+    return min(p.channels, static_cast<int>(p.shape.in_channels) - channel);
+  }
+};
+
+// The halo: [channel][strip][column][row], zeros in the padding. Its rows are a stride apart in the input, so that those of a
+// thread lie side by side.
+template <int TAPS>
+__device__ __forceinline__ void copy_input(const Plan& p, const Strip* strips, Step<TAPS> step, uint32_t target) {
+  const ConvShape& s = p.shape;
+  const unsigned stride[2] = {unsigned(s.stride[0]), unsigned(s.stride[1])};
+  const unsigned dilation[2] = {unsigned(s.dilation[0]), unsigned(s.dilation[1])};
+  const int lanes = 1 << p.input_lanes_log2, lane = threadIdx.x & (lanes - 1);
+  const int copies = (step.channels(p) - lane + lanes - 1) >> p.input_lanes_log2, pixels = (kRows + TAPS - 1) * p.columns;
+  const int strip_size = p.columns * kColumnPitch, channel_size = p.strips_a_block * strip_size;
+  const int64_t channel = (step.group * s.in_channels + step.channel + lane) * s.input_strides[1];
+  const int64_t from_step = lanes * s.input_strides[1];
+  const uint32_t to_step = lanes * channel_size * sizeof(float);
+  for (int i = 0; i < p.strips_a_block; ++i) {
+    // Unsigned, so that what lies before the input is past its end.
+    const unsigned top = strips[i].row * stride[0] + step.row * dilation[0] - unsigned(s.padding[0]);
+    const unsigned left = strips[i].column * stride[1] + step.column * dilation[1] - unsigned(s.padding[1]);
+    for (int pixel = threadIdx.x >> p.input_lanes_log2; pixel < pixels; pixel += kThreads >> p.input_lanes_log2) {
+      const int row = __umulhi(pixel, p.columns_inverse), column = pixel - row * p.columns;
+      const unsigned y = top + row * stride[0], x = left + column * p.column_step;
+      const bool inside = y < s.input[0] && x < s.input[1];
+      const float* from = strips[i].image + channel + y * s.input_strides[2] + x * s.input_strides[3];
+      uint32_t to = target + (lane * channel_size + i * strip_size + column * kColumnPitch + row) * sizeof(float);
+#pragma unroll 4
+      for (int copy = 0; copy < copies; ++copy, from += from_step, to += to_step) ptx::cp_async_4(to, from, inside);
+    }
+  }
+}
+
+// The weights: [channel][filter column][filter row][output channel]. Past the last output channel nothing is copied.
+template <int CHANNELS, int TAPS>
+__device__ __forceinline__ void copy_weights(const Plan& p, const Entry* table, Step<TAPS> step, uint32_t target) {
+  constexpr int kLanes = 8, kSlots = kThreads / kLanes;
+  const ConvShape& s = p.shape;
+  const int channels = step.channels(p), slot = threadIdx.x / kLanes, first = step.pass * p.warps_a_strip * CHANNELS;
+  const int outputs = min(p.warps_a_strip * CHANNELS, static_cast<int>(s.out_channels) - first);
+  const float* weight = p.weight + (step.group * s.out_channels + first + slot) * s.weight_strides[0] +
+                        step.channel * s.weight_strides[1] + step.row * s.weight_strides[2] + step.column * s.weight_strides[3];
+  const int64_t from_step = kSlots * s.weight_strides[0];
+  for (int i = threadIdx.x % kLanes; i < p.channels * p.taps * TAPS; i += kLanes) {
+    const Entry entry = table[i];
+    if (entry.channel >= channels) continue;
+    const float* from = weight + entry.from;
+    const uint32_t to = target + (entry.to + slot) * sizeof(float);
+#pragma unroll
+    for (int j = 0; j < kWarps * CHANNELS; j += kSlots, from += from_step) {
+      if (slot + j < outputs) ptx::cp_async_4(to + j * sizeof(float), from, true);
+    }
+  }
+}
+
+// COUNT floats from shared memory, 16 bytes a load.
+template <int COUNT>
+__device__ __forceinline__ void load_shared(float (&to)[COUNT], const float* from) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(from + i);
+    to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+  }
+}
+
+// TAPS rows of the filter at a time, which share a thread's inputs; more than one need a stride that is the dilation.
+template <int CHANNELS, int TAPS>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_kernel(const __grid_constant__ Plan p) {
+  static_assert(kRows + TAPS - 1 <= kColumnPitch, "TAPS: expected the halo's rows to fit in a column");
+  extern __shared__ Entry dynamic_shared[];
+  __shared__ Strip strips[kMaxStrips];
+  __shared__ float partial[kWarps][kRows][kWarpSize];
+  const ConvShape& s = p.shape;
+  const int entries = p.channels * p.taps * TAPS, channel_size = p.strips_a_block * p.columns * kColumnPitch;
+  const int input_size = p.channels * channel_size, buffer_size = input_size + entries * kWeightPitch<CHANNELS>;
+  Entry* table = dynamic_shared;
+  float* buffers = reinterpret_cast<float*>(table + entries);
+
+  // Neighbouring blocks own neighbouring strips: their halos meet in the L2 cache. Past the end, the last strip again.
+  const int64_t first_strip = static_cast<int64_t>(blockIdx.x) * p.strips_a_block;
+  if (threadIdx.x < p.strips_a_block) {
+    const int64_t strip = min(first_strip + threadIdx.x, p.strips - 1), image = strip / p.strips_wide / p.strips_high;
+    const int row = strip / p.strips_wide % p.strips_high * kRows, column = strip % p.strips_wide * p.strip_width;
+    const int64_t output = (image * s.output[0] + row) * s.output[1] + column;
+    strips[threadIdx.x] = {p.input + image * s.input_strides[0], output, row, column};
+  }
+  // The table follows the tensor's order, so that neighbouring lanes copy neighbours.
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    const int channel = p.weight_channels_fastest ? i % p.channels : i / (p.taps * TAPS);
+    const int tap = p.weight_channels_fastest ? i / p.channels : i % (p.taps * TAPS);
+    const int row = tap / p.taps, column = tap % p.taps;
+    table[i] = {channel * s.weight_strides[1] + row * s.weight_strides[2] + column * s.weight_strides[3],
+                ((channel * p.taps + column) * TAPS + row) * kWeightPitch<CHANNELS>, channel};
+  }
+  __syncthreads();
+
+  const auto copy = [&](Step<TAPS> step, int buffer) {
+    const uint32_t target = ptx::shared_address(buffers + buffer * buffer_size);
+    copy_input(p, strips, step, target);
+    copy_weights<CHANNELS>(p, table, step, target + input_size * sizeof(float));
+    ptx::cp_async_commit();
+  };
+
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int part = warp % p.warps_a_strip;  // which of the strip's channels
+  const int strip = warp / p.warps_a_strip * (kWarpSize / p.strip_width) + lane / p.strip_width;
+  const int column = lane % p.strip_width;
+  const int in_channels = s.in_channels, out_channels = s.out_channels, passes = s.groups * p.passes;
+  const int pieces = s.kernel[0] / TAPS * (s.kernel[1] / p.taps);
+
+  float smallest[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) smallest[i] = kInfinity<float>;
+
+  Step<TAPS> ahead;
+  int buffer = 0;
+  copy(ahead, buffer);
+  for (int pass = 0; pass < passes; ++pass) {
+    float sum[CHANNELS][kRows] = {};
+    for (int first = 0; first < in_channels; first += p.channels) {
+      for (int piece = 0; piece < pieces; ++piece) {
+        // Everyone's copies have landed, and everyone is done with the other buffer.
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        ahead.advance(p);
+        if (ahead.group < s.groups) copy(ahead, buffer ^ 1);
+
+        const float* x = buffers + buffer * buffer_size + (strip * p.columns + column * p.lane_step) * kColumnPitch;
+        const float* w = buffers + buffer * buffer_size + input_size + part * CHANNELS;
+        for (int channel = min(p.channels, in_channels - first); channel > 0; --channel, x += channel_size) {
+#pragma unroll 1
+          for (int tap = 0; tap < p.taps; ++tap, w += TAPS * kWeightPitch<CHANNELS>) {
+            float inputs[TAPS == 1 ? kRows : kColumnPitch];
+            load_shared(inputs, x + tap * p.tap_step * kColumnPitch);
+#pragma unroll
+            for (int t = 0; t < TAPS; ++t) {
+              float weights[CHANNELS];
+              load_shared(weights, w + t * kWeightPitch<CHANNELS>);
+#pragma unroll
+              for (int j = 0; j < CHANNELS; ++j) {
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) sum[j][i] = fmaf(weights[j], inputs[i + t], sum[j][i]);
+              }
+            }
+          }
+        }
+        buffer ^= 1;
+      }
+    }
+
+    const int first = (pass % p.passes * p.warps_a_strip + part) * CHANNELS;
+#pragma unroll
+    for (int j = 0; j < CHANNELS; ++j) {
+      if (first + j >= out_channels) break;
+      const int64_t channel = pass / p.passes * s.out_channels + first + j;
+      const float bias = p.bias ? p.bias[channel * p.bias_stride] : 0;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) smallest[i] = min_nan(smallest[i], (sum[j][i] + bias) * p.scale);
+    }
+  }
+
+  // The warps of a strip take turns in finishing its rows.
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) partial[warp][i][lane] = smallest[i];
+  __syncthreads();
+  const Strip mine = strips[strip];
+  if (first_strip + strip >= p.strips || mine.column + column >= s.output[1]) return;
+  for (int i = part; i < kRows && mine.row + i < s.output[0]; i += p.warps_a_strip) {
+    float result = kInfinity<float>;
+    for (int w = warp - part; w < warp - part + p.warps_a_strip; ++w) result = min_nan(result, partial[w][i][lane]);
+    p.output[mine.output + i * s.output[1] + column] = result;
+  }
+}
+
+// The size whose blocks cover a length with least waste; of equals the first.
+int64_t least_waste(int64_t length, std::initializer_list<int64_t> sizes) {
+  const auto covered = [&](int64_t size) { return ceil_div(length, size) * size; };
+  return *std::min_element(sizes.begin(), sizes.end(), [&](int64_t a, int64_t b) { return covered(a) < covered(b); });
+}
+
+template <int CHANNELS, int TAPS>
+void launch(Plan p, int device, cudaStream_t stream) {
+  const ConvShape& s = p.shape;
+  const int64_t slots = least_waste(s.out_channels, {4 * CHANNELS, 2 * CHANNELS, CHANNELS});
+  p.warps_a_strip = slots / CHANNELS;
+  p.passes = ceil_div(s.out_channels, slots);
+  p.strip_width = least_waste(s.output[1], {kWarpSize, kWarpSize / 2, kMinStripWidth});
+  p.strips_a_block = kThreads / p.warps_a_strip / p.strip_width;
+  p.strips_high = ceil_div(s.output[0], kRows);
+  p.strips_wide = ceil_div(s.output[1], p.strip_width);
+  p.strips = s.images * p.strips_high * p.strips_wide;
+
+  int available = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  constexpr int kStaticBytes = 6 << 10;  // the kernel's own arrays, and what CUDA reserves
+  const int64_t most = std::min(kMaxSharedBytes, available / kBlocksPerSM<CHANNELS> - kStaticBytes);
+  // Columns that no tap reads are left out: what is read lies on multiples of the step.
+  const auto step = [&](int64_t taps) { return taps > 1 ? std::gcd(s.stride[1], s.dilation[1]) : s.stride[1]; };
+  const auto columns = [&](int64_t taps) {
+    return ((p.strip_width - 1) * s.stride[1] + (taps - 1) * s.dilation[1]) / step(taps) + 1;
+  };
+  const auto channel_bytes = [&](int64_t taps) {
+    const int64_t floats = p.strips_a_block * columns(taps) * kColumnPitch + taps * TAPS * kWeightPitch<CHANNELS>;
+    return static_cast<int64_t>(2 * floats * sizeof(float) + taps * TAPS * sizeof(Entry));
+  };
+  // A step takes the filter's whole width, unless its halo does not fit or is no smaller than one for each tap would be.
+  int64_t taps = s.kernel[1];
+  while (taps > 1 && (s.kernel[1] % taps != 0 || columns(taps) >= taps * p.strip_width || channel_bytes(taps) > most)) --taps;
+  p.channels = ceil_div(s.in_channels, ceil_div(s.in_channels, std::min(s.in_channels, most / channel_bytes(taps))));
+  p.taps = taps;
+  p.columns = columns(taps);
+  p.columns_inverse = ceil_div(int64_t{1} << 32, p.columns);
+  p.column_step = step(taps);
+  p.lane_step = s.stride[1] / step(taps);
+  p.tap_step = s.dilation[1] / step(taps);
+
+  const auto kernel = conv_direct_kernel<CHANNELS, TAPS>;
+  const int shared = p.channels * channel_bytes(taps);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  kernel<<<grid_size(ceil_div(p.strips, p.strips_a_block)), kThreads, shared, stream>>>(p);
+}
+
+// The precision is a permission; ieee arithmetic needs none.
+Tensor conv_direct(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                   std::string /*precision*/) {
+  const ConvShape s = check_conv(input, weight, bias, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_direct expected float32, got ",
+                  input.scalar_type());
+  // Pixels and channels are counted in an int.
+  const int64_t most = std::max({s.input[0] + padding[0] + padding[1], s.input[1] + padding[2] + padding[3], weight.size(0)});
+  STD_TORCH_CHECK(most < 1 << 30, "input: conv_direct expected fewer than 2^30 padded rows, columns and channels, got ", most);
+  Tensor output = torch::stable::new_empty(input, {s.images, 1, s.output[0], s.output[1]});
+  if (output.numel() == 0) return output;
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+
+  Plan p{.shape = s, .scale = static_cast<float>(scale)};
+  p.input = static_cast<const float*>(input.data_ptr());
+  p.weight = static_cast<const float*>(weight.data_ptr());
+  p.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
+  p.bias_stride = bias ? bias->stride(0) : 0;
+  p.output = static_cast<float*>(output.data_ptr());
+  p.input_lanes_log2 = s.input_strides[1] == 1 && s.in_channels >= 4 ? 2 : 0;
+  p.weight_channels_fastest = s.weight_strides[1] == 1;
+
+  const bool three = s.kernel[0] % 3 == 0 && s.stride[0] == s.dilation[0], few = s.out_channels <= 4;
+  const auto run = few ? (three ? launch<4, 3> : launch<4, 1>) : (three ? launch<16, 3> : launch<16, 1>);
+  run(p, input.get_device_index(), current_stream(input));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
+  m.impl("conv_direct", TORCH_BOX(&conv_direct));
+}
+
+}  // namespace fused_kernels

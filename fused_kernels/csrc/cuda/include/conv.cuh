@@ -1,0 +1,63 @@
+#pragma once
+// What the fused convolutions share on the host: the arguments, checked, and the output's size.
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "launch.cuh"
+
+namespace fused_kernels {
+
+// A convolution's sizes and strides, in elements; index 0 is vertical, 1 horizontal. Channels are those of one group.
+struct ConvShape {
+  int64_t images, groups, in_channels, out_channels;
+  int64_t input[2], kernel[2], output[2], stride[2], dilation[2];
+  int64_t padding[2];  // top and left; bottom and right are in the output's size
+  int64_t input_strides[4], weight_strides[4];
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t pixels() const { return images * output[0] * output[1]; }
+};
+
+// The Python functions say what is wrong in full; this keeps a direct call of the operator from reading out of bounds.
+inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups) {
+  check_input(input);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "weight: expected 4 dimensions, none of size zero");
+  const int64_t least = std::min({stride[0], stride[1], dilation[0], dilation[1], groups});
+  STD_TORCH_CHECK(least > 0, "stride, dilation, groups: expected positive integers, got ", least);
+  STD_TORCH_CHECK(*std::min_element(padding.begin(), padding.end()) >= 0, "padding: expected no negative number");
+  STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1), "input: expected ",
+                  weight.size(1) * groups, " channels in ", groups, " groups, got ", input.size(1));
+  const auto matches = [&](const Tensor& t) {
+    return t.is_cuda() && t.get_device_index() == input.get_device_index() && t.scalar_type() == input.scalar_type();
+  };
+  STD_TORCH_CHECK(matches(weight), "weight: expected the input's dtype and device");
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected ", weight.size(0), " elements");
+    STD_TORCH_CHECK(matches(*bias), "bias: expected the input's dtype and device");
+  }
+
+  ConvShape shape{.images = input.size(0), .groups = groups, .in_channels = weight.size(1), .out_channels = weight.size(0) / groups};
+  for (int axis = 0; axis < 2; ++axis) {
+    shape.input[axis] = input.size(2 + axis);
+    shape.kernel[axis] = weight.size(2 + axis);
+    shape.stride[axis] = stride[axis];
+    shape.dilation[axis] = dilation[axis];
+    shape.padding[axis] = padding[2 * axis];
+    const int64_t padded = shape.input[axis] + padding[2 * axis] + padding[2 * axis + 1];
+    const int64_t extent = shape.dilation[axis] * (shape.kernel[axis] - 1) + 1;
+    STD_TORCH_CHECK(padded >= extent, "weight: expected a kernel no larger than the padded input");
+    shape.output[axis] = (padded - extent) / shape.stride[axis] + 1;
+  }
+  for (int d = 0; d < 4; ++d) {
+    shape.input_strides[d] = input.stride(d);
+    shape.weight_strides[d] = weight.stride(d);
+  }
+  return shape;
+}
+
+}  // namespace fused_kernels
