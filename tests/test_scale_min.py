@@ -247,6 +247,119 @@ class TestGpu:
         assert result.equal(torch_own(input, 2.0))
 
 
+def add_in_accumulator(input, bias, scale):
+    """Do what scale_min_bias promises, with PyTorch's operations: all in float32 for 16-bit types, rounded once."""
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return torch_own(input.to(wide) + bias.to(wide).view(-1, 1, 1), scale).to(input.dtype)
+
+
+BIASES = {
+    "dense": lambda b: b,
+    "strided": lambda b: b.repeat_interleave(3)[::3],
+    "misaligned": lambda b: torch.cat([b.new_zeros(1), b])[1:],
+    "expanded": lambda b: b[:1].expand(b.shape),
+}
+
+
+@pytest.mark.gpu
+class TestBias:
+    """The operator in scale_min_vectorized's library that adds a convolution's bias first."""
+
+    @staticmethod
+    def run(input, bias, scale):
+        return torch.ops.fused_kernels.scale_min_bias(input, bias, scale)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts_and_dtypes(self, dtype, layout, poisoned):
+        bias = torch.randn(7, device="cuda").to(dtype)
+        input = LAYOUTS[layout](torch.randn(3, 7, 11, 13, device="cuda").to(dtype))
+        before = input.clone()
+        result = self.run(input, bias, -1.7)
+        assert result.dtype == dtype
+        assert result.is_contiguous()
+        assert input.equal(before)
+        expected = exact(input.double() + bias.double().view(-1, 1, 1), -1.7)
+        # The sum, the scale and the product are rounded to float32; to a 16-bit type the result alone.
+        roundings = 1.51 if dtype.itemsize > 2 else 0.51
+        assert_within(result, expected, roundings * torch.finfo(dtype).eps * expected.abs() + 1e-30)
+
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+    @pytest.mark.parametrize(
+        "shape",
+        [(1, 1, 5, 3), (5, 7, 31, 1), (2, 8, 16, 16), (1, 128, 33, 65), (2, 129, 17, 19), (1, 1500, 7, 2), (7, 64, 2, 2)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_bit_equal_to_torch_in_the_accumulators_type(self, dtype, shape, layout):
+        input = LAYOUTS[layout](torch.randn(shape, device="cuda").to(dtype))
+        bias = torch.randn(shape[1], device="cuda").to(dtype)
+        for scale in (2.0, -1.1, 0.0):
+            assert self.run(input, bias, scale).equal(add_in_accumulator(input, bias, scale))
+
+    @pytest.mark.parametrize("kind", BIASES)
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_any_stride_and_alignment_of_the_bias(self, dtype, layout, kind):
+        input = LAYOUTS[layout](torch.randn(2, 48, 9, 12, device="cuda").to(dtype))
+        bias = BIASES[kind](torch.randn(48, device="cuda").to(dtype))
+        assert self.run(input, bias, -0.3).equal(add_in_accumulator(input, bias, -0.3))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+    def test_nan_and_infinities_of_input_and_bias(self, dtype, layout):
+        channels = 19
+        input = torch.randn(1, channels, 5, channels + 1, device="cuda").to(dtype)
+        for c in range(channels):
+            input[:, c, :, c] = (math.nan, math.inf, -math.inf)[c % 3]
+        for value in (0.5, math.nan, math.inf, -math.inf):
+            bias = torch.randn(channels, device="cuda").to(dtype)
+            bias[channels - 2] = value
+            for scale in (2.0, -2.0, 0.0):
+                result, expected = self.run(LAYOUTS[layout](input), bias, scale), add_in_accumulator(input, bias, scale)
+                torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (3, 5, 0, 4)], ids=str)
+    def test_empty(self, shape):
+        result = self.run(torch.empty(shape, device="cuda"), torch.randn(5, device="cuda"), 2.0)
+        assert result.shape == (shape[0], 1, *shape[2:])
+
+    def test_strides_past_2_to_31_elements(self):
+        input = far_apart(torch.randn(1, 3, 3, 5, dtype=torch.bfloat16, device="cuda"))
+        bias = torch.randn(3, device="cuda").bfloat16()
+        assert self.run(input, bias, 2.0).equal(add_in_accumulator(input, bias, 2.0))
+
+    @pytest.mark.parametrize(
+        ("size", "options"),
+        [((4,), {}), ((5, 1), {}), ((5,), {"dtype": torch.float16}), ((5,), {"device": "cpu"})],
+        ids=["length", "rank", "dtype", "device"],
+    )
+    def test_names_a_bias_that_does_not_fit(self, size, options):
+        bias = torch.zeros(size, **{"device": "cuda", **options})
+        with pytest.raises(RuntimeError, match="bias: expected") as error:
+            self.run(torch.zeros(2, 5, 3, 4, device="cuda"), bias, 2.0)
+        assert_one_sentence(str(error.value).splitlines()[0])
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_opcheck(self, requires_grad):
+        input = torch.randn(2, 6, 4, 5, device="cuda", requires_grad=requires_grad)
+        bias = torch.randn(6, device="cuda", requires_grad=requires_grad)
+        for sample in ((input, bias, 2.0), (input[:, :, ::2], bias, -1.0)):
+            torch.library.opcheck(torch.ops.fused_kernels.scale_min_bias.default, sample)
+
+
+def test_bias_operators_shape_needs_no_device():
+    result = torch.ops.fused_kernels.scale_min_bias(torch.empty(2, 5, 3, 4, device="meta"), torch.empty(5, device="meta"), 2.0)
+    assert result.shape == (2, 1, 3, 4)
+    assert result.is_contiguous()
+
+
+def test_bias_operator_says_where_it_runs():
+    with pytest.raises(RuntimeError, match="scale_min_bias expected a cuda tensor, got one on cpu") as error:
+        torch.ops.fused_kernels.scale_min_bias(torch.zeros(2, 5, 3, 4), torch.zeros(5), 2.0)
+    assert_one_sentence(str(error.value))
+
+
 def test_ladder_has_the_rungs_that_the_course_climbs():
     on_gpu = [name for name, rung in rungs.items() if rung.operator == "scale_min" and rung.device == "cuda"]
     assert on_gpu[:3] == ["scale_min_naive", "scale_min_coalesced", "scale_min_vectorized"]

@@ -5,8 +5,12 @@
 //   NCHW           a thread owns a vector of pixels and walks the channels; the minimum is lane by lane.
 //   channels_last  a group of lanes owns a pixel, whose channels lie side by side; shuffles finish the minimum.
 //   other strides  a thread owns a pixel, as in the previous rung.
+// The same kernels make a second operator, scale_min_bias, that first adds a number a channel: a convolution's bias, for which
+// PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
 // Limit: the memory's read bandwidth.
 // Previous rung: scale_min_coalesced.
+
+#include <algorithm>
 
 #include "launch.cuh"
 #include "numerics.cuh"
@@ -15,6 +19,13 @@ namespace fused_kernels {
 
 constexpr int kWarpSize = 32;
 constexpr int kVectorBytes = 16;
+
+// What to add to an element before it is scaled. NOTE: x + -0.0 is x, whatever x is: without a bias the addition compiles away.
+template <bool BIAS, typename T>
+__device__ __forceinline__ Accumulator<T> addend(const T& bias) {
+  if constexpr (BIAS) return bias;
+  return -0.0;
+}
 
 // How a kernel is launched: threads a block, vectors in flight a thread (Planes: their bytes), blocks that must fit on an SM.
 // Chosen by measurement. NOTE: more in flight than needed is slower again, by 1 % at 128 bytes (float32, H200).
@@ -54,10 +65,10 @@ constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? 
 
 // NCHW. The block's threads are `split` equal rows: a row owns every split-th channel, so that a small image with many
 // channels keeps the chip busy too.
-template <typename T, int VEC>
+template <typename T, int VEC, bool BIAS>
 __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     planes_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t vectors, int channels,
-                  int64_t plane, int split) {
+                  int64_t plane, int split, const T* __restrict__ bias) {
   using A = Accumulator<T>;
   constexpr int kInFlight = kPlanesInFlight<T, VEC>;
   static_assert(kInFlight > 0, "kBytesInFlight: expected 16 at the least, one of the widest loads");
@@ -75,19 +86,24 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
     const T* source = input + (image * channels + row) * plane + offset;
     const int64_t step = split * plane;
+    bias += row;
 
     for (int channel = row; channel < channels; channel += kInFlight * split) {
       Vector<T, VEC> loaded[kInFlight];
+      A added[kInFlight];
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
         loaded[k] = load_vector<T, VEC>(source);
+        added[k] = addend<BIAS>(*bias);
         // Past the end the last channel is read again: it is in the cache, and a minimum does not mind.
-        if (channel + (k + 1) * split < channels) source += step;
+        const bool more = channel + (k + 1) * split < channels;
+        if (more) source += step;
+        if (BIAS && more) bias += split;  // NOTE: in one statement with the other, the plain kernel's code changed
       }
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], loaded[k].values[i] * scale);
+        for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], (loaded[k].values[i] + added[k]) * scale);
       }
     }
   }
@@ -113,10 +129,11 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 }
 
 // channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way.
-template <typename T, int VEC>
-__global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM)
+// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
+template <typename T, int VEC, bool BIAS>
+__global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
     channels_last_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels,
-                         int channels, int group) {
+                         int channels, int group, const T* __restrict__ bias) {
   using A = Accumulator<T>;
   const int lane = threadIdx.x % kWarpSize, groups = kWarpSize / group;
   const int member = lane % group;
@@ -136,6 +153,8 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 
   for (int channel = member * VEC; channel < channels; channel += group * VEC) {
     Vector<T, VEC> loaded[ChannelsLast::kInFlight];
+    Vector<T, VEC> added;
+    if constexpr (BIAS) added = load_vector<T, VEC>(bias + channel);
     const T* address = source + channel;
 #pragma unroll
     for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
@@ -145,7 +164,9 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 #pragma unroll
     for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) smallest[k] = min_nan(smallest[k], loaded[k].values[i] * scale);
+      for (int i = 0; i < VEC; ++i) {
+        smallest[k] = min_nan(smallest[k], (loaded[k].values[i] + addend<BIAS>(added.values[i])) * scale);
+      }
     }
   }
 
@@ -169,10 +190,10 @@ struct Strides {
   int64_t image, channel, row, column;
 };
 
-template <typename T>
+template <typename T, bool BIAS>
 __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
     strided_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels, int channels,
-                   int64_t height, int64_t width, Strides strides) {
+                   int64_t height, int64_t width, Strides strides, const T* __restrict__ bias) {
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * Strided::kThreads + threadIdx.x;
   if (pixel >= pixels) return;
   const int64_t column = pixel % width, row = pixel / width % height, image = pixel / width / height;
@@ -180,7 +201,7 @@ __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
   Accumulator<T> smallest = kInfinity<Accumulator<T>>;
 #pragma unroll Strided::kInFlight
   for (int channel = 0; channel < channels; ++channel) {
-    smallest = min_nan(smallest, source[channel * strides.channel] * scale);
+    smallest = min_nan(smallest, (source[channel * strides.channel] + addend<BIAS>(bias[channel])) * scale);
   }
   output[pixel] = static_cast<T>(smallest);
 }
@@ -217,8 +238,8 @@ int multiprocessors(int device) {
   return count;
 }
 
-template <typename T>
-void launch(const Tensor& input, Accumulator<T> scale, Tensor& output) {
+template <typename T, bool BIAS>
+void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& output) {
   const int channels = input.size(1);
   const int64_t height = input.size(2), width = input.size(3), plane = height * width, pixels = input.size(0) * plane;
   const T* source = static_cast<const T*>(input.data_ptr());
@@ -226,12 +247,14 @@ void launch(const Tensor& input, Accumulator<T> scale, Tensor& output) {
   const cudaStream_t stream = current_stream(input);
 
   if (channels > 1 && is_channels_last(input)) {
-    with_width<T>(vector_width<T>(source, channels), [&](auto vec) {
+    // The bias is read in the same vectors; where there is none, its null address is aligned for all of them.
+    const int common = std::min(vector_width<T>(source, channels), vector_width<T>(bias, channels));
+    with_width<T>(common, [&](auto vec) {
       int group = 1;
       while (group < kWarpSize && group * vec < channels) group *= 2;
       const int64_t pixels_a_block = ChannelsLast::kThreads / group * ChannelsLast::kInFlight;
-      channels_last_kernel<T, vec><<<grid_size(ceil_div(pixels, pixels_a_block)), ChannelsLast::kThreads, 0, stream>>>(
-          source, scale, target, pixels, channels, group);
+      channels_last_kernel<T, vec, BIAS><<<grid_size(ceil_div(pixels, pixels_a_block)), ChannelsLast::kThreads, 0, stream>>>(
+          source, scale, target, pixels, channels, group, bias);
     });
   } else if (input.is_contiguous()) {
     with_width<T>(vector_width<T>(source, plane), [&](auto vec) {
@@ -240,31 +263,47 @@ void launch(const Tensor& input, Accumulator<T> scale, Tensor& output) {
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
       int split = 1;
       while (split < 16 && vectors * split < wanted && channels >= 2 * split * kPlanesInFlight<T, vec>) split *= 2;
-      planes_kernel<T, vec><<<grid_size(ceil_div(vectors, Planes::kThreads / split)), Planes::kThreads, 0, stream>>>(
-          source, scale, target, vectors, channels, plane, split);
+      planes_kernel<T, vec, BIAS><<<grid_size(ceil_div(vectors, Planes::kThreads / split)), Planes::kThreads, 0, stream>>>(
+          source, scale, target, vectors, channels, plane, split, bias);
     });
   } else {
     const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
-    strided_kernel<T><<<grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream>>>(
-        source, scale, target, pixels, channels, height, width, strides);
+    strided_kernel<T, BIAS><<<grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream>>>(
+        source, scale, target, pixels, channels, height, width, strides, bias);
   }
 }
 
-Tensor scale_min_vectorized(const Tensor& input, double scale) {
-  check_input(input);
+template <bool BIAS>
+Tensor run(const Tensor& input, const void* bias, double scale) {
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   if (output.numel() == 0) return output;
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    launch<T>(input, static_cast<Accumulator<T>>(scale), output);
+    launch<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), output);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
 }
 
+Tensor scale_min_vectorized(const Tensor& input, double scale) {
+  check_input(input);
+  return run<false>(input, nullptr, scale);
+}
+
+Tensor scale_min_bias(const Tensor& input, const Tensor& bias, double scale) {
+  check_input(input);
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == input.size(1), "bias: expected one number for each of the input's ",
+                  input.size(1), " channels");
+  STD_TORCH_CHECK(bias.scalar_type() == input.scalar_type(), "bias: expected the input's dtype");
+  STD_TORCH_CHECK(bias.is_cuda() && bias.get_device_index() == input.get_device_index(), "bias: expected the input's device");
+  const Tensor dense = torch::stable::contiguous(bias);
+  return run<true>(input, dense.data_ptr(), scale);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
   m.impl("scale_min_vectorized", TORCH_BOX(&scale_min_vectorized));
+  m.impl("scale_min_bias", TORCH_BOX(&scale_min_bias));
 }
 
 }  // namespace fused_kernels
