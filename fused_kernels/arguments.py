@@ -22,9 +22,9 @@ class ConvArguments(NamedTuple):
     def output_size(self, input_shape, weight_shape):
         """Give the convolution's (H', W')."""
         top, bottom, left, right = self.padding
-        padded = (input_shape[2] + top + bottom, input_shape[3] + left + right)
-        extent = [d * (k - 1) + 1 for d, k in zip(self.dilation, weight_shape[2:], strict=True)]
-        return tuple((p - e) // s + 1 for p, e, s in zip(padded, extent, self.stride, strict=True))
+        height = input_shape[2] + top + bottom - self.dilation[0] * (weight_shape[2] - 1) - 1
+        width = input_shape[3] + left + right - self.dilation[1] * (weight_shape[3] - 1) - 1
+        return height // self.stride[0] + 1, width // self.stride[1] + 1
 
 
 def check_input(input):
@@ -113,6 +113,22 @@ def check_precision(precision):
         raise ValueError(f'precision: expected "auto", "ieee" or "tf32", got {precision!r}')
 
 
+def resolve_precision(input, precision):
+    """Say what "auto" means for this input: "tf32" only for float32 on a GPU where torch's setting for convolutions says so."""
+    if input.dtype != torch.float32 or input.device.type != "cuda":
+        return "ieee"
+    return cudnn_precision() if precision == "auto" else precision
+
+
+def cudnn_precision():
+    """Read torch's setting for cuDNN's convolutions."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+# Read while tracing, as torch.compile reads it for its own convolutions.
+cudnn_precision._dynamo_marked_constant = True
+
+
 RANK = {"input": 4, "weight": 4, "bias": 1}
 
 
@@ -128,6 +144,9 @@ def _check_tensor(name, value, shape):
 
 
 def _pair(name, value, smallest):
+    # The common cases first: a small kernel takes less time than a careful check.
+    if type(value) is int and value >= smallest:
+        return (value, value)
     pair = tuple(_integer(v) for v in (value if isinstance(value, (tuple, list)) else (value,)))
     if len(pair) == 1:
         pair *= 2

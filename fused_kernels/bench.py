@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import build, check, ops, progress, reference
+from . import arguments, build, check, ops, progress, reference
 from .check import Errors
 from .rungs import LADDER, rungs
 
@@ -497,6 +497,8 @@ def _whole_model(common, load, precision, quick, seconds):
     candidates = [entry("eager", 4, lambda: lambda: reference.scale_min(conv(), load.scale))]
     for rung in LADDER:
         fused = rung.operator == "conv2d_scale_min"
+        if rung.why_not(load.input.dtype, arguments.resolve_precision(load.input, asked)):
+            continue
         if rung.device in (None, device.type) and (fused or default):
             passes = 4 if rung.name == "reference" else 2 if rung.device is None or not fused else 0
             candidates.append(entry(rung.name, passes, functools.partial(_available, rung, rung_of(rung))))

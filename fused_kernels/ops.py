@@ -57,9 +57,9 @@ def scale_min(input, scale):
 def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"):
     """Convolve, multiply by a number, take the minimum over the output channels.
 
-    Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable. The rung
-    that fuses most of it and can take the arguments runs (:func:`explain` says which), else the library's convolution
-    followed by :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
+    Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable. A fused
+    kernel runs where it can take the arguments and was measured to be faster (:func:`explain` says which), else the library's
+    convolution followed by :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
 
     Parameters
     ----------
@@ -75,8 +75,9 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
         As for :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
     precision : {"auto", "ieee", "tf32"}
         For float32: how exact the convolution must be. "ieee" is full float32; "tf32" allows operands of a 10-bit mantissa
-        with float32 accumulation; "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients
-        are PyTorch's own and follow that setting, whatever is asked here.
+        with float32 accumulation, with an error no larger than a TF32 convolution's at any magnitude; "auto" follows
+        ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients are PyTorch's own and follow that setting,
+        whatever is asked here.
 
     Returns
     -------
@@ -92,9 +93,16 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
     geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
     scale = arguments.as_scale(scale)
-    name, _ = _choose(input, weight, bias, geometry)
-    run = composite if name == "composite" else getattr(torch.ops.fused_kernels, name)
-    return run(input, weight, bias, scale, *geometry, precision)
+    name, _ = _choose(input, weight, bias, geometry, precision)
+    if name == "composite":
+        return composite(input, weight, bias, scale, *geometry, precision)
+    operator = getattr(torch.ops.fused_kernels, name)
+    precision = arguments.resolve_precision(input, precision)
+    if torch.compiler.is_compiling():
+        return operator(input, weight, bias, scale, *geometry, precision)
+    # No gradient is wanted here. The rule for gradients is Python, and to pass it by takes longer than a small kernel.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(input, weight, bias, scale, *geometry, precision)
 
 
 @dataclass(frozen=True)
@@ -122,41 +130,98 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
     arguments.as_scale(scale)
-    name, why = _choose(input, weight, bias, geometry)
+    name, why = _choose(input, weight, bias, geometry, precision)
     if name == "composite":
         inner = _SCALE_MIN.get(input.device.type)
         missing = _why_unavailable(inner, input.device.index) if inner else f"no kernel for {input.device.type} tensors"
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
-    return Explanation(name, _resolve_precision(input, precision), why)
+    dtype = str(input.dtype).removeprefix("torch.")
+    return Explanation(name, arguments.resolve_precision(input, precision) if dtype == "float32" else dtype, why)
 
 
-# What runs where it can: the rung that fuses most, on each kind of device.
+# What runs where it can.
 _SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
-_CONV2D_SCALE_MIN = {"cpu": "conv2d_scale_min"}
+_CONV2D_SCALE_MIN = {"cpu": ("conv2d_scale_min",), "cuda": ("conv_mma", "conv_direct")}
 
 
-def _choose(input, weight, bias, geometry):
+def _choose(input, weight, bias, geometry, precision):
     """Name the rung for a fused convolution, or "composite", and say why."""
-    name = _CONV2D_SCALE_MIN.get(input.device.type)
-    if name is None:
-        why = f"no fused kernel for {input.device.type} tensors"
-    elif is_transformed():
-        why = f"{name} has no rule for torch.func's transforms and forward-mode gradients"
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        why = f"{name} has no fast gradient"
-    elif missing := _why_unavailable(name, input.device.index):
-        why = missing
-    elif (
-        input.dtype in (torch.float32, torch.bfloat16)
-        and weight.numel() >= 2**18
-        and math.prod(geometry.output_size(input.shape, weight.shape)) < 128
-    ):
+    name, why = "composite", f"no fused kernel for {input.device.type} tensors"
+    if input.device.type in _CONV2D_SCALE_MIN:
+        choose = _choose_cuda if input.device.type == "cuda" else _choose_cpu
+        name, why = choose(input, weight, geometry, precision)
+        if name == "composite":
+            pass
+        elif is_transformed():
+            name, why = "composite", f"{name} has no rule for torch.func's transforms and forward-mode gradients"
+        elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+            name, why = "composite", f"{name} has no fast gradient"
+        elif missing := _why_unavailable(name, input.device.index):
+            name, why = "composite", missing
+    if name == "composite":
+        why = f"the library's convolution, then scale and min: {why}"
+    return name, why
+
+
+def _choose_cpu(input, weight, geometry, precision):
+    (name,) = _CONV2D_SCALE_MIN["cpu"]
+    pixels = math.prod(geometry.output_size(input.shape, weight.shape))
+    if input.dtype in (torch.float32, torch.bfloat16) and weight.numel() >= 2**18 and pixels < 128:
         # Measured on Zen 4: 512 channels on 7 x 7 pixels leave vector lanes empty and are slow to pack the weights for. The
         # library has no fast float16 or float64 to lose to.
-        why = f"{name} is slower on an image so small with channels so many"
+        return "composite", f"{name} is slower on an image so small with channels so many"
+    return name, "all in one kernel, for cpu tensors"
+
+
+def _choose_cuda(input, weight, geometry, precision):
+    """Choose by what was measured on an H200, the fused kernels against each other and the composite, on 30 shapes."""
+    mma, direct = _CONV2D_SCALE_MIN["cuda"]
+    if input.dtype == torch.float64:
+        return "composite", "no fused kernel takes float64"
+    out_channels, in_channels, kernel_h, kernel_w = weight.shape
+    out_channels = out_channels // geometry.groups
+    height, width = geometry.output_size(input.shape, weight.shape)
+    images, taps = input.shape[0], kernel_h * kernel_w
+    pixels, products = images * height * width, in_channels * taps * out_channels * geometry.groups  # products: a pixel's
+    if geometry.groups > 1 and min(in_channels, out_channels) < 64:
+        return "composite", "groups so small leave the fused kernels' tiles empty"
+    is_float32 = input.dtype == torch.float32
+    if is_float32 and products < 2**11:
+        return direct, "all in one kernel; products so few are not worth tensor cores"
+
+    if is_float32 and arguments.resolve_precision(input, precision) == "ieee":
+        # 8 rows by 32 columns are what a warp of conv_direct owns; too few of them leave most of the chip idle.
+        strips = images * -(-height // 8) * -(-width // 32)
+        if taps == 1 and in_channels > 64:
+            return "composite", f"{direct} is slower on a 1 x 1 kernel over channels so many"
+        if strips < 256 and pixels * products > 2**24:
+            return "composite", f"{direct} is slower on images so small with channels so many"
+        return direct, "all in one kernel, in float32 throughout"
+
+    if taps == 1 and out_channels <= in_channels:
+        return "composite", f"{mma} is slower on a 1 x 1 kernel that makes no more channels than it gets"
+    if products < 2**9:
+        return "composite", f"{mma} is slower where an output has products so few"
+    is_channels_last = input.stride(1) == 1
+    if is_float32:
+        wins = pixels >= (2**14 if is_channels_last else 2**12)
+    elif is_channels_last and _library_has_wgmma(input.device.index):
+        # In its own layout the library multiplies faster than mma.sync can; what counts is what else it has to do.
+        wins = pixels >= 2**13 and (geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels)
     else:
-        return name, f"all in one kernel, for {input.device.type} tensors"
-    return "composite", f"the library's convolution, then scale and min: {why}"
+        wins = (pixels >= 2**11 and products < 2**17) or (pixels >= 2**15 and products < 2**18)
+    if not wins:
+        return "composite", f"{mma} is slower on this size, layout and dtype"
+    return mma, "all in one kernel, on tensor cores"
+
+
+def _library_has_wgmma(device_index):
+    """Tell whether the GPU has instructions for tensor cores that are faster than mma.sync, which the library uses."""
+    return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
+
+
+# A constant of the device, which the compiler need not trace.
+_library_has_wgmma._dynamo_marked_constant = True
 
 
 def _why_unavailable(name, device_index):
@@ -172,24 +237,28 @@ _availability = {}
 _why_unavailable._dynamo_marked_constant = True
 
 
-def _resolve_precision(input, precision):
-    if input.dtype != torch.float32:
-        return str(input.dtype).removeprefix("torch.")
-    if input.device.type != "cuda":
-        return "ieee"
-    if precision == "auto":
-        return "tf32" if _cudnn_tf32() else "ieee"
-    return precision
-
-
 def composite(input, weight, bias, scale, stride, padding, dilation, groups, precision):
-    """Convolve with torch's library, in the layout that its tensor cores want, then :func:`scale_min`."""
+    """Convolve with torch's library, in the layout that its tensor cores want, then :func:`scale_min`, on a GPU with the bias.
+
+    There PyTorch adds the bias in a pass of its own over the convolution's output.
+    """
     geometry = arguments.ConvArguments(stride, padding, dilation, groups)
     layout = _fastest_layout(input, weight, geometry, precision)
     if layout is not None:
         input, weight = input.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-    output = _library_conv(input, weight, bias, stride, padding, dilation, groups, precision)
-    return scale_min(output, scale)
+    conv = (stride, padding, dilation, groups, precision)
+    if bias is None or not _can_add_bias(input):
+        return scale_min(_library_conv(input, weight, bias, *conv), scale)
+    output = _library_conv(input, weight, None, *conv)
+    # Under autocast a convolution casts its arguments.
+    return torch.ops.fused_kernels.scale_min_bias(output, bias.to(output.dtype), scale)
+
+
+def _can_add_bias(input):
+    """Tell whether scale_min_bias runs here; it has no rule for torch.func's transforms."""
+    if input.device.type != "cuda" or is_transformed():
+        return False
+    return not _why_unavailable(_SCALE_MIN["cuda"], input.device.index)
 
 
 def reference_operator(input, weight, bias, scale, stride, padding, dilation, groups, precision):
@@ -224,8 +293,7 @@ def _fastest_layout(input, weight, geometry, precision):
         return None
     is_channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     if input.dtype == torch.float32:
-        tf32 = precision == "tf32" or (precision == "auto" and _cudnn_tf32())
-        if not tf32:
+        if arguments.resolve_precision(input, precision) != "tf32":
             return None
     elif is_channels_last and 1 < geometry.groups < input.shape[1]:
         return torch.contiguous_format
@@ -233,14 +301,6 @@ def _fastest_layout(input, weight, geometry, precision):
     outputs = input.shape[0] * weight.shape[0] * math.prod(geometry.output_size(input.shape, weight.shape))
     pays = not is_channels_last and geometry.groups == 1 and products_an_output >= 128 and outputs >= 2**23
     return torch.channels_last if pays else None
-
-
-def _cudnn_tf32():
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-# Read while tracing, as torch.compile reads it for its own convolutions.
-_cudnn_tf32._dynamo_marked_constant = True
 
 
 def _autocast(*tensors):
@@ -276,7 +336,7 @@ def define(rung):
         fake, backward, setup = _conv2d_scale_min_fake, _conv2d_scale_min_backward, _conv2d_scale_min_setup
     torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
-    _build_on_first_call(rung, library)
+    _build_on_first_call(rung, library, rung.name)
 
 
 def edit(name, source):
@@ -343,18 +403,18 @@ def _is_loaded(rung):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{rung.namespace}::{rung.name}", rung.device.upper())
 
 
-def _build_on_first_call(rung, library):
-    """Stand in for the kernel until somebody calls it, then build it; once loaded, its own key goes first."""
+def _build_on_first_call(rung, library, name):
+    """Stand in for an operator of the rung's library until it is called, then build; once loaded, its own key goes first."""
 
     def stand_in(*args):
         if args[0].device.type != rung.device:
-            raise RuntimeError(f"input: {rung.name} expected a {rung.device} tensor, got one on {args[0].device}")
+            raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
         if missing := rung.why_unavailable(args[0].device.index):
-            raise RuntimeError(f"{rung.name} cannot run here: {missing}")
+            raise RuntimeError(f"{name} cannot run here: {missing}")
         _load(rung)
-        return getattr(getattr(torch.ops, rung.namespace), rung.name)(*args)
+        return getattr(getattr(torch.ops, rung.namespace), name)(*args)
 
-    library.impl(rung.name, stand_in, "CompositeExplicitAutograd")
+    library.impl(name, stand_in, "CompositeExplicitAutograd")
 
 
 def _scale_min_fake(input, scale):
@@ -375,6 +435,23 @@ def _scale_min_vjp(input, scale, grad):
     """Give the gradient to each pixel's winner, the channel that torch.min names."""
     winner = torch.min(input * scale, dim=1, keepdim=True).indices
     return torch.zeros_like(input).scatter(1, winner, grad * scale)
+
+
+def _scale_min_bias_fake(input, bias, scale):
+    return _scale_min_fake(input, scale)
+
+
+def _scale_min_bias_setup(ctx, inputs, output):
+    input, bias, ctx.scale = inputs
+    ctx.save_for_backward(input, bias)
+
+
+def _scale_min_bias_backward(ctx, grad):
+    """Do what the backward of PyTorch's add, mul and min does, in as little memory as without a bias."""
+    input, bias = ctx.saved_tensors
+    winner = torch.min((input + bias.view(-1, 1, 1)).mul_(ctx.scale), dim=1, keepdim=True).indices
+    grad_input = torch.zeros_like(input).scatter(1, winner, grad * ctx.scale)
+    return grad_input, grad_input.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, None
 
 
 def _conv2d_scale_min_fake(input, weight, bias, scale, stride, padding, dilation, groups, precision):
@@ -417,6 +494,17 @@ def _conv2d_vjp(grad, input, weight, bias, stride, padding, dilation, groups, ne
     )
 
 
+def _define_scale_min_bias():
+    """Register the second operator of scale_min_vectorized's library: the minimum over the channels of (x + bias) * scale."""
+    library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
+    _libraries.append(library)
+    library.define("scale_min_bias(Tensor input, Tensor bias, float scale) -> Tensor")
+    name = f"{build.NAMESPACE}::scale_min_bias"
+    torch.library.register_fake(name, _scale_min_bias_fake, lib=library)
+    torch.library.register_autograd(name, _scale_min_bias_backward, setup_context=_scale_min_bias_setup, lib=library)
+    _build_on_first_call(rungs[_SCALE_MIN["cuda"]], library, "scale_min_bias")
+
+
 def _define_library_conv2d():
     library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
     _libraries.append(library)
@@ -434,5 +522,6 @@ def _define_library_conv2d():
 _FUNCTIONS = {"reference": reference_operator, "composite": composite}
 
 _define_library_conv2d()
+_define_scale_min_bias()
 for _rung in LADDER:
     define(_rung)

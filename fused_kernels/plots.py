@@ -172,6 +172,40 @@ def where_time_goes(records, dtype="float32", precision=None, layout="NCHW"):
     return _finish(figure, f"Where the time goes, {_precision_words(first)}, {layout}", first)
 
 
+def precision_against_time(records, layout="NCHW"):
+    """Draw the error of peers and fused rungs over their time, every precision: to the left is faster, down more accurate.
+
+    A line stands at eager's error at one precision; fair comparisons are along it.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    fused = {rung.name for rung in LADDER if rung.operator == "conv2d_scale_min" and rung.device}
+    chosen = bench.select(records, operator="conv2d_scale_min", direction="forward", layout=layout)
+    chosen = [r for r in chosen if r.rung in fused | set(PEERS)]
+    if not chosen:
+        raise ValueError(f"records: expected some of the whole model in {layout}, got none")
+    figure, (axis,) = _figure(1, 3.9, width=8.5)
+    shapes = dict(zip(PEERS, "osD^", strict=True))
+    for name in _order(chosen):
+        points = [(r.p50_ms, r.rms_error) for r in chosen if r.rung == name]
+        size = 38 if name in PEERS else 80
+        axis.scatter(*zip(*points, strict=True), size, _colour(name), shapes.get(name, "o"), label=name, zorder=3)
+    for r in chosen:
+        if r.rung == "eager":
+            axis.axhline(r.rms_error, color="#b0b0b0", linestyle=":", linewidth=1)
+            axis.text(1.01, r.rms_error, _precision_words(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    axis.set(xscale="log", yscale="log")
+    axis.margins(x=0.08, y=0.12)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("ms, less is better")
+    axis.set_ylabel("rms error against float64")
+    axis.legend(fontsize=8, frameon=False, loc="center right")
+    return _finish(figure, f"Precision against time, {layout}", chosen[0])
+
+
 def access_pattern(channels=6):
     """Draw which addresses one load of a warp touches in the naive, the coalesced and the vectorized rung (float32, NCHW).
 
@@ -271,7 +305,7 @@ def save_all(records, out):
     drawn = {"access-pattern": access_pattern()}
     for name in _machines(records):
         newest = bench.latest(records, machine=name)
-        for draw in (ladder, roofline, bandwidth, where_time_goes):
+        for draw in (ladder, roofline, bandwidth, where_time_goes, precision_against_time):
             drawn[f"{draw.__name__.replace('_', '-')}-{name}"] = draw(newest)
         for dtype in sorted({r.dtype for r in newest if r.operator == "conv2d_scale_min"} - {"float32"}):
             drawn[f"ladder-{dtype}-{name}"] = ladder(newest, dtype)

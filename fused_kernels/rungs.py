@@ -27,6 +27,10 @@ class Rung:
         Where it runs; None for rungs made of PyTorch's own operations, which run anywhere.
     min_capability : tuple of int
         The oldest GPU that it runs on.
+    dtypes : tuple of torch.dtype
+        What it takes.
+    float32_precisions : tuple of str
+        The precisions whose promise it keeps for float32.
     namespace : str
         The namespace of its operator in ``torch.ops``.
     """
@@ -36,6 +40,8 @@ class Rung:
     idea: str
     device: Literal["cpu", "cuda"] | None = None
     min_capability: tuple[int, int] = (8, 0)
+    dtypes: tuple[torch.dtype, ...] = arguments.DTYPES
+    float32_precisions: tuple[str, ...] = ("ieee", "tf32")
     namespace: str = build.NAMESPACE
     edited_source: str | None = None
 
@@ -60,6 +66,15 @@ class Rung:
             need, have = (".".join(map(str, pair)) for pair in (self.min_capability, capability))
             return f"{self.name} needs a GPU of compute capability {need} or newer, this one has {have}"
         return build.why_no_nvcc(capability)
+
+    def why_not(self, dtype, precision="ieee"):
+        """Say in one sentence why this rung doesn't take such an input, or None; ``precision`` matters for float32 alone."""
+        name = str(dtype).removeprefix("torch.")
+        if dtype not in self.dtypes:
+            return f"{self.name} does not take {name}"
+        if dtype == torch.float32 and precision not in self.float32_precisions:
+            return f"{self.name} computes {name} at the precision {' or '.join(self.float32_precisions)}, not {precision}"
+        return None
 
     @property
     def source_file(self):
@@ -121,6 +136,11 @@ class Rung:
     ):
         geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
         arguments.check_precision(precision)
+        if self.device:
+            precision = arguments.resolve_precision(input, precision)
+            # A tensor on another device is refused by the operator.
+            if input.device.type == self.device and (reason := self.why_not(input.dtype, precision)):
+                raise RuntimeError(reason)
         return self._operator(input, weight, bias, arguments.as_scale(scale), *geometry, precision)
 
     @property
@@ -138,7 +158,26 @@ LADDER = (
     Rung("scale_min_naive", "scale_min", "a block a pixel, a thread a channel, one thread reduces", "cuda"),
     Rung("scale_min_coalesced", "scale_min", "a thread a pixel: neighbours read neighbours", "cuda"),
     Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda"),
-    Rung("composite", "conv2d_scale_min", "the library's convolution in the layout for tensor cores, then scale_min"),
+    Rung(
+        "conv_direct",
+        "conv2d_scale_min",
+        "convolution, scale and min in one kernel: no intermediate in memory",
+        "cuda",
+        dtypes=(torch.float32,),
+    ),
+    Rung(
+        "conv_mma",
+        "conv2d_scale_min",
+        "implicit GEMM on tensor cores, its minimum taken in registers",
+        "cuda",
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        float32_precisions=("tf32",),
+    ),
+    Rung(
+        "composite",
+        "conv2d_scale_min",
+        "the library's convolution in the layout for tensor cores, then scale_min, bias and all",
+    ),
     Rung("scale_min", "scale_min", "vector instructions and threads, one pass over the input", "cpu"),
     Rung("conv2d_scale_min", "conv2d_scale_min", "the convolution's output never leaves the cache", "cpu"),
 )

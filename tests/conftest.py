@@ -39,12 +39,36 @@ def implementations(operator, *, public=True):
     ]
 
 
+def precision_for(function, asked=None):
+    """Give the precision to test a function at: the one asked for, else the most exact that it offers."""
+    if asked is not None or not isinstance(function, Rung):
+        return asked or "ieee"
+    return "ieee" if "ieee" in function.float32_precisions else "tf32"
+
+
+def dtype_for(function, wanted):
+    """Give the wanted dtype, or where a rung does not take it, one that it takes."""
+    return function.dtypes[0] if isinstance(function, Rung) and wanted not in function.dtypes else wanted
+
+
+def skip_unless_takes(function, dtype, precision="ieee"):
+    if isinstance(function, Rung) and (reason := function.why_not(dtype, precision)):
+        pytest.skip(reason)
+
+
 def pytest_runtest_setup(item):
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     asked = [value for value in values if isinstance(value, Rung)]
+    takers = list(asked)
     asked += [GPU_RUNG] if item.get_closest_marker("gpu") else []
     for rung in asked:
         if reason := rung.why_unavailable():
+            pytest.skip(reason)
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    dtype = given.get("dtype", torch.float32)
+    precision = precision_for(given.get("function"), given.get("precision", given.get("setting")))
+    for rung in takers:
+        if reason := rung.why_not(dtype, precision):
             pytest.skip(reason)
 
 

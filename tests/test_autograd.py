@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICES, implementations
+from conftest import DEVICES, implementations, skip_unless_takes
 from torch.nn import functional as F
 
 import fused_kernels as fk
@@ -69,6 +69,7 @@ def test_scale_min_gradient_of_nan_goes_to_the_nan(function, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("conv", GEOMETRIES, ids=str)
 def test_conv_gradients(function, device, dtype, conv, set_conv_precision):
+    skip_unless_takes(function, dtype)
     inputs = tensors(device, dtype, **conv)
     set_conv_precision("ieee")
     found = gradients(function(*inputs, -1.3, **conv), inputs)
@@ -79,6 +80,7 @@ def test_conv_gradients(function, device, dtype, conv, set_conv_precision):
 @CONV
 def test_conv_gradcheck(function, device):
     """The products differ by at least 1e-3, so that a step of 1e-6 changes no winner."""
+    skip_unless_takes(function, torch.float64)
     inputs = distinct(1, 2, 4, 4, device=device), distinct(3, 2, 2, 2, device=device), distinct(3, device=device, step=0.037)
     assert torch.autograd.gradcheck(lambda *t: function(*t, 1.5, padding=1, stride=2), inputs)
 
@@ -86,6 +88,7 @@ def test_conv_gradcheck(function, device):
 @CONV
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1)], ids=str)
 def test_gradient_of_some_arguments_alone(function, device, needed, set_conv_precision):
+    skip_unless_takes(function, torch.float32)
     set_conv_precision("ieee")
     inputs = tensors(device)
     if needed == (0, 1):
