@@ -260,7 +260,7 @@ def _cxx_runtime():
 
 
 def _include_paths(device):
-    return [CSRC / device / "include"]
+    return [CSRC / device / "include", CSRC / "include"]
 
 
 def _visible_architectures():

@@ -22,7 +22,6 @@
 
 namespace {
 using namespace fused_kernels;
-using torch::stable::Tensor;
 
 constexpr int BLOCK = REGISTERS == 32 ? 8 : 4;  // output channels whose sums are in registers together, ...
 constexpr int STRIP = 3;                        // ... for this many vectors of pixels, ...
@@ -329,25 +328,8 @@ template <class T> struct Convolution {
 Tensor conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                         int64_t groups, std::string /*precision*/) {
-  check_input(input);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "weight: expected 4 dimensions, none of size zero");
-  const int64_t least = std::min({stride[0], stride[1], dilation[0], dilation[1], groups});
-  STD_TORCH_CHECK(least > 0, "stride, dilation, groups: expected positive integers, got ", least);
-  STD_TORCH_CHECK(*std::min_element(padding.begin(), padding.end()) >= 0, "padding: expected no negative number");
-  STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1), "input: expected ",
-                  weight.size(1) * groups, " channels in ", groups, " groups, got ", input.size(1));
-  const auto matches = [&](const Tensor& t) { return t.is_cpu() && t.scalar_type() == input.scalar_type(); };
-  STD_TORCH_CHECK(matches(weight), "weight: expected the input's dtype and device");
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected ", weight.size(0), " elements");
-    STD_TORCH_CHECK(matches(*bias), "bias: expected the input's dtype and device");
-  }
-  const auto size = [&](int axis) {
-    const int64_t padded = input.size(2 + axis) + padding[2 * axis] + padding[2 * axis + 1];
-    return (padded - dilation[axis] * (weight.size(2 + axis) - 1) - 1) / stride[axis] + 1;
-  };
-  STD_TORCH_CHECK(size(0) > 0 && size(1) > 0, "weight: expected a kernel no larger than the padded input");
-  Tensor output = torch::stable::new_empty(input, {input.size(0), 1, size(0), size(1)});
+  const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
+  Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
   if (output.numel() == 0) return output;
   dispatch(input.scalar_type(), [&](auto* type) {
     using T = std::decay_t<decltype(*type)>;

@@ -13,7 +13,6 @@
 
 namespace {
 using namespace fused_kernels;
-using torch::stable::Tensor;
 
 constexpr int BLOCK = 2048;            // pixels whose running minima one thread keeps in its L1 cache
 constexpr int AT_ONCE = 8;             // channels read together: fewer passes over the minima, more loads in flight

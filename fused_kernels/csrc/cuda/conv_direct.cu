@@ -14,7 +14,7 @@
 
 #include <numeric>
 
-#include "conv.cuh"
+#include "launch.cuh"
 #include "numerics.cuh"
 #include "ptx/cp_async.cuh"
 

@@ -15,7 +15,7 @@
 // Limit: mma.sync, which reaches two thirds of the rate that wgmma gets out of Hopper's tensor cores.
 // Previous rung: conv_direct.
 
-#include "conv.cuh"
+#include "launch.cuh"
 #include "numerics.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
+
 namespace fused_kernels {
 
 using torch::headeronly::BFloat16;
@@ -137,13 +139,5 @@ template <class F> void dispatch(ScalarType dtype, const F& f) {
     default: STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(dtype));
   }
 }
-
-// The Python functions say what is wrong in full; this keeps a direct call of the operator from reading out of bounds.
-inline void check_input(const torch::stable::Tensor& input) {
-  STD_TORCH_CHECK(input.dim() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input.dim());
-  STD_TORCH_CHECK(input.size(1) > 0, "input: expected at least one channel to take the minimum over, got none");
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fused_kernels

@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-namespace fused_kernels {
+#include "arguments.h"
 
-using torch::stable::Tensor;
+namespace fused_kernels {
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -33,18 +33,6 @@ void dispatch(torch::headeronly::ScalarType dtype, const F& f) {
     default: STD_TORCH_CHECK(false, "input: expected float32, float64, float16 or bfloat16");
   }
 }
-
-// The Python functions say what is wrong in full; this keeps a direct call of the operator from reading out of bounds.
-inline void check_input(const Tensor& input) {
-  // Kernels count channels in an int, and step past the last one by less than this.
-  constexpr int64_t kMargin = 1024;
-  STD_TORCH_CHECK(input.dim() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input.dim());
-  const int64_t channels = input.size(1);
-  STD_TORCH_CHECK(channels > 0, "input: expected at least one channel to take the minimum over, got none");
-  STD_TORCH_CHECK(channels <= INT32_MAX - kMargin, "input: expected at most ", INT32_MAX - kMargin, " channels, got ", channels);
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A grid's x extent, checked: CUDA takes at most 2^31 - 1 blocks.
 inline unsigned int grid_size(int64_t blocks) {

@@ -1,14 +1,28 @@
 #pragma once
-// What the fused convolutions share on the host: the arguments, checked, and the output's size.
+// What the host functions of all kernels share, on a CPU and on a GPU: checks of the arguments, and a convolution's sizes.
+// The Python functions say what is wrong in full; these keep a direct call of an operator from reading out of bounds.
+
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "launch.cuh"
-
 namespace fused_kernels {
+
+using torch::stable::Tensor;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline void check_input(const Tensor& input) {
+  // Kernels count channels in an int, and step past the last one by less than this.
+  constexpr int64_t kMargin = 1024;
+  STD_TORCH_CHECK(input.dim() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input.dim());
+  const int64_t channels = input.size(1);
+  STD_TORCH_CHECK(channels > 0, "input: expected at least one channel to take the minimum over, got none");
+  STD_TORCH_CHECK(channels <= INT32_MAX - kMargin, "input: expected at most ", INT32_MAX - kMargin, " channels, got ", channels);
+}
 
 // A convolution's sizes and strides, in elements; index 0 is vertical, 1 horizontal. Channels are those of one group.
 struct ConvShape {
@@ -21,7 +35,6 @@ struct ConvShape {
   int64_t pixels() const { return images * output[0] * output[1]; }
 };
 
-// The Python functions say what is wrong in full; this keeps a direct call of the operator from reading out of bounds.
 inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups) {
@@ -33,7 +46,8 @@ inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std
   STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1), "input: expected ",
                   weight.size(1) * groups, " channels in ", groups, " groups, got ", input.size(1));
   const auto matches = [&](const Tensor& t) {
-    return t.is_cuda() && t.get_device_index() == input.get_device_index() && t.scalar_type() == input.scalar_type();
+    return t.is_cuda() == input.is_cuda() && t.is_cpu() == input.is_cpu() && t.get_device_index() == input.get_device_index() &&
+           t.scalar_type() == input.scalar_type();
   };
   STD_TORCH_CHECK(matches(weight), "weight: expected the input's dtype and device");
   if (bias) {
@@ -41,7 +55,9 @@ inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std
     STD_TORCH_CHECK(matches(*bias), "bias: expected the input's dtype and device");
   }
 
-  ConvShape shape{.images = input.size(0), .groups = groups, .in_channels = weight.size(1), .out_channels = weight.size(0) / groups};
+  ConvShape shape;
+  shape.images = input.size(0), shape.groups = groups;
+  shape.in_channels = weight.size(1), shape.out_channels = weight.size(0) / groups;
   for (int axis = 0; axis < 2; ++axis) {
     shape.input[axis] = input.size(2 + axis);
     shape.kernel[axis] = weight.size(2 + axis);
