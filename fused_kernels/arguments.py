@@ -58,24 +58,26 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
     _check_tensor("weight", weight, "(C_out, C_in / groups, kH, kW)")
     if bias is not None:
         _check_tensor("bias", bias, "(C_out,)")
+    dtype, device = input.dtype, input.device
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != input.dtype:
-            raise ValueError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: expected the input's device {input.device}, got {tensor.device}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the input's device {device}, got {tensor.device}")
     groups, given = _integer(groups), groups
     if groups is None or groups < 1:
         raise ValueError(f"groups: expected a positive integer, got {given!r}")
 
-    out_channels, group_channels, kernel_h, kernel_w = weight.shape
-    if min(weight.shape) == 0:
+    input_shape, weight_shape = input.shape, weight.shape
+    out_channels, group_channels, kernel_h, kernel_w = weight_shape
+    if 0 in weight_shape:
         raise ValueError(f"weight: expected no dimension of size zero, got shape {_shape(weight)}")
-    if input.shape[1] != group_channels * groups:
+    if input_shape[1] != group_channels * groups:
         raise ValueError(
             f"input: expected {group_channels * groups} channels "
-            f"(weight.shape[1] {group_channels} x groups {groups}), got {input.shape[1]}"
+            f"(weight.shape[1] {group_channels} x groups {groups}), got {input_shape[1]}"
         )
     if out_channels % groups:
         raise ValueError(f"groups: expected a divisor of the {out_channels} output channels, got {groups}")
@@ -86,11 +88,12 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
     dilation = _pair("dilation", dilation, 1)
     padding = _padding(padding, stride, dilation, (kernel_h, kernel_w))
     geometry = ConvArguments(stride, padding, dilation, groups)
-    if min(geometry.output_size(input.shape, weight.shape)) < 1:
+    height, width = geometry.output_size(input_shape, weight_shape)
+    if height < 1 or width < 1:
         top, bottom, left, right = padding
         raise ValueError(
             f"weight: expected a kernel no larger than the padded input "
-            f"{input.shape[2] + top + bottom} x {input.shape[3] + left + right}, got {kernel_h} x {kernel_w} "
+            f"{input_shape[2] + top + bottom} x {input_shape[3] + left + right}, got {kernel_h} x {kernel_w} "
             f"with dilation {dilation}"
         )
     return geometry

@@ -93,11 +93,11 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
     geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
     scale = arguments.as_scale(scale)
-    name, _ = _choose(input, weight, bias, geometry, precision)
+    resolved = arguments.resolve_precision(input, precision)
+    name, _ = _choose(input, weight, bias, geometry, resolved)
     if name == "composite":
         return composite(input, weight, bias, scale, *geometry, precision)
-    operator = getattr(torch.ops.fused_kernels, name)
-    precision = arguments.resolve_precision(input, precision)
+    operator, precision = getattr(torch.ops.fused_kernels, name), resolved
     if torch.compiler.is_compiling():
         return operator(input, weight, bias, scale, *geometry, precision)
     # No gradient is wanted here. The rule for gradients is Python, and to pass it by takes longer than a small kernel.
@@ -130,13 +130,14 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
     arguments.as_scale(scale)
-    name, why = _choose(input, weight, bias, geometry, precision)
+    resolved = arguments.resolve_precision(input, precision)
+    name, why = _choose(input, weight, bias, geometry, resolved)
     if name == "composite":
         inner = _SCALE_MIN.get(input.device.type)
         missing = _why_unavailable(inner, input.device.index) if inner else f"no kernel for {input.device.type} tensors"
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
     dtype = str(input.dtype).removeprefix("torch.")
-    return Explanation(name, arguments.resolve_precision(input, precision) if dtype == "float32" else dtype, why)
+    return Explanation(name, resolved if dtype == "float32" else dtype, why)
 
 
 # What runs where it can.
@@ -189,7 +190,7 @@ def _choose_cuda(input, weight, geometry, precision):
     if is_float32 and products < 2**11:
         return direct, "all in one kernel; products so few are not worth tensor cores"
 
-    if is_float32 and arguments.resolve_precision(input, precision) == "ieee":
+    if is_float32 and precision == "ieee":
         # 8 rows by 32 columns are what a warp of conv_direct owns; too few of them leave most of the chip idle.
         strips = images * -(-height // 8) * -(-width // 32)
         if taps == 1 and in_channels > 64:
