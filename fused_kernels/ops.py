@@ -147,21 +147,25 @@ _CONV2D_SCALE_MIN = {"cpu": ("conv2d_scale_min",), "cuda": ("conv_mma", "conv_di
 
 def _choose(input, weight, bias, geometry, precision):
     """Name the rung for a fused convolution, or "composite", and say why."""
-    name, why = "composite", f"no fused kernel for {input.device.type} tensors"
     if input.device.type in _CONV2D_SCALE_MIN:
         choose = _choose_cuda if input.device.type == "cuda" else _choose_cpu
         name, why = choose(input, weight, geometry, precision)
-        if name == "composite":
-            pass
-        elif is_transformed():
-            name, why = "composite", f"{name} has no rule for torch.func's transforms and forward-mode gradients"
-        elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-            name, why = "composite", f"{name} has no fast gradient"
-        elif missing := _why_unavailable(name, input.device.index):
-            name, why = "composite", missing
+        if name != "composite" and (obstacle := _obstacle(name, input, weight, bias)):
+            name, why = "composite", obstacle
+    else:
+        name, why = "composite", f"no fused kernel for {input.device.type} tensors"
     if name == "composite":
         why = f"the library's convolution, then scale and min: {why}"
     return name, why
+
+
+def _obstacle(name, input, weight, bias):
+    """Say why a fused kernel can't run here and now, whatever the shapes, or None."""
+    if is_transformed():
+        return f"{name} has no rule for torch.func's transforms and forward-mode gradients"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return f"{name} has no fast gradient"
+    return _why_unavailable(name, input.device.index)
 
 
 def _choose_cpu(input, weight, geometry, precision):
@@ -179,6 +183,8 @@ def _choose_cuda(input, weight, geometry, precision):
     mma, direct = _CONV2D_SCALE_MIN["cuda"]
     if input.dtype == torch.float64:
         return "composite", "no fused kernel takes float64"
+    if max(*input.shape, *geometry.stride, *geometry.padding, *geometry.dilation) >= 2**28:
+        return "composite", "the fused kernels count rows, columns and channels in 32 bits"
     out_channels, in_channels, kernel_h, kernel_w = weight.shape
     out_channels = out_channels // geometry.groups
     height, width = geometry.output_size(input.shape, weight.shape)

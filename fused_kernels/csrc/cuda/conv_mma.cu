@@ -9,9 +9,9 @@
 // A warp that computes addresses does not multiply. So warps have roles: most multiply and do nothing else, one brings the
 // weights, three bring the input. 16-bit channels_last input comes by cp.async; all else passes through registers, which
 // transposes and converts.
-// float32 is computed with float16 operands: the same 10-bit mantissa as TF32, rounded to nearest, at twice TF32's rate. A power
-// of two a tile and one an output channel keep the values inside float16's range: the device notices a tile that leaves it, and
-// reads it again. Values 2^28 times smaller than their tile's largest lose bits.
+// float32 is computed with float16 operands: the same 10-bit mantissa as TF32, rounded to nearest, at twice TF32's rate. A
+// power of two a tile and one an output channel keep the largest values inside float16's range: the device notices a tile that
+// leaves it, and reads it again. What a small value beside a large one loses is at most 2^-23 of the largest in its tile.
 // Limit: mma.sync, which reaches two thirds of the rate that wgmma gets out of Hopper's tensor cores.
 // Previous rung: conv_direct.
 
@@ -163,7 +163,8 @@ struct Loader {
 
   // Neighbouring lanes take neighbouring pixels, or where channels lie side by side, neighbouring channels.
   __device__ __forceinline__ Loader(const R* input, const Plan& plan, const HaloPixel* table, int thread)
-      : input(input), plan(plan), table(table), thread(thread), first_minor(thread % plan.minors), first_major(thread / plan.minors) {}
+      : input(input), plan(plan), table(table), thread(thread), first_minor(thread % plan.minors),
+        first_major(thread / plan.minors) {}
 
   __device__ __forceinline__ void begin(const Tile& tile, int group, int item) {
     const int piece = item / plan.chunks, first = item % plan.chunks * plan.chunk;
@@ -188,7 +189,8 @@ struct Loader {
   // How many channels from `first` on there are at a halo's pixel: none in the padding.
   __device__ __forceinline__ int count(const HaloPixel& pixel, int first) const {
     const int y = top + pixel.row * plan.halo_step[0], x = left + pixel.column * plan.halo_step[1];
-    const bool padding = image + pixel.image >= plan.images || static_cast<unsigned>(y) >= static_cast<unsigned>(plan.input[0]) ||
+    const bool padding = image + pixel.image >= plan.images ||
+                         static_cast<unsigned>(y) >= static_cast<unsigned>(plan.input[0]) ||
                          static_cast<unsigned>(x) >= static_cast<unsigned>(plan.input[1]);
     return padding ? 0 : channels_left - first;
   }
@@ -482,7 +484,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   const int my_tiles = (plan.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
   for (int n = 0; n < my_tiles; ++n) {
     for (int block_n = first_n; block_n < end_n; ++block_n) {
-      // NOTE: who this thread is, is asked anew wherever it matters: ptxas spills what it keeps through the main loop for later.
+      // NOTE: who this thread is, is asked anew wherever it matters: ptxas spills what it keeps through the main loop.
       const auto my_constants = [&] {
         const int thread = ptx::thread_index(), column = thread / kWarpSize % C::WARPS_N * C::N_TILES * 8 + thread % 4 * 2;
         return reinterpret_cast<const float4*>(constants + static_cast<int64_t>(block_n) * C::BLOCK_N + column);
@@ -594,7 +596,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
         for (int i = 0; i < C::M_TILES; ++i) {
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
-            const float value = kScaled ? fmaf(sums[i][j][h], h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) : sums[i][j][h];
+            const float sum = sums[i][j][h];
+            const float value = kScaled ? fmaf(sum, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) : sum;
             low[i][h / 2] = min_nan(low[i][h / 2], value);
           }
         }
@@ -683,7 +686,8 @@ __global__ void __launch_bounds__(kPackThreads)
     if (largest > 0) exponent = exponent_for(__uint_as_float(largest));
   }
   if (threadIdx.x == 0) {
-    constants[blockIdx.x] = make_float2(sign * power_of_two(-exponent), bias ? sign * static_cast<float>(bias[channel * bias_stride]) : 0.0f);
+    const float value = bias ? sign * static_cast<float>(bias[channel * bias_stride]) : 0.0f;
+    constants[blockIdx.x] = make_float2(sign * power_of_two(-exponent), value);
   }
 
   const int steps = plan.steps, steps_a_tap = plan.chunk / kStepDepth, items = plan.pieces * plan.chunks;
@@ -795,7 +799,8 @@ Planned<C> make_plan(const ConvShape& shape, bool vectors, const Device& device)
         int64_t halo_pixels = p.tile_images, tiles = ceil_div(p.images, p.tile_images);
         bool small = p.tile_images <= 256;
         for (int axis = 0; axis < 2; ++axis) {
-          const int64_t extent = ((int64_t{1} << p.tile_log2[axis]) - 1) * p.output_step[axis] + (p.piece[axis] - 1) * static_cast<int64_t>(p.tap_step[axis]) + 1;
+          const int64_t last_tap = (p.piece[axis] - 1) * static_cast<int64_t>(p.tap_step[axis]);
+          const int64_t extent = ((int64_t{1} << p.tile_log2[axis]) - 1) * p.output_step[axis] + last_tap + 1;
           small &= extent < 4096;
           p.halo[axis] = static_cast<int>(std::min<int64_t>(extent, 4096));
           halo_pixels *= p.halo[axis];
@@ -860,7 +865,8 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
   const float sign = !plan.scale_first && factor < 0.0f ? -1.0f : 1.0f;
 
   const int64_t columns = static_cast<int64_t>(plan.groups) * plan.blocks_n * C::BLOCK_N;
-  const int64_t packed_bytes = static_cast<int64_t>(plan.groups) * plan.blocks_n * plan.pieces * plan.chunks * plan.steps * C::kStepBytes;
+  const int64_t steps = static_cast<int64_t>(plan.groups) * plan.blocks_n * plan.pieces * plan.chunks * plan.steps;
+  const int64_t packed_bytes = steps * C::kStepBytes;
   const int64_t partial_bytes = plan.splits > 1 ? plan.splits * shape.pixels() * 4 : 0;
   const Tensor workspace = torch::stable::new_empty(input, {packed_bytes + columns * 8 + partial_bytes}, ScalarType::Byte);
   char* const packed = static_cast<char*>(workspace.data_ptr());
@@ -872,7 +878,8 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
   for (int d = 0; d < 4; ++d) strides.of[d] = shape.weight_strides[d];
   pack_weights_kernel<T><<<grid_size(columns), kPackThreads, 0, stream>>>(
       static_cast<const T*>(weight.data_ptr()), strides, bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
-      bias ? bias->stride(0) : 0, static_cast<int>(shape.out_channels), C::BLOCK_N, sign, reinterpret_cast<uint32_t*>(packed), constants, plan);
+      bias ? bias->stride(0) : 0, static_cast<int>(shape.out_channels), C::BLOCK_N, sign, reinterpret_cast<uint32_t*>(packed),
+      constants, plan);
 
   const auto kernel = conv_mma_kernel<T, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
@@ -893,7 +900,8 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
 // Whether eight channels of a pixel (four float32) are one aligned run of 16 bytes wherever they begin.
 bool channels_are_vectors(const Tensor& input, const ConvShape& shape) {
   const int64_t size = input.element_size(), width = 16 / size;
-  if (shape.input_strides[1] != 1 || shape.in_channels % width != 0 || reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
+  if (shape.input_strides[1] != 1 || shape.in_channels % width != 0) return false;
+  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
   for (int d : {0, 2, 3}) {
     if (input.size(d) > 1 && shape.input_strides[d] % width != 0) return false;
   }
@@ -901,9 +909,11 @@ bool channels_are_vectors(const Tensor& input, const ConvShape& shape) {
 }
 
 template <typename T>
-void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale, Tensor& output) {
+void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+         Tensor& output) {
   const int index = input.get_device_index();
-  const Device device{attribute(cudaDevAttrMultiProcessorCount, index), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
+  const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
+                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
   const bool vectors = channels_are_vectors(input, shape);
   const auto large = make_plan<Large>(shape, vectors, device);
   const auto medium = make_plan<Medium>(shape, vectors, device);
@@ -931,7 +941,8 @@ Tensor conv_mma(const Tensor& input, const Tensor& weight, const std::optional<T
   }
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "input: conv_mma expected float32, float16 or bfloat16");
-  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == "tf32", "precision: conv_mma expected tf32 for float32, got ", precision);
+  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == "tf32", "precision: conv_mma expected tf32 for float32, got ",
+                  precision);
   Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
   if (output.numel() == 0) return output;
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());

@@ -32,10 +32,14 @@ __device__ __forceinline__ void mbarrier_arrive_after_cp_async(uint32_t barrier)
 // a while before it answers.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra wait;\n}" ::"r"(barrier), "r"(parity)
+  asm volatile("{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra wait;\n}"
+               :
+               : "r"(barrier), "r"(parity)
                : "memory");
 #else
-  asm volatile("{\n.reg .pred p;\nwait:\nmbarrier.test_wait.parity.shared.b64 p, [%0], %1;\n@!p bra wait;\n}" ::"r"(barrier), "r"(parity)
+  asm volatile("{\n.reg .pred p;\nwait:\nmbarrier.test_wait.parity.shared.b64 p, [%0], %1;\n@!p bra wait;\n}"
+               :
+               : "r"(barrier), "r"(parity)
                : "memory");
 #endif
 }
