@@ -123,9 +123,13 @@ def resolve_precision(input, precision):
     return cudnn_precision() if precision == "auto" else precision
 
 
+# The object lasts as long as torch; to find it takes a module that looks up every name anew.
+_CUDNN_CONV = torch.backends.cudnn.conv
+
+
 def cudnn_precision():
     """Read torch's setting for cuDNN's convolutions."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if _CUDNN_CONV.fp32_precision == "tf32" else "ieee"
 
 
 # Read while tracing, as torch.compile reads it for its own convolutions.

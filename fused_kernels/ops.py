@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -51,7 +52,7 @@ def scale_min(input, scale):
     name = _SCALE_MIN.get(input.device.type)
     if name is None or is_transformed() or _why_unavailable(name, input.device.index):
         return reference.scale_min(input, scale)
-    return getattr(torch.ops.fused_kernels, name)(input, scale)
+    return _run(name, input, scale)
 
 
 def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"):
@@ -90,19 +91,11 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
         An argument is off; the sentence says which, what was expected and what came.
     """
     input, weight, bias = _autocast(input, weight, bias)
-    geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
-    arguments.check_precision(precision)
     scale = arguments.as_scale(scale)
-    resolved = arguments.resolve_precision(input, precision)
-    name, _ = _choose(input, weight, bias, geometry, resolved)
-    if name == "composite":
-        return composite(input, weight, bias, scale, *geometry, precision)
-    operator, precision = getattr(torch.ops.fused_kernels, name), resolved
-    if torch.compiler.is_compiling():
-        return operator(input, weight, bias, scale, *geometry, precision)
-    # No gradient is wanted here. The rule for gradients is Python, and to pass it by takes longer than a small kernel.
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(input, weight, bias, scale, *geometry, precision)
+    decision = _recall(input, weight, bias, stride, padding, dilation, groups, precision)
+    if decision.rung == "composite" or _obstacle(decision.rung, input, weight, bias):
+        return composite(input, weight, bias, scale, *decision.geometry, precision)
+    return _run(decision.rung, input, weight, bias, scale, *decision.geometry, decision.precision)
 
 
 @dataclass(frozen=True)
@@ -127,17 +120,18 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     Explanation
     """
     input, weight, bias = _autocast(input, weight, bias)
-    geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
-    arguments.check_precision(precision)
     arguments.as_scale(scale)
-    resolved = arguments.resolve_precision(input, precision)
-    name, why = _choose(input, weight, bias, geometry, resolved)
+    decision = _decide(input, weight, bias, stride, padding, dilation, groups, precision)
+    name, why = decision.rung, decision.why
+    if name != "composite" and (obstacle := _obstacle(name, input, weight, bias)):
+        name, why = "composite", obstacle
     if name == "composite":
         inner = _SCALE_MIN.get(input.device.type)
         missing = _why_unavailable(inner, input.device.index) if inner else f"no kernel for {input.device.type} tensors"
+        why = f"the library's convolution, then scale and min: {why}"
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
     dtype = str(input.dtype).removeprefix("torch.")
-    return Explanation(name, resolved if dtype == "float32" else dtype, why)
+    return Explanation(name, decision.precision if dtype == "float32" else dtype, why)
 
 
 # What runs where it can.
@@ -145,18 +139,78 @@ _SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
 _CONV2D_SCALE_MIN = {"cpu": ("conv2d_scale_min",), "cuda": ("conv_mma", "conv_direct")}
 
 
-def _choose(input, weight, bias, geometry, precision):
-    """Name the rung for a fused convolution, or "composite", and say why."""
-    if input.device.type in _CONV2D_SCALE_MIN:
-        choose = _choose_cuda if input.device.type == "cuda" else _choose_cpu
-        name, why = choose(input, weight, geometry, precision)
-        if name != "composite" and (obstacle := _obstacle(name, input, weight, bias)):
-            name, why = "composite", obstacle
+class Decision(NamedTuple):
+    """What the arguments' shapes, types and places alone decide: the geometry, the precision and the rung for them."""
+
+    geometry: arguments.ConvArguments
+    precision: str
+    rung: str
+    why: str
+
+
+def _decide(input, weight, bias, stride, padding, dilation, groups, precision):
+    """Check a fused convolution's arguments and choose a rung, or "composite"."""
+    geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
+    arguments.check_precision(precision)
+    resolved = arguments.resolve_precision(input, precision)
+    device = input.device.type
+    if device == "cuda":
+        rung, why = _choose_cuda(input, weight, geometry, resolved)
+    elif device == "cpu":
+        rung, why = _choose_cpu(input, weight, geometry)
     else:
-        name, why = "composite", f"no fused kernel for {input.device.type} tensors"
-    if name == "composite":
-        why = f"the library's convolution, then scale and min: {why}"
-    return name, why
+        rung, why = "composite", f"no fused kernel for {device} tensors"
+    return Decision(geometry, resolved, rung, why)
+
+
+# Decisions made, by all that they depend on: to make one takes as long as a small kernel.
+_decisions = {}
+_MOST_DECISIONS = 4096
+
+
+def _recall(input, weight, bias, stride, padding, dilation, groups, precision):
+    """Do what :func:`_decide` does, once for each combination of arguments."""
+    given = (stride, padding, dilation, groups, precision)
+    if torch.compiler.is_compiling() or not _is_exact(given):
+        return _decide(input, weight, bias, *given)
+    try:
+        key = (
+            *given,
+            arguments.cudnn_precision() if precision == "auto" and input.dtype == torch.float32 else None,
+            *(input.shape, input.stride(1), input.dtype, input.device, input.layout),
+            *(weight.shape, weight.dtype, weight.device, weight.layout),
+            None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
+        )
+        decision = _decisions.get(key)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        # What is wrong here, or only has no hash, is found out there.
+        return _decide(input, weight, bias, *given)
+    if decision is None:
+        if len(_decisions) >= _MOST_DECISIONS:
+            _decisions.clear()
+        decision = _decisions[key] = _decide(input, weight, bias, *given)
+    return decision
+
+
+def _is_exact(values):
+    """Tell whether all are integers, strings or tuples of them: to a dictionary, 1.0 and True are 1."""
+    types = {*map(type, values)}
+    if tuple in types:
+        types.remove(tuple)
+        return types <= _EXACT and all(_is_exact(value) for value in values if type(value) is tuple)
+    return types <= _EXACT
+
+
+_EXACT = {int, str}
+
+
+def _run(name, *args):
+    """Call an operator. Its rule for gradients is Python, and to pass by it takes longer than a small kernel."""
+    operator = getattr(torch.ops.fused_kernels, name)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def _obstacle(name, input, weight, bias):
@@ -168,7 +222,7 @@ def _obstacle(name, input, weight, bias):
     return _why_unavailable(name, input.device.index)
 
 
-def _choose_cpu(input, weight, geometry, precision):
+def _choose_cpu(input, weight, geometry):
     (name,) = _CONV2D_SCALE_MIN["cpu"]
     pixels = math.prod(geometry.output_size(input.shape, weight.shape))
     if input.dtype in (torch.float32, torch.bfloat16) and weight.numel() >= 2**18 and pixels < 128:
@@ -207,16 +261,18 @@ def _choose_cuda(input, weight, geometry, precision):
 
     if taps == 1 and out_channels <= in_channels:
         return "composite", f"{mma} is slower on a 1 x 1 kernel that makes no more channels than it gets"
-    if products < 2**9:
+    if products < 2**8:
         return "composite", f"{mma} is slower where an output has products so few"
+    # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
     is_channels_last = input.stride(1) == 1
     if is_float32:
-        wins = pixels >= (2**14 if is_channels_last else 2**12)
+        wins = products < (2**15 if is_channels_last else 2**16) or pixels >= (2**14 if is_channels_last else 2**12)
     elif is_channels_last and _library_has_wgmma(input.device.index):
-        # In its own layout the library multiplies faster than mma.sync can; what counts is what else it has to do.
-        wins = pixels >= 2**13 and (geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels)
+        # In its own layout it multiplies faster than mma.sync can, unless its tiles stay empty or it has much to write.
+        hampered = geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels
+        wins = products < 2**13 or (pixels >= 2**13 and (hampered or (pixels < 2**17 and products < 2**16)))
     else:
-        wins = (pixels >= 2**11 and products < 2**17) or (pixels >= 2**15 and products < 2**18)
+        wins = products < 2**13 or (pixels >= 2**11 and products < 2**17) or (pixels >= 2**13 and products < 2**18)
     if not wins:
         return "composite", f"{mma} is slower on this size, layout and dtype"
     return mma, "all in one kernel, on tensor cores"
@@ -258,7 +314,7 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
         return scale_min(_library_conv(input, weight, bias, *conv), scale)
     output = _library_conv(input, weight, None, *conv)
     # Under autocast a convolution casts its arguments.
-    return torch.ops.fused_kernels.scale_min_bias(output, bias.to(output.dtype), scale)
+    return _run("scale_min_bias", output, bias.to(output.dtype), scale)
 
 
 def _can_add_bias(input):
@@ -312,6 +368,9 @@ def _fastest_layout(input, weight, geometry, precision):
 
 def _autocast(*tensors):
     """Cast as autocast casts a convolution's arguments: every floating-point tensor but float64."""
+    # The usual answer is quick to have, but not for the compiler.
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
     if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
