@@ -7,8 +7,8 @@
 //   operand B   the weights, in the order in which the lanes hold them, in a ring of buffers
 //   result      up to 128 sums a thread; bias, scale and min happen in those registers; one number a pixel goes to memory
 // A warp that computes addresses does not multiply. So warps have roles: most multiply and do nothing else, one brings the
-// weights, three bring the input. 16-bit channels_last input comes by cp.async; all else passes through registers, which
-// transposes and converts.
+// weights, three bring the input and take the results away. 16-bit channels_last input comes by cp.async; all else passes
+// through registers, which transposes and converts.
 // float32 is computed with float16 operands: the same 10-bit mantissa as TF32, rounded to nearest, at twice TF32's rate. A
 // power of two a tile and one an output channel keep the largest values inside float16's range: the device notices a tile that
 // leaves it, and reads it again. What a small value beside a large one loses is at most 2^-23 of the largest in its tile.
@@ -19,6 +19,7 @@
 #include "numerics.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/grid_dependency.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/thread_index.cuh"
@@ -31,6 +32,7 @@ namespace fused_kernels {
 constexpr int kWarpSize = 32;
 constexpr int kStepDepth = 16;      // K of one mma instruction
 constexpr int kHalos = 2;           // buffers of input
+constexpr int kResults = 3;         // and of results
 constexpr int kUnit = 8;            // channels that a thread moves at once: 16 bytes of operand
 constexpr int kRowPadding = 16;     // bytes; makes the pitch an odd multiple of 16
 constexpr int kMaxSteps = 2048;     // entries of the table of tap offsets
@@ -252,9 +254,10 @@ struct Loader {
       Unit<R> units[IN_FLIGHT];
 #pragma unroll
       for (auto& u : units) load<WHOLE, VECTORS>(u, ptx::shared_address(buffer));
-      if (sizeof(R) == 2 && VECTORS) continue;
+      if constexpr (sizeof(R) == 4 || !VECTORS) {
 #pragma unroll
-      for (auto& u : units) store(u, buffer, factor);
+        for (auto& u : units) store(u, buffer, factor);
+      }
     }
   }
 
@@ -329,15 +332,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   const int halo_bytes = plan.halo_pixels * plan.pitch;
   HaloPixel* const halo_table = reinterpret_cast<HaloPixel*>(halos + kHalos * halo_bytes);
   int* const step_table = reinterpret_cast<int*>(halo_table + plan.halo_pixels);
-  // One more than buffers of weights: no warp is further ahead of another.
-  constexpr int kResults = C::kStages + 1;
   __shared__ float minima[kResults][C::WARPS_N][C::BLOCK_M];
-  __shared__ int arrived[kResults][C::WARPS_M];
   __shared__ uint32_t largest[2][kHaloWarps];
   __shared__ int lane_table[C::kMathWarps * kWarpSize];
   __shared__ int exponents[kHalos], changes[kHalos];  // a change: from the item before, where both are summed together
-  __shared__ int origins[kResults][3];  // the tile's first image, row and column of the output
-  __shared__ uint64_t barriers[2 * (C::kStages + kHalos)];
+  __shared__ uint64_t barriers[2 * (C::kStages + kHalos) + kResults];
 
   // NOTE: the shuffle tells the compiler that all lanes have the same warp: what follows from it fits in uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -357,11 +356,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   const uint32_t first_barrier = ptx::shared_address(barriers);
   Ring<C::kStages> weight_ring{first_barrier, first_barrier + C::kStages * 8};
   Ring<kHalos> halo_ring{first_barrier + 2 * C::kStages * 8, first_barrier + (2 * C::kStages + kHalos) * 8};
+  // A buffer of results is empty again when the halo of the tile that needs it next is full: no barrier has to say so.
+  static_assert(kResults > kHalos, "kResults: expected more buffers than tiles that the input's warps are ahead");
+  Ring<kResults> result_ring{first_barrier + 2 * (C::kStages + kHalos) * 8, 0};
   if (warp < C::kMathWarps) {
     const int m = warp / C::WARPS_N * C::M_TILES * 16 + threadIdx.x % 16;
     lane_table[threadIdx.x] = halo_row(plan, m) + threadIdx.x % kWarpSize / 16 * 16;
   }
-  if (threadIdx.x < kResults * C::WARPS_M) arrived[threadIdx.x / C::WARPS_M][threadIdx.x % C::WARPS_M] = 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(weight_ring.full + i * 8, kBulkCopies ? 1 : kWarpSize);
@@ -371,6 +372,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       ptx::mbarrier_init(halo_ring.full + i * 8, kHaloThreads + 1);
       ptx::mbarrier_init(halo_ring.empty + i * 8, C::kMathWarps);
     }
+    for (int i = 0; i < kResults; ++i) ptx::mbarrier_init(result_ring.full + i * 8, C::kMathWarps);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -386,6 +388,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     // The weights' warp: a stream of stages, begun anew with every tile.
     const int lane = threadIdx.x % kWarpSize;
     if (kBulkCopies && lane > 0) return;
+    ptx::wait_for_previous_grid();
     for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
       const uint4* source = weights + static_cast<int64_t>(first_n) * items * plan.steps * kStepVectors;
       for (int item = 0; item < (end_n - first_n) * items; ++item) {
@@ -412,11 +415,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   }
 
   if (warp > C::kMathWarps) {
-    // The input's warps.
+    // The input's warps. When they have brought a tile's halo they take away the results of the tile kHalos before it, which the
+    // others are done with: nobody waits.
     const int thread = threadIdx.x - (C::kMathWarps + 1) * kWarpSize;
     Loader<Raw<T>, C::kUnitsInFlight> loader(input, plan, halo_table, thread);
     int exponent = 0;  // float32's power of two: guessed from the item before, mended where the guess was wrong
-    int turn = 0, result = 0;
+    int turn = 0;
     const auto largest_of_all = [&] {
       const uint32_t most = __reduce_max_sync(0xffffffffu, __float_as_uint(loader.largest));
       turn ^= 1;
@@ -425,6 +429,30 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       uint32_t all = 0;
       for (uint32_t of_warp : largest[turn]) all = max(all, of_warp);
       return __uint_as_float(all);
+    };
+    Tile done(plan);
+    const auto take_away = [&] {
+      result_ring.wait_full();
+#pragma unroll 1
+      for (int m = thread; m < C::BLOCK_M; m += kHaloThreads) {
+        float smallest = minima[result_ring.slot][0][m];
+#pragma unroll
+        for (int w = 1; w < C::WARPS_N; ++w) smallest = min_nan(smallest, minima[result_ring.slot][w][m]);
+        int image, row, column;
+        place(plan, m, image, row, column);
+        image += done.image(), row += done.row(), column += done.column();
+        if (image >= plan.images || row >= plan.output[0] || column >= plan.output[1]) continue;
+        const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
+        const int64_t pixel = image * plane + static_cast<int64_t>(row) * plan.output[1] + column;
+        if (!plan.scale_first) smallest *= plan.factor;
+        if (plan.splits == 1) {
+          output[pixel] = static_cast<T>(smallest);
+        } else {
+          partial[blockIdx.y * plan.images * plane + pixel] = smallest;
+        }
+      }
+      result_ring.advance();
+      done.advance();
     };
     for (Tile tile(plan); tile.exists(); tile.advance()) {
       for (int block_n = first_n; block_n < (keep_halo ? first_n + 1 : end_n); ++block_n) {
@@ -458,10 +486,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           if (thread == 0) {
             exponents[halo_ring.slot] = exponent;
             changes[halo_ring.slot] = item > 0 ? exponent - exponent_before : 0;
-            if (item == 0 && block_n == first_n) {
-              int* const origin = origins[result];
-              origin[0] = tile.image(), origin[1] = tile.row(), origin[2] = tile.column();
-            }
             ptx::mbarrier_arrive(full);
           }
           if (sizeof(T) == 2 && plan.vectors) {
@@ -472,13 +496,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           halo_ring.advance();
         }
       }
-      if (++result == kResults) result = 0;
+      if (tile.index >= static_cast<int>(blockIdx.x + kHalos * gridDim.x)) take_away();
     }
+    while (done.exists()) take_away();
     ptx::cp_async_wait_all();
     return;
   }
 
   // The warps that multiply.
+  ptx::wait_for_previous_grid();
   const int lane = threadIdx.x % kWarpSize, warp_n = warp % C::WARPS_N;
 
   const int my_tiles = (plan.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
@@ -617,38 +643,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       }
     }
 
-    const int thread = ptx::thread_index(), lane = thread % kWarpSize, warp_m = thread / kWarpSize / C::WARPS_N;
-    const int result = n % kResults;
-    // The warps beside each other share a tile's channels; who comes last finishes, and nobody waits.
-    __threadfence_block();
     __syncwarp();
-    int before = 0;
-    if (lane == 0) before = atomicAdd(&arrived[result][warp_m], 1);
-    before = __shfl_sync(0xffffffffu, before, 0);
-    if (before == C::WARPS_N - 1) {
-      __threadfence_block();
-      if (lane == 0) arrived[result][warp_m] = 0;
-      constexpr int kPixels = C::M_TILES * 16;
-      for (int first = 0; first < kPixels; first += kWarpSize) {
-        if (kPixels < kWarpSize && lane >= kPixels) break;
-        const int m = warp_m * kPixels + first + lane;
-        float smallest = minima[result][0][m];
-#pragma unroll
-        for (int w = 1; w < C::WARPS_N; ++w) smallest = min_nan(smallest, minima[result][w][m]);
-        int image, row, column;
-        place(plan, m, image, row, column);
-        image += origins[result][0], row += origins[result][1], column += origins[result][2];
-        if (image >= plan.images || row >= plan.output[0] || column >= plan.output[1]) continue;
-        const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
-        const int64_t pixel = image * plane + static_cast<int64_t>(row) * plan.output[1] + column;
-        if (!plan.scale_first) smallest *= plan.factor;
-        if (plan.splits == 1) {
-          output[pixel] = static_cast<T>(smallest);
-        } else {
-          partial[blockIdx.y * plan.images * plane + pixel] = smallest;
-        }
-      }
-    }
+    if (ptx::thread_index() % kWarpSize == 0) ptx::mbarrier_arrive(result_ring.full + n % kResults * 8);
   }
 }
 
@@ -661,6 +657,9 @@ __global__ void __launch_bounds__(kPackThreads)
     pack_weights_kernel(const T* __restrict__ weight, Strides4 strides, const T* __restrict__ bias, int64_t bias_stride,
                         int out_channels, int block_n_size, float sign, uint32_t* __restrict__ packed,
                         float2* __restrict__ constants, const __grid_constant__ Plan plan) {
+  // The next kernel begins to read the input, which by then is there.
+  ptx::wait_for_previous_grid();
+  ptx::let_next_grid_begin();
   const int block_n = blockIdx.x / block_n_size, column = blockIdx.x % block_n_size;
   const int in_group = min(block_n % plan.blocks_n * block_n_size + column, out_channels - 1);
   const int64_t channel = static_cast<int64_t>(block_n / plan.blocks_n) * out_channels + in_group;
@@ -720,6 +719,7 @@ __global__ void __launch_bounds__(kPackThreads)
 // Where the output channels were cut between blocks. A minimum has no rounding: the order does not matter.
 template <typename T>
 __global__ void combine_kernel(const float* __restrict__ partial, T* __restrict__ output, int64_t pixels, int splits) {
+  ptx::wait_for_previous_grid();
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pixel >= pixels) return;
   float smallest = partial[pixel];
@@ -738,9 +738,10 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// What a block takes besides the plan's buffers: the results, some barriers, and what the system keeps.
+// What a block takes besides the plan's buffers: the results, the lanes' table, the rings' barriers, and what the system keeps.
 template <class C>
-constexpr int kStaticBytes = ((C::kStages + 1) * (C::WARPS_N * C::BLOCK_M + C::WARPS_M) + C::BLOCK_M) * 4 + 256 + 1024;
+constexpr int kStaticBytes =
+    kResults * C::WARPS_N * C::BLOCK_M * 4 + C::kMathWarps * kWarpSize * 4 + 256 + 1024;
 
 template <class C>
 struct Planned {
@@ -876,10 +877,9 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
 
   Strides4 strides;
   for (int d = 0; d < 4; ++d) strides.of[d] = shape.weight_strides[d];
-  pack_weights_kernel<T><<<grid_size(columns), kPackThreads, 0, stream>>>(
-      static_cast<const T*>(weight.data_ptr()), strides, bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
-      bias ? bias->stride(0) : 0, static_cast<int>(shape.out_channels), C::BLOCK_N, sign, reinterpret_cast<uint32_t*>(packed),
-      constants, plan);
+  launch_early(pack_weights_kernel<T>, grid_size(columns), kPackThreads, 0, stream, static_cast<const T*>(weight.data_ptr()),
+               strides, bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, bias ? bias->stride(0) : 0, shape.out_channels,
+               C::BLOCK_N, sign, reinterpret_cast<uint32_t*>(packed), constants, plan);
 
   const auto kernel = conv_mma_kernel<T, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
@@ -888,12 +888,11 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
   plan.tile_step[2] = grid.x % plan.tiles_across[1];
   plan.tile_step[1] = grid.x / plan.tiles_across[1] % plan.tiles_across[0];
   plan.tile_step[0] = grid.x / plan.tiles_across[1] / plan.tiles_across[0];
-  kernel<<<grid, C::kThreads, planned.shared_bytes, stream>>>(
-      static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const uint4*>(packed), constants,
-      static_cast<T*>(output.data_ptr()), partial, plan);
+  launch_early(kernel, grid, C::kThreads, planned.shared_bytes, stream, static_cast<const Raw<T>*>(input.data_ptr()),
+               reinterpret_cast<const uint4*>(packed), constants, static_cast<T*>(output.data_ptr()), partial, plan);
   if (plan.splits > 1) {
-    combine_kernel<T><<<grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream>>>(
-        partial, static_cast<T*>(output.data_ptr()), shape.pixels(), plan.splits);
+    launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, partial,
+                 static_cast<T*>(output.data_ptr()), shape.pixels(), plan.splits);
   }
 }
 

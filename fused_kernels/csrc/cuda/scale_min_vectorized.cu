@@ -14,6 +14,7 @@
 
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace fused_kernels {
 
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     planes_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t vectors, int channels,
                   int64_t plane, int split, const T* __restrict__ bias) {
   using A = Accumulator<T>;
+  ptx::wait_for_previous_grid();
   constexpr int kInFlight = kPlanesInFlight<T, VEC>;
   static_assert(kInFlight > 0, "kBytesInFlight: expected 16 at the least, one of the widest loads");
   const int row_threads = Planes::kThreads / split;
@@ -135,6 +137,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
     channels_last_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels,
                          int channels, int group, const T* __restrict__ bias) {
   using A = Accumulator<T>;
+  ptx::wait_for_previous_grid();
   const int lane = threadIdx.x % kWarpSize, groups = kWarpSize / group;
   const int member = lane % group;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (ChannelsLast::kThreads / kWarpSize) + threadIdx.x / kWarpSize;
@@ -194,6 +197,7 @@ template <typename T, bool BIAS>
 __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
     strided_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels, int channels,
                    int64_t height, int64_t width, Strides strides, const T* __restrict__ bias) {
+  ptx::wait_for_previous_grid();
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * Strided::kThreads + threadIdx.x;
   if (pixel >= pixels) return;
   const int64_t column = pixel % width, row = pixel / width % height, image = pixel / width / height;
@@ -253,8 +257,8 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       int group = 1;
       while (group < kWarpSize && group * vec < channels) group *= 2;
       const int64_t pixels_a_block = ChannelsLast::kThreads / group * ChannelsLast::kInFlight;
-      channels_last_kernel<T, vec, BIAS><<<grid_size(ceil_div(pixels, pixels_a_block)), ChannelsLast::kThreads, 0, stream>>>(
-          source, scale, target, pixels, channels, group, bias);
+      launch_early(channels_last_kernel<T, vec, BIAS>, grid_size(ceil_div(pixels, pixels_a_block)), ChannelsLast::kThreads, 0,
+                   stream, source, scale, target, pixels, channels, group, bias);
     });
   } else if (input.is_contiguous()) {
     with_width<T>(vector_width<T>(source, plane), [&](auto vec) {
@@ -263,13 +267,13 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
       int split = 1;
       while (split < 16 && vectors * split < wanted && channels >= 2 * split * kPlanesInFlight<T, vec>) split *= 2;
-      planes_kernel<T, vec, BIAS><<<grid_size(ceil_div(vectors, Planes::kThreads / split)), Planes::kThreads, 0, stream>>>(
-          source, scale, target, vectors, channels, plane, split, bias);
+      launch_early(planes_kernel<T, vec, BIAS>, grid_size(ceil_div(vectors, Planes::kThreads / split)), Planes::kThreads, 0,
+                   stream, source, scale, target, vectors, channels, plane, split, bias);
     });
   } else {
     const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
-    strided_kernel<T, BIAS><<<grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream>>>(
-        source, scale, target, pixels, channels, height, width, strides, bias);
+    launch_early(strided_kernel<T, BIAS>, grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream, source,
+                 scale, target, pixels, channels, height, width, strides, bias);
   }
 }
 

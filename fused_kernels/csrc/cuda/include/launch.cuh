@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "arguments.h"
@@ -32,6 +33,30 @@ void dispatch(torch::headeronly::ScalarType dtype, const F& f) {
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
     default: STD_TORCH_CHECK(false, "input: expected float32, float64, float16 or bfloat16");
   }
+}
+
+// Whether a kernel can begin while the one before it ends: on all architectures that this is compiled for.
+#ifdef __CUDA_ARCH_LIST__
+constexpr bool kBeginsEarly = std::min({__CUDA_ARCH_LIST__}) >= 900;
+#else
+constexpr bool kBeginsEarly = false;
+#endif
+
+// Launches a kernel that calls ptx::wait_for_previous_grid before it touches what others may still write or read: its blocks
+// find their place and set themselves up meanwhile ("programmatic dependent launch" in the CUDA programming guide).
+template <typename... Params, typename... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = kBeginsEarly ? 1 : 0;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 
 // A grid's x extent, checked: CUDA takes at most 2^31 - 1 blocks.
