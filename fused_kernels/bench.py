@@ -48,12 +48,14 @@ def machine(device=None):
 
 @dataclass
 class Workload:
-    """The reference model's tensors, fresh random ones: input uniform in [0, 1), the convolution as nn.Conv2d draws it."""
+    """A convolution's tensors, fresh random ones: input uniform in [0, 1), weight and bias as nn.Conv2d draws them."""
 
     input: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor
     scale: float = reference.scale_factor
+    stride: int = 1
+    padding: int = 0
 
     @property
     def arguments(self):
@@ -63,14 +65,14 @@ class Workload:
     @property
     def output_shape(self):
         """The convolution's output shape."""
-        batch, _, height, width = self.input.shape
-        out_channels, _, kernel_h, kernel_w = self.weight.shape
-        return batch, out_channels, height - kernel_h + 1, width - kernel_w + 1
+        geometry = arguments.ConvArguments((self.stride,) * 2, (self.padding,) * 4, (1, 1), 1)
+        return len(self.input), len(self.weight), *geometry.output_size(self.input.shape, self.weight.shape)
 
     @property
     def shape(self):
         """Name the shape, as a record does."""
-        return f"{_by(self.input.shape)} * {_by(self.weight.shape)}"
+        rest = f" stride {self.stride}" * (self.stride > 1) + f" padding {self.padding}" * (self.padding > 0)
+        return f"{_by(self.input.shape)} * {_by(self.weight.shape)}{rest}"
 
     @property
     def flops(self):
@@ -94,7 +96,23 @@ class Workload:
 
     def conv_output(self):
         """Run the library's convolution: the input of a scale_min."""
-        return F.conv2d(self.input, self.weight, self.bias)
+        return F.conv2d(self.input, self.weight, self.bias, self.stride, self.padding)
+
+
+# What else is timed: few channels, a usual layer, a large kernel; small images with many channels, a first layer, 1 x 1, one
+# image, odd sizes. Input, output channels, kernel, stride, padding.
+SHAPES = (
+    ((128, 3, 32, 32), 16, 3, 1, 0),
+    ((32, 64, 56, 56), 64, 3, 1, 0),
+    ((8, 32, 512, 512), 256, 5, 1, 0),
+    ((32, 512, 7, 7), 512, 3, 1, 1),
+    ((32, 3, 224, 224), 64, 7, 2, 3),
+    ((32, 256, 56, 56), 64, 1, 1, 0),
+    ((1, 64, 56, 56), 64, 3, 1, 1),
+    ((3, 40, 37, 53), 72, 3, 1, 0),
+)
+# And one so small that a call is nothing but overhead.
+TINY = ((1, 16, 8, 8), 32, 3, 1, 0)
 
 
 def workload(device=None, dtype=torch.float32, channels_last=False, *, batch=None, seed=0):
@@ -115,15 +133,20 @@ def workload(device=None, dtype=torch.float32, channels_last=False, *, batch=Non
     """
     device = torch.device(device or default_device())
     batch = batch or (reference.batch_size if device.type == "cuda" else 2)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (batch, reference.in_channels, reference.height, reference.width)
+    return _draw(device, dtype, channels_last, shape, reference.out_channels, reference.kernel_size, seed=seed)
+
+
+def _draw(device, dtype, channels_last, shape, out_channels, kernel_size, stride=1, padding=0, seed=0):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     generator = torch.Generator(device).manual_seed(seed)
     input = torch.rand(shape, device=device, generator=generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        conv = nn.Conv2d(reference.in_channels, reference.out_channels, reference.kernel_size)
+        conv = nn.Conv2d(shape[1], out_channels, kernel_size)
     weight = conv.weight.detach().to(device, dtype, memory_format=layout)
-    return Workload(input.to(dtype).contiguous(memory_format=layout), weight, conv.bias.detach().to(device, dtype))
+    bias = conv.bias.detach().to(device, dtype)
+    return Workload(input.to(dtype).contiguous(memory_format=layout), weight, bias, stride=stride, padding=padding)
 
 
 # ---- timing ----
@@ -304,6 +327,8 @@ class Record:
 
     ``rung`` names a rung or a peer ("eager", "compile", "compile-max-autotune", "cudnn-graph"), the library's convolution alone
     ("library", operator "conv2d"), or a ceiling (operator "ceiling": "copy", "read", "read-sum" by torch.sum, "matmul").
+    Where the operator is "choice", the rung is what conv2d_scale_min chose for the shape, and its time the public function's;
+    where it is "host", times are the processor's for a call, and "operator" is that rung's operator by itself.
     ``bytes`` counts what must move at the least, for the whole model also between the kernels that the work is divided into;
     ``run`` is one id an invocation, and ratios are taken within one run.
     """
@@ -416,6 +441,8 @@ class Candidate:
 def run(device=None, *, dtypes=None, quick=False, machine=None, seconds=0.3, each=None):
     """Check and time the whole model and scale_min alone: rungs, peers and ceilings, all in this process.
 
+    And the public function on other shapes, where there is a choice to make.
+
     Rungs and peers of one dtype, precision and layout are timed in turns. What this machine lacks is skipped, with a printed
     reason.
 
@@ -426,7 +453,7 @@ def run(device=None, *, dtypes=None, quick=False, machine=None, seconds=0.3, eac
     dtypes : sequence of torch.dtype, optional
         By default float32, bfloat16 and float16 on a GPU, float32 and bfloat16 on a CPU; float32 alone if ``quick``.
     quick : bool
-        One dtype, and without torch.compile's max-autotune, whose search takes minutes.
+        One dtype and shape, and without torch.compile's max-autotune, whose search takes minutes.
     machine : str, optional
         By default :func:`machine`.
     seconds : float
@@ -461,6 +488,97 @@ def _parts(common, device, dtypes, quick, seconds):
             del load
         for precision in _precisions(device, dtype):
             yield _ceiling_records(common, device, dtype, precision)
+    if not quick:
+        # Other shapes tell two 16-bit types apart no more than this one does.
+        yield from _other_shapes(common, device, [dtype for dtype in dtypes if dtype != torch.float16], seconds / 10)
+
+
+def _other_shapes(common, device, dtypes, seconds):
+    """Time conv2d_scale_min and its peers on :data:`SHAPES`, and what a call takes of the host's time on :data:`TINY`.
+
+    On a GPU the calls are replayed from CUDA graphs, ten in a row: they take none of the host's time, and the caches are warm.
+    """
+    for dtype in dtypes:
+        for channels_last in (False, True):
+            for (images, *size), *rest in SHAPES:
+                images = images if device.type == "cuda" else max(1, images // 16)
+                yield _choice(common, _draw(device, dtype, channels_last, (images, *size), *rest), seconds)
+        yield _host(common, _draw(device, dtype, False, *TINY), seconds)
+
+
+def _eager(input, weight, bias, scale, stride, padding):
+    return reference.scale_min(F.conv2d(input, weight, bias, stride, padding), scale)
+
+
+def _public(load):
+    """Give the public function's call, and what it chooses."""
+    how = {"stride": load.stride, "padding": load.padding}
+    call = functools.partial(ops.conv2d_scale_min, *load.arguments, **how)
+    return call, ops.explain(*load.arguments, **how).rung
+
+
+def _peers(load):
+    args = (*load.arguments, load.stride, load.padding)
+    return {"eager": functools.partial(_eager, *args), "compile": _compiled(_eager, "default", *args)}
+
+
+def _choice(common, load, seconds):
+    device, dtype, precision = load.input.device, load.input.dtype, _precisions(load.input.device, load.input.dtype)[0]
+    call, rung = _public(load)
+    functions, calls = {**_peers(load), rung: call}, 10 if device.type == "cuda" else 1
+    ends, how = _ends(load.input), {"stride": load.stride, "padding": load.padding}
+    target = check.expected(ends, load.weight, load.bias, load.scale, **how)
+    library = check.library_errors(ends, load.weight, load.bias, load.scale, precision=precision, target=target, **how)
+    with progress.task(f"checking and timing {len(functions)} ({precision}, {_layout(load.input)}, {load.shape})"):
+        found = {name: check.errors(_ends(function()), target) for name, function in functions.items()}
+        limit = check.tolerance(dtype, Errors.worst(library, found["eager"]), target)
+        if calls > 1:
+            functions = {name: _captured(function, calls) for name, function in functions.items()}
+        timings = compare(functions, device, seconds=seconds, warm_up=0.02)
+    torch.compiler.reset()
+    done = []
+    for name, (rms, max, _) in found.items():
+        t = timings[name]
+        t = Timing(t.p20 / calls, t.p50 / calls, t.p80 / calls, t.repeats)
+        what = ("choice", name, precision, dtype, _layout(load.input), load.shape)
+        done.append(_record(common, *what, t, load.bytes, load.flops, 0, rms, max, found[name].within(limit)))
+    return done
+
+
+def _captured(function, calls):
+    """Give a CUDA graph's replay of some calls."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return graph.replay
+
+
+def _host(common, load, seconds, calls=100):
+    """Time calls that nobody waits for: on a GPU, checking, choosing, allocating and launching."""
+    device, dtype, precision = load.input.device, load.input.dtype, _precisions(load.input.device, load.input.dtype)[0]
+    call, rung = _public(load)
+    decision = ops._decide(*load.arguments[:3], load.stride, load.padding, 1, 1, "auto")
+    alone = functools.partial(ops._run, rung, *load.arguments, *decision.geometry, decision.precision)
+    functions = {**_peers(load), "conv2d_scale_min": call, "operator": alone}
+    times = {name: [] for name in functions}
+    with progress.task(f"timing the host's part of {len(functions)} ({precision})"):
+        for function in functions.values():
+            for _ in range(10):
+                function()
+        for name, function in _in_turns(functions, max(5, math.ceil(seconds / (calls * 2e-5)))):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            times[name].append((time.perf_counter() - start) / calls)
+    torch.compiler.reset()
+    where = (precision, dtype, _layout(load.input), load.shape)
+    return [_record(common, "host", name, *where, _timing(found), load.bytes, load.flops) for name, found in times.items()]
 
 
 def _precisions(device, dtype):

@@ -136,6 +136,22 @@ def test_run_counts_bytes_and_flops(measured):
     assert fused.tflops == pytest.approx(fused.flops / (fused.p50_ms * 1e-3) / 1e12)
 
 
+def test_shapes_are_timed_with_what_is_chosen_for_them(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", [((32, 3, 7, 9), 5, 3, 2, 1), ((16, 512, 4, 4), 64, 3, 1, 0)])
+    monkeypatch.setattr(bench, "_compiled", lambda function, mode, *args: functools.partial(function, *args))
+    device = torch.device("cpu")
+    with torch.no_grad():
+        parts = bench._other_shapes(bench._environment(device, None), device, [torch.float32], seconds=0.0)
+        found = [record for part in parts for record in part]
+    assert all(r.correct and r.p50_ms > 0 for r in found)
+    for layout in ("NCHW", "channels_last"):
+        chosen = bench.select(found, operator="choice", layout=layout)
+        first = "2x3x7x9 * 5x3x3x3 stride 2 padding 1"
+        assert [r.rung for r in chosen if r.shape == first] == ["eager", "compile", "conv2d_scale_min"]
+        assert [r.rung for r in chosen if r.shape != first] == ["eager", "compile", "composite"]
+    assert [r.rung for r in bench.select(found, operator="host")] == ["eager", "compile", "conv2d_scale_min", "operator"]
+
+
 def test_records_go_through_a_file(measured, tmp_path):
     bench.append(measured, tmp_path)
     first = (tmp_path / "cpu.csv").read_bytes()
