@@ -76,9 +76,10 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
         As for :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
     precision : {"auto", "ieee", "tf32"}
         For float32: how exact the convolution must be. "ieee" is full float32; "tf32" allows operands of a 10-bit mantissa
-        with float32 accumulation, with an error no larger than a TF32 convolution's at any magnitude; "auto" follows
-        ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients are PyTorch's own and follow that setting,
-        whatever is asked here.
+        with float32 accumulation, with an rms error over the result no larger than a TF32 convolution's, at any magnitude
+        (beside values thousands of times as large, in the same corner of an image, small ones may keep fewer digits);
+        "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients are PyTorch's own and
+        follow that setting, whatever is asked here.
 
     Returns
     -------
@@ -368,11 +369,10 @@ def _fastest_layout(input, weight, geometry, precision):
 
 def _autocast(*tensors):
     """Cast as autocast casts a convolution's arguments: every floating-point tensor but float64."""
-    # The usual answer is quick to have, but not for the compiler.
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") and not _has_autocast(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)
