@@ -216,6 +216,32 @@ def compare(functions, device=None, *, bytes=None, seconds=0.3, warm_up=0.1, bef
     return {name: _timing(times) for name, times in clock(functions, repeats, before).items()}
 
 
+def replay(function, calls=10):
+    """Capture calls of a function in a CUDA graph; replayed, they take none of the host's time.
+
+    Parameters
+    ----------
+    function : callable
+        Takes no arguments; runs on the current GPU, and waits for nothing.
+    calls : int
+        How many, one after the other.
+
+    Returns
+    -------
+    callable
+        Runs all the calls; gives nothing.
+    """
+    # What is built or chosen on a first call cannot be captured.
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return graph.replay
+
+
 def _timing(times):
     p20, p50, p80 = (torch.tensor(times, dtype=torch.float64).quantile(q).item() for q in (0.2, 0.5, 0.8))
     return Timing(p20, p50, p80, len(times))
@@ -506,79 +532,66 @@ def _other_shapes(common, device, dtypes, seconds):
         yield _host(common, _draw(device, dtype, False, *TINY), seconds)
 
 
-def _eager(input, weight, bias, scale, stride, padding):
-    return reference.scale_min(F.conv2d(input, weight, bias, stride, padding), scale)
+def _choice(common, load, seconds):
+    """Time the public function, under the name of the rung that it chooses, and its peers."""
+    calls = 10 if load.input.device.type == "cuda" else 1
+
+    def prepare(function):
+        return replay(function, calls) if calls > 1 else function
+
+    def clock(functions):
+        timings = compare(functions, load.input.device, seconds=seconds, warm_up=0.02)
+        return {c: Timing(t.p20 / calls, t.p50 / calls, t.p80 / calls, t.repeats) for c, t in timings.items()}
+
+    (call, rung), precision = _public(load), _precisions(load.input.device, load.input.dtype)[0]
+    return _on_a_shape(common, load, precision, "choice", {rung: lambda: call}, clock, prepare)
+
+
+def _host(common, load, seconds, calls=100):
+    """Time calls that nobody waits for: on a GPU, checking, choosing, allocating and launching."""
+
+    def clock(functions):
+        times = {candidate: [] for candidate in functions}
+        for candidate, function in _in_turns(functions, max(5, math.ceil(seconds / (calls * 2e-5)))):
+            if load.input.device.type == "cuda":
+                torch.cuda.synchronize(load.input.device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            times[candidate].append((time.perf_counter() - start) / calls)
+        return {candidate: _timing(found) for candidate, found in times.items()}
+
+    (call, rung), precision = _public(load), _precisions(load.input.device, load.input.dtype)[0]
+    geometry = ops._decide(*load.arguments[:3], load.stride, load.padding, 1, 1, "auto").geometry
+    resolved = arguments.resolve_precision(load.input, "auto")
+    alone = functools.partial(ops._run, rung, *load.arguments, *geometry, resolved)
+    ours = {"conv2d_scale_min": lambda: call, "operator": lambda: alone}
+    return _on_a_shape(common, load, precision, "host", ours, clock)
+
+
+def _on_a_shape(common, load, precision, operator, ours, clock, prepare=None):
+    """Check and time eager, torch.compile and what else is given: name -> what makes the function."""
+    how = {"stride": load.stride, "padding": load.padding}
+    tensors = _ends(load.input), load.weight, load.bias, load.scale
+    resolved, target = arguments.resolve_precision(load.input, "auto"), check.expected(*tensors, **how)
+    library = check.library_errors(*tensors, precision=resolved, target=target, **how)
+
+    def eager(input, weight, bias, scale):
+        return reference.scale_min(F.conv2d(input, weight, bias, **how), scale)
+
+    makers = {
+        "eager": lambda: functools.partial(eager, *load.arguments),
+        "compile": functools.partial(_compiled, eager, "default", *load.arguments),
+        **ours,
+    }
+    candidates = [Candidate(name, make, load.bytes, load.flops, operator) for name, make in makers.items()]
+    return _section(common, candidates, target, library, load.input, load.shape, precision, clock, prepare=prepare)
 
 
 def _public(load):
     """Give the public function's call, and what it chooses."""
     how = {"stride": load.stride, "padding": load.padding}
-    call = functools.partial(ops.conv2d_scale_min, *load.arguments, **how)
-    return call, ops.explain(*load.arguments, **how).rung
-
-
-def _peers(load):
-    args = (*load.arguments, load.stride, load.padding)
-    return {"eager": functools.partial(_eager, *args), "compile": _compiled(_eager, "default", *args)}
-
-
-def _choice(common, load, seconds):
-    device, dtype, precision = load.input.device, load.input.dtype, _precisions(load.input.device, load.input.dtype)[0]
-    call, rung = _public(load)
-    functions, calls = {**_peers(load), rung: call}, 10 if device.type == "cuda" else 1
-    ends, how = _ends(load.input), {"stride": load.stride, "padding": load.padding}
-    target = check.expected(ends, load.weight, load.bias, load.scale, **how)
-    library = check.library_errors(ends, load.weight, load.bias, load.scale, precision=precision, target=target, **how)
-    with progress.task(f"checking and timing {len(functions)} ({precision}, {_layout(load.input)}, {load.shape})"):
-        found = {name: check.errors(_ends(function()), target) for name, function in functions.items()}
-        limit = check.tolerance(dtype, Errors.worst(library, found["eager"]), target)
-        if calls > 1:
-            functions = {name: _captured(function, calls) for name, function in functions.items()}
-        timings = compare(functions, device, seconds=seconds, warm_up=0.02)
-    torch.compiler.reset()
-    done = []
-    for name, (rms, max, _) in found.items():
-        t = timings[name]
-        t = Timing(t.p20 / calls, t.p50 / calls, t.p80 / calls, t.repeats)
-        what = ("choice", name, precision, dtype, _layout(load.input), load.shape)
-        done.append(_record(common, *what, t, load.bytes, load.flops, 0, rms, max, found[name].within(limit)))
-    return done
-
-
-def _captured(function, calls):
-    """Give a CUDA graph's replay of some calls."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    return graph.replay
-
-
-def _host(common, load, seconds, calls=100):
-    """Time calls that nobody waits for: on a GPU, checking, choosing, allocating and launching."""
-    device, dtype, precision = load.input.device, load.input.dtype, _precisions(load.input.device, load.input.dtype)[0]
-    call, rung = _public(load)
-    decision = ops._decide(*load.arguments[:3], load.stride, load.padding, 1, 1, "auto")
-    alone = functools.partial(ops._run, rung, *load.arguments, *decision.geometry, decision.precision)
-    functions = {**_peers(load), "conv2d_scale_min": call, "operator": alone}
-    times = {name: [] for name in functions}
-    with progress.task(f"timing the host's part of {len(functions)} ({precision})"):
-        for function in functions.values():
-            for _ in range(10):
-                function()
-        for name, function in _in_turns(functions, max(5, math.ceil(seconds / (calls * 2e-5)))):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            times[name].append((time.perf_counter() - start) / calls)
-    torch.compiler.reset()
-    where = (precision, dtype, _layout(load.input), load.shape)
-    return [_record(common, "host", name, *where, _timing(found), load.bytes, load.flops) for name, found in times.items()]
+    return functools.partial(ops.conv2d_scale_min, *load.arguments, **how), ops.explain(*load.arguments, **how).rung
 
 
 def _precisions(device, dtype):
@@ -629,11 +642,19 @@ def _whole_model(common, load, precision, quick, seconds):
     conv64 = F.conv2d(ends.double(), load.weight.double(), load.bias.double())
     target = check.expected(conv64, scale=load.scale)
     library = check.library_errors(ends, load.weight, load.bias, load.scale, precision=asked, target=target)
-    done = _section(common, candidates, target, library, load.input, load.shape, precision, seconds)
+    clock = _steady(device, load.bytes_moved(4), seconds)
+    done = _section(common, candidates, target, library, load.input, load.shape, precision, clock)
 
     # The convolution alone, for Amdahl.
     alone = Candidate("library", lambda: conv, load.bytes_moved(1) - load.result_bytes, load.flops, "conv2d")
-    return done + _section(common, [alone], conv64, library, load.input, load.shape, precision, seconds)
+    return done + _section(common, [alone], conv64, library, load.input, load.shape, precision, clock)
+
+
+def _steady(device, bytes, seconds):
+    """Give the clock of the large workloads: on a GPU warm enough to be as fast as it stays."""
+    return lambda functions: compare(
+        functions, device, bytes=bytes, seconds=seconds, warm_up=1.0 if device.type == "cuda" else 0.0
+    )
 
 
 def _scale_min_alone(common, load, quick, seconds):
@@ -652,18 +673,23 @@ def _scale_min_alone(common, load, quick, seconds):
         candidates.append(entry(name, functools.partial(_compiled, reference.scale_min, mode, input, load.scale)))
     target, shape = check.expected(_ends(input), scale=load.scale), _by(input.shape)
     # The ceiling is taken on the same bytes, in the same turns.
-    return _section(common, candidates, target, None, input, shape, _name(input.dtype), seconds, _reads(input))
+    clock = _steady(device, moved, seconds)
+    return _section(common, candidates, target, None, input, shape, _name(input.dtype), clock, _reads(input))
 
 
-def _section(common, candidates, target, library, input, shape, precision, seconds, reads=None):
-    """Check every candidate, PyTorch's own first, then time those that run, in turns."""
-    device, layout, ready = input.device, _layout(input), {}
+def _section(common, candidates, target, library, input, shape, precision, clock, reads=None, prepare=None):
+    """Check every candidate, PyTorch's own first, then time those that run, in turns: ``clock(functions)`` gives the timings.
+
+    What is timed is what ``prepare`` makes of a function; what ``reads`` holds is timed beside.
+    """
+    layout, ready = _layout(input), {}
     where = f"{precision}, {layout}"
     for candidate in candidates:
         try:
             with progress.task(f"checking {candidate.operator} {candidate.rung} ({where})"):
                 function = candidate.make()
                 result, peak = _run_and_peak(function, input)
+                function = prepare(function) if prepare else function
         except Exception as error:
             if not _may_skip(candidate.rung, error):
                 raise
@@ -682,10 +708,7 @@ def _section(common, candidates, target, library, input, shape, precision, secon
         ready[candidate] = function, found, fine, peak
     with progress.task(f"timing {len(ready)} of {candidates[0].operator} ({where})"):
         functions = {candidate: function for candidate, (function, *_) in ready.items()}
-        functions.update(reads or {})
-        timings = compare(
-            functions, device, bytes=candidates[0].bytes, seconds=seconds, warm_up=1.0 if device.type == "cuda" else 0.0
-        )
+        timings = clock({**functions, **(reads or {})})
     torch.compiler.reset()
     done = []
     for c, (_, (rms, max, _), fine, peak) in ready.items():

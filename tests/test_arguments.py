@@ -192,3 +192,12 @@ def test_a_direct_call_of_a_cuda_operator_is_refused_before_a_launch(name, chang
     with pytest.raises(RuntimeError, match="input: expected"):
         operator(change(torch.rand(1, 4, 8, 9, device="cuda")), 2.0)
     assert operator(torch.ones(1, 1, 1, 1, device="cuda"), 2.0).item() == 2.0
+
+
+@pytest.mark.parametrize("wrong", [{"stride": 1.0}, {"stride": True}, {"dilation": (1, 1.0)}, {"groups": True}], ids=str)
+def test_what_was_decided_for_an_integer_is_not_recalled_for_its_like(wrong):
+    """To a dictionary 1, 1.0 and True are one key."""
+    input, weight = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)
+    fk.conv2d_scale_min(input, weight, stride=1, dilation=(1, 1), groups=1)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        fk.conv2d_scale_min(input, weight, **wrong)

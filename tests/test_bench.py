@@ -136,20 +136,50 @@ def test_run_counts_bytes_and_flops(measured):
     assert fused.tflops == pytest.approx(fused.flops / (fused.p50_ms * 1e-3) / 1e12)
 
 
-def test_shapes_are_timed_with_what_is_chosen_for_them(monkeypatch):
+@pytest.fixture
+def other_shapes(monkeypatch):
+    """Time two small shapes on the CPU; without torch.compile, whose first call takes longer than all tests here."""
     monkeypatch.setattr(bench, "SHAPES", [((32, 3, 7, 9), 5, 3, 2, 1), ((16, 512, 4, 4), 64, 3, 1, 0)])
     monkeypatch.setattr(bench, "_compiled", lambda function, mode, *args: functools.partial(function, *args))
-    device = torch.device("cpu")
-    with torch.no_grad():
-        parts = bench._other_shapes(bench._environment(device, None), device, [torch.float32], seconds=0.0)
-        found = [record for part in parts for record in part]
-    assert all(r.correct and r.p50_ms > 0 for r in found)
+
+    def run(dtype):
+        device = torch.device("cpu")
+        with torch.no_grad():
+            parts = bench._other_shapes(bench._environment(device, None), device, [dtype], seconds=0.0)
+            return [record for part in parts for record in part]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shapes_are_timed_with_what_is_chosen_for_them(other_shapes, dtype):
+    found = other_shapes(dtype)
+    assert all(r.correct and r.p50_ms > 0 and 0 < r.rms_error < 0.01 for r in found)
     for layout in ("NCHW", "channels_last"):
         chosen = bench.select(found, operator="choice", layout=layout)
         first = "2x3x7x9 * 5x3x3x3 stride 2 padding 1"
         assert [r.rung for r in chosen if r.shape == first] == ["eager", "compile", "conv2d_scale_min"]
         assert [r.rung for r in chosen if r.shape != first] == ["eager", "compile", "composite"]
     assert [r.rung for r in bench.select(found, operator="host")] == ["eager", "compile", "conv2d_scale_min", "operator"]
+
+
+def test_a_peer_that_fails_on_a_shape_is_skipped(other_shapes, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(bench, "_compiled", fail)
+    found = other_shapes(torch.float32)
+    assert {r.rung for r in found} == {"eager", "conv2d_scale_min", "composite", "operator"}
+    assert "skipped compile" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_replay_runs_every_call():
+    total, one = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    again = bench.replay(lambda: total.add_(one), calls=4)
+    before = total.clone()
+    again()
+    assert torch.equal(total, before + 4)
 
 
 def test_records_go_through_a_file(measured, tmp_path):

@@ -1,5 +1,6 @@
 """conv2d_scale_min: every rung and the public function against float64, within bounds that follow from the arithmetic."""
 
+import itertools
 import math
 
 import pytest
@@ -376,3 +377,20 @@ def test_explain_names_the_rung_that_was_measured_fastest(shape):
         layouts = (torch.contiguous_format, torch.channels_last)
         chosen = [explain(input.contiguous(memory_format=m), weight, precision=precision, **conv).rung for m in layouts]
         assert tuple(name.removeprefix("conv_") for name in chosen) == expected
+
+
+def test_a_decision_is_recalled_for_the_same_shapes_alone():
+    weight = torch.randn(3, 2, 3, 3)
+    for size, stride in itertools.product((6, 9, 6), (1, 2, 1)):
+        input = torch.randn(1, 2, size, size + 1)
+        expected = F.conv2d(input, weight, stride=stride).amin(1, keepdim=True)
+        torch.testing.assert_close(conv2d_scale_min(input, weight, stride=stride), expected)
+
+
+def test_decisions_take_a_bounded_place(monkeypatch):
+    monkeypatch.setattr(ops, "_decisions", {})
+    monkeypatch.setattr(ops, "_MOST_DECISIONS", 3)
+    weight = torch.randn(3, 2, 3, 3)
+    for size in range(5, 15):
+        conv2d_scale_min(torch.randn(1, 2, size, size), weight)
+        assert 0 < len(ops._decisions) <= 3

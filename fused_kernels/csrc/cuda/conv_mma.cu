@@ -740,8 +740,7 @@ int attribute(cudaDeviceAttr which, int device) {
 
 // What a block takes besides the plan's buffers: the results, the lanes' table, the rings' barriers, and what the system keeps.
 template <class C>
-constexpr int kStaticBytes =
-    kResults * C::WARPS_N * C::BLOCK_M * 4 + C::kMathWarps * kWarpSize * 4 + 256 + 1024;
+constexpr int kStaticBytes = kResults * C::WARPS_N * C::BLOCK_M * 4 + C::kMathWarps * kWarpSize * 4 + 256 + 1024;
 
 template <class C>
 struct Planned {
