@@ -648,71 +648,86 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   }
 }
 
-// Puts the weights in the order in which the lanes of mma.sync hold operand B: one run of bytes a stage. A block takes one
-// output channel. Past the last channel comes the last one again, which a minimum does not mind.
-constexpr int kPackThreads = 256;
+// Puts the weights in the order in which the lanes of mma.sync hold operand B: one run of bytes a stage. A block takes 16 output
+// channels, a pair of B's matrices, of some input channels and filter rows; its threads write side by side, and read what their
+// neighbours' cache lines hold. Past the last output channel comes the last one again, which a minimum does not mind.
+constexpr int kPackColumns = 16, kPackThreads = kPackColumns * kWarpSize;
+constexpr int kPairThreads = kStepDepth * kPackColumns / 2;  // each packs two numbers of a step
 
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_weights_kernel(const T* __restrict__ weight, Strides4 strides, const T* __restrict__ bias, int64_t bias_stride,
-                        int out_channels, int block_n_size, float sign, uint32_t* __restrict__ packed,
+    pack_weights_kernel(const T* __restrict__ weight, Strides4 strides, bool rows_are_dense, const T* __restrict__ bias,
+                        int64_t bias_stride, int out_channels, int pairs_a_block, float sign, uint32_t* __restrict__ packed,
                         float2* __restrict__ constants, const __grid_constant__ Plan plan) {
   // The next kernel begins to read the input, which by then is there.
   ptx::wait_for_previous_grid();
   ptx::let_next_grid_begin();
-  const int block_n = blockIdx.x / block_n_size, column = blockIdx.x % block_n_size;
-  const int in_group = min(block_n % plan.blocks_n * block_n_size + column, out_channels - 1);
-  const int64_t channel = static_cast<int64_t>(block_n / plan.blocks_n) * out_channels + in_group;
-  const T* const row = weight + channel * strides.of[0];
-  const int pieces_down = plan.pieces / plan.pieces_across;
-  const int taps_across = plan.pieces_across * plan.piece[1], taps = pieces_down * plan.piece[0] * taps_across;
-  const auto at = [&](int c, int tap) {
-    return row[c * strides.of[1] + tap / taps_across * strides.of[2] + tap % taps_across * strides.of[3]];
+  const int block_n = blockIdx.x / pairs_a_block, first_column = blockIdx.x % pairs_a_block * kPackColumns;
+  const int kernel[2] = {plan.pieces / plan.pieces_across * plan.piece[0], plan.pieces_across * plan.piece[1]};
+  const auto channel = [&](int column) {
+    const int in_group = block_n % plan.blocks_n * pairs_a_block * kPackColumns + first_column + column;
+    return static_cast<int64_t>(block_n / plan.blocks_n) * out_channels + min(in_group, out_channels - 1);
   };
 
+  // A warp looks for an output channel's largest weight, and so for its power of two.
+  __shared__ int exponents[kPackColumns];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   int exponent = 0;
   if constexpr (sizeof(T) == 4) {
-    __shared__ uint32_t largest;
-    if (threadIdx.x == 0) largest = 0;
-    __syncthreads();
+    const T* const row = weight + channel(warp) * strides.of[0];
     float most = 0.0f;
-    for (int k = threadIdx.x; k < plan.in_channels * taps; k += kPackThreads) {
-      const float magnitude = fabsf(at(k / taps, k % taps));
-      if (magnitude < kInfinity<float>) most = fmaxf(most, magnitude);
-    }
-    atomicMax(&largest, __float_as_uint(most));
-    __syncthreads();
-    if (largest > 0) exponent = exponent_for(__uint_as_float(largest));
-  }
-  if (threadIdx.x == 0) {
-    const float value = bias ? sign * static_cast<float>(bias[channel * bias_stride]) : 0.0f;
-    constants[blockIdx.x] = make_float2(sign * power_of_two(-exponent), value);
-  }
-
-  const int steps = plan.steps, steps_a_tap = plan.chunk / kStepDepth, items = plan.pieces * plan.chunks;
-  for (int pair = threadIdx.x; pair < items * steps * kStepDepth / 2; pair += kPackThreads) {
-    const int k = pair % (kStepDepth / 2) * 2, step = pair / (kStepDepth / 2) % steps, item = pair / (kStepDepth / 2) / steps;
-    const int piece = item / plan.chunks, tap_in_piece = step / steps_a_tap;
-    const int tap_row = piece / plan.pieces_across * plan.piece[0] + tap_in_piece / plan.piece[1];
-    const int tap_column = piece % plan.pieces_across * plan.piece[1] + tap_in_piece % plan.piece[1];
-    const int c_in_chunk = step % steps_a_tap * kStepDepth + k, c = item % plan.chunks * plan.chunk + c_in_chunk;
-    uint32_t bits[2] = {0, 0};
-    for (int j = 0; j < 2; ++j) {
-      if (c + j >= plan.in_channels) continue;
-      const T value = at(c + j, tap_row * taps_across + tap_column);
-      if constexpr (sizeof(T) == 4) {
-        bits[j] = ptx::pack_f16(value * power_of_two(exponent), 0.0f);
-        // Not to zero: its product with an infinity is one.
-        if (bits[j] << 17 == 0 && value != 0.0f) bits[j] |= 1;
-        bits[j] &= 0xffff;
-      } else {
-        bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (sign < 0.0f ? 0x8000u : 0u);
+    const auto look = [&](const T* at) { most = fmaxf(most, fabsf(*at) < kInfinity<float> ? fabsf(*at) : 0.0f); };
+    if (rows_are_dense) {
+#pragma unroll 16
+      for (int i = lane; i < plan.in_channels * kernel[0] * kernel[1]; i += kWarpSize) look(row + i);
+    } else {
+      for (int c = lane; c < plan.in_channels; c += kWarpSize) {
+        for (int y = 0; y < kernel[0]; ++y) {
+          for (int x = 0; x < kernel[1]; ++x) look(row + c * strides.of[1] + y * strides.of[2] + x * strides.of[3]);
+        }
       }
     }
-    // The step's 16 x BLOCK_N: pairs of 16 x 8 tiles, a lane's four registers of a pair side by side.
-    const int64_t whole = (static_cast<int64_t>(block_n) * items + item) * steps + step;
-    const int lane = column % 8 * 4 + k % 8 / 2, reg = column / 8 % 2 * 2 + k / 8;
-    packed[((whole * (block_n_size / 16) + column / 16) * kWarpSize + lane) * 4 + reg] = bits[0] | bits[1] << 16;
+    most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
+    if (most > 0.0f) exponent = exponent_for(most);
+    if (lane == 0) exponents[warp] = exponent;
+    __syncthreads();
+  }
+  if (lane == 0 && blockIdx.y == 0) {
+    const float value = bias ? sign * static_cast<float>(bias[channel(warp) * bias_stride]) : 0.0f;
+    constants[blockIdx.x * kPackColumns + warp] = make_float2(sign * power_of_two(-exponent), value);
+  }
+
+  // A lane of mma.sync holds four registers of a pair of matrices: a column and two neighbouring k in each.
+  const int pair = threadIdx.x % kPairThreads, holder = pair / 4, reg = pair % 4;
+  const int column = reg / 2 * 8 + holder / 4, k = reg % 2 * 8 + holder % 4 * 2;
+  const T* const row = weight + channel(column) * strides.of[0];
+  const float factor = sizeof(T) == 4 ? power_of_two(exponents[column]) : 1.0f;
+  const int steps_a_tap = plan.chunk / kStepDepth, groups = kPackThreads / kPairThreads;
+  for (int unit = blockIdx.y * groups + threadIdx.x / kPairThreads; unit < plan.chunks * steps_a_tap * kernel[0];
+       unit += gridDim.y * groups) {
+    const int block_c = unit / kernel[0], y = unit % kernel[0], c = block_c * kStepDepth + k;
+    const T* const source = row + c * strides.of[1] + y * strides.of[2];
+#pragma unroll 3
+    for (int x = 0; x < kernel[1]; ++x) {
+      uint32_t bits[2] = {0, 0};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const T value = c + j < plan.in_channels ? __ldg(source + j * strides.of[1] + x * strides.of[3]) : T(0);
+        if constexpr (sizeof(T) == 4) {
+          bits[j] = ptx::pack_f16(value * factor, 0.0f);
+          // Not to zero: its product with an infinity is one.
+          if (bits[j] << 17 == 0 && value != 0.0f) bits[j] |= 1;
+          bits[j] &= 0xffff;
+        } else {
+          bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (sign < 0.0f ? 0x8000u : 0u);
+        }
+      }
+      const int piece = y / plan.piece[0] * plan.pieces_across + x / plan.piece[1];
+      const int tap = y % plan.piece[0] * plan.piece[1] + x % plan.piece[1];
+      const int item = (block_n * plan.pieces + piece) * plan.chunks + block_c / steps_a_tap;
+      const int64_t step = static_cast<int64_t>(item) * plan.steps + tap * steps_a_tap + block_c % steps_a_tap;
+      packed[(step * pairs_a_block + first_column / kPackColumns) * kPairThreads + pair] = bits[0] | bits[1] << 16;
+    }
   }
 }
 
@@ -852,6 +867,14 @@ Planned<C> make_plan(const ConvShape& shape, bool vectors, const Device& device)
   return best;
 }
 
+// Whether an output channel's weights lie side by side, in whichever of the two usual orders.
+bool rows_are_dense(const ConvShape& shape) {
+  const int64_t* const strides = shape.weight_strides;
+  const int64_t columns = shape.kernel[1], channels = shape.in_channels;
+  return (strides[1] == shape.taps() && strides[2] == columns && strides[3] == 1) ||
+         (strides[1] == 1 && strides[2] == columns * channels && strides[3] == channels);
+}
+
 template <typename T, class C>
 void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& bias, double scale, Tensor& output, const Device& device) {
@@ -876,9 +899,13 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
 
   Strides4 strides;
   for (int d = 0; d < 4; ++d) strides.of[d] = shape.weight_strides[d];
-  launch_early(pack_weights_kernel<T>, grid_size(columns), kPackThreads, 0, stream, static_cast<const T*>(weight.data_ptr()),
-               strides, bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, bias ? bias->stride(0) : 0, shape.out_channels,
-               C::BLOCK_N, sign, reinterpret_cast<uint32_t*>(packed), constants, plan);
+  const int64_t units = plan.chunks * plan.chunk / kStepDepth * shape.kernel[0], packers = columns / kPackColumns;
+  const int64_t most_cuts = ceil_div(units, kPackThreads / kPairThreads);
+  const int64_t cuts = std::clamp<int64_t>(device.multiprocessors / packers, 1, most_cuts);
+  launch_early(pack_weights_kernel<T>, dim3(grid_size(packers), cuts), kPackThreads, 0, stream,
+               static_cast<const T*>(weight.data_ptr()), strides, rows_are_dense(shape),
+               bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, bias ? bias->stride(0) : 0, shape.out_channels,
+               C::BLOCK_N / kPackColumns, sign, reinterpret_cast<uint32_t*>(packed), constants, plan);
 
   const auto kernel = conv_mma_kernel<T, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
