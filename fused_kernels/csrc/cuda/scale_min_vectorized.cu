@@ -37,6 +37,8 @@ struct Planes {
 };
 struct ChannelsLast {
   static constexpr int kThreads = 128, kInFlight = 8, kBlocksPerSM = 8;
+  // A small image keeps more of the chip busy with fewer pixels a thread.
+  static constexpr int kFewInFlight = 2;
 };
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 
 // channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way.
 // NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
-template <typename T, int VEC, bool BIAS>
+template <typename T, int VEC, bool BIAS, int IN_FLIGHT>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
     channels_last_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels,
                          int channels, int group, const T* __restrict__ bias) {
@@ -142,30 +144,30 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
   const int member = lane % group;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (ChannelsLast::kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   // The groups of a warp take neighbouring pixels, so that one load of the warp is one run of addresses.
-  const int64_t first = warp * ChannelsLast::kInFlight * groups + lane / group;
+  const int64_t first = warp * IN_FLIGHT * groups + lane / group;
   // Past the end the last pixel is read again: no branch in the loop, and no result of it is stored.
   const int64_t left = pixels - 1 - first;
-  const bool full = left >= ChannelsLast::kInFlight * groups;
-  const int last = full ? ChannelsLast::kInFlight - 1 : max(static_cast<int>(left), 0) / groups;
+  const bool full = left >= IN_FLIGHT * groups;
+  const int last = full ? IN_FLIGHT - 1 : max(static_cast<int>(left), 0) / groups;
   const T* source = input + min(first, pixels - 1) * channels;
   const int step = groups * channels;
 
-  A smallest[ChannelsLast::kInFlight];
+  A smallest[IN_FLIGHT];
 #pragma unroll
-  for (int k = 0; k < ChannelsLast::kInFlight; ++k) smallest[k] = kInfinity<A>;
+  for (int k = 0; k < IN_FLIGHT; ++k) smallest[k] = kInfinity<A>;
 
   for (int channel = member * VEC; channel < channels; channel += group * VEC) {
-    Vector<T, VEC> loaded[ChannelsLast::kInFlight];
+    Vector<T, VEC> loaded[IN_FLIGHT];
     Vector<T, VEC> added;
     if constexpr (BIAS) added = load_vector<T, VEC>(bias + channel);
     const T* address = source + channel;
 #pragma unroll
-    for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
+    for (int k = 0; k < IN_FLIGHT; ++k) {
       loaded[k] = load_vector<T, VEC>(address);
       if (k < last) address += step;
     }
 #pragma unroll
-    for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
+    for (int k = 0; k < IN_FLIGHT; ++k) {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         smallest[k] = min_nan(smallest[k], (loaded[k].values[i] + addend<BIAS>(added.values[i])) * scale);
@@ -175,14 +177,14 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 
   for (int distance = group / 2; distance > 0; distance /= 2) {
 #pragma unroll
-    for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
+    for (int k = 0; k < IN_FLIGHT; ++k) {
       smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
     }
   }
 
   // Every member now knows all the group's results; they take turns in storing them.
 #pragma unroll
-  for (int k = 0; k < ChannelsLast::kInFlight; ++k) {
+  for (int k = 0; k < IN_FLIGHT; ++k) {
     const int64_t pixel = first + k * groups;
     if (member == k % group && pixel < pixels) output[pixel] = static_cast<T>(smallest[k]);
   }
@@ -256,9 +258,17 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
     with_width<T>(common, [&](auto vec) {
       int group = 1;
       while (group < kWarpSize && group * vec < channels) group *= 2;
-      const int64_t pixels_a_block = ChannelsLast::kThreads / group * ChannelsLast::kInFlight;
-      launch_early(channels_last_kernel<T, vec, BIAS>, grid_size(ceil_div(pixels, pixels_a_block)), ChannelsLast::kThreads, 0,
-                   stream, source, scale, target, pixels, channels, group, bias);
+      const auto start = [&](auto in_flight) {
+        const int64_t pixels_a_block = ChannelsLast::kThreads / group * in_flight;
+        launch_early(channels_last_kernel<T, vec, BIAS, in_flight>, grid_size(ceil_div(pixels, pixels_a_block)),
+                     ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, group, bias);
+      };
+      const int64_t blocks = ceil_div(pixels, ChannelsLast::kThreads / group * ChannelsLast::kInFlight);
+      if (blocks < 2 * multiprocessors(input.get_device_index())) {
+        start(std::integral_constant<int, ChannelsLast::kFewInFlight>());
+      } else {
+        start(std::integral_constant<int, ChannelsLast::kInFlight>());
+      }
     });
   } else if (input.is_contiguous()) {
     with_width<T>(vector_width<T>(source, plane), [&](auto vec) {
