@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from . import arguments, build, reference
-from .rungs import LADDER, is_transformed, rungs
+from .rungs import COPY, LADDER, is_transformed, rungs
 
 SCHEMAS = {
     "scale_min": "(Tensor input, float scale) -> Tensor",
@@ -292,7 +292,7 @@ def _why_unavailable(name, device_index):
     # Asked once a process: finding the compilers takes longer than a small kernel.
     key = (name, device_index)
     if key not in _availability:
-        _availability[key] = rungs[name].why_unavailable(device_index)
+        _availability[key] = (COPY if name == COPY.name else rungs[name]).why_unavailable(device_index)
     return _availability[key]
 
 
@@ -307,9 +307,7 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
     There PyTorch adds the bias in a pass of its own over the convolution's output.
     """
     geometry = arguments.ConvArguments(stride, padding, dilation, groups)
-    layout = _fastest_layout(input, weight, geometry, precision)
-    if layout is not None:
-        input, weight = input.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    input, weight = _in_fastest_layout(input, weight, geometry, precision)
     conv = (stride, padding, dilation, groups, precision)
     if bias is None or not _can_add_bias(input):
         return scale_min(_library_conv(input, weight, bias, *conv), scale)
@@ -346,25 +344,39 @@ def _library_conv2d(input, weight, bias, stride, padding, dilation, groups, tf32
     return torch.ops.aten._convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups, *flags, tf32)
 
 
-def _fastest_layout(input, weight, geometry, precision):
-    """Name the layout to copy to before the library's convolution, or None where the copy would not pay.
+def _in_fastest_layout(input, weight, geometry, precision):
+    """Copy a convolution's arguments where, measured on an H200 with cuDNN 9.19, the copy pays.
 
-    Measured on an H200 with cuDNN 9.19: its tensor-core convolutions want channels_last and copy input and output to get it.
-    Copying the input alone ourselves pays where the convolution is large; its 16-bit grouped convolutions are
-    slower in channels_last than the copies to NCHW and the convolution together.
+    The library's tensor-core convolutions want channels_last; they copy input and output to get it, and the weights, and take
+    long over it. Its 16-bit grouped convolutions are slower in channels_last than copies to NCHW and convolution together.
     """
     if input.device.type != "cuda" or input.dtype == torch.float64:
-        return None
+        return input, weight
+    if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
+        return input, weight
     is_channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    if input.dtype == torch.float32:
-        if arguments.resolve_precision(input, precision) != "tf32":
-            return None
-    elif is_channels_last and 1 < geometry.groups < input.shape[1]:
-        return torch.contiguous_format
-    products_an_output = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    outputs = input.shape[0] * weight.shape[0] * math.prod(geometry.output_size(input.shape, weight.shape))
-    pays = not is_channels_last and geometry.groups == 1 and products_an_output >= 128 and outputs >= 2**23
-    return torch.channels_last if pays else None
+    out_channels, in_channels, kernel_h, kernel_w = weight.shape
+    if is_channels_last and 1 < geometry.groups < input.shape[1] and input.dtype != torch.float32:
+        return input.contiguous(), weight.contiguous()
+    if is_channels_last or geometry.groups > 1 or in_channels * kernel_h * kernel_w < 128:
+        return input, weight
+    if _can_copy(input, weight):
+        if in_channels < 16 or kernel_h * kernel_w == 1:
+            return input, weight
+        return torch.ops.fused_kernels.to_channels_last(input, weight)
+    # PyTorch's own copy is slower, and pays later.
+    if input.shape[0] * out_channels * math.prod(geometry.output_size(input.shape, weight.shape)) < 2**23:
+        return input, weight
+    return input.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+
+
+def _can_copy(input, weight):
+    """Tell whether to_channels_last runs here; it has no gradient, and the compiler writes a copy of its own."""
+    if torch.compiler.is_compiling() or is_transformed() or not (input.is_contiguous() and weight.is_contiguous()):
+        return False
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return False
+    return not _why_unavailable(COPY.name, input.device.index)
 
 
 def _autocast(*tensors):
@@ -448,10 +460,10 @@ def load():
     RuntimeError
         A compiler failed; the message holds what it said.
     """
-    ready = [rung for rung in LADDER if not rung.why_unavailable()]
+    ready = [rung for rung in (*LADDER, COPY) if not rung.why_unavailable()]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_load, ready))
-    return [rung.name for rung in ready]
+    return [rung.name for rung in ready if rung is not COPY]
 
 
 def _load(rung):
@@ -571,6 +583,19 @@ def _define_scale_min_bias():
     _build_on_first_call(rungs[_SCALE_MIN["cuda"]], library, "scale_min_bias")
 
 
+def _define_copy():
+    """Register the copy of a convolution's input and weights; no rule for gradients, for none is wanted where it runs."""
+    library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
+    _libraries.append(library)
+    library.define(f"{COPY.name}(Tensor input, Tensor weight) -> (Tensor, Tensor)")
+    torch.library.register_fake(f"{build.NAMESPACE}::{COPY.name}", _copy_fake, lib=library)
+    _build_on_first_call(COPY, library, COPY.name)
+
+
+def _copy_fake(input, weight):
+    return tuple(torch.empty_like(t, memory_format=torch.channels_last) for t in (input, weight))
+
+
 def _define_library_conv2d():
     library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
     _libraries.append(library)
@@ -589,5 +614,6 @@ _FUNCTIONS = {"reference": reference_operator, "composite": composite}
 
 _define_library_conv2d()
 _define_scale_min_bias()
+_define_copy()
 for _rung in LADDER:
     define(_rung)

@@ -19,8 +19,8 @@ class Rung:
     ----------
     name : str
         The rung's name.
-    operator : {"scale_min", "conv2d_scale_min"}
-        What it computes, and so the arguments that it takes.
+    operator : {"scale_min", "conv2d_scale_min", "to_channels_last"}
+        What it computes, and so the arguments that it takes; the last is a step of the composite, and no rung by itself.
     idea : str
         What it does that the rung before it does not.
     device : {"cpu", "cuda"} or None
@@ -36,7 +36,7 @@ class Rung:
     """
 
     name: str
-    operator: Literal["scale_min", "conv2d_scale_min"]
+    operator: Literal["scale_min", "conv2d_scale_min", "to_channels_last"]
     idea: str
     device: Literal["cpu", "cuda"] | None = None
     min_capability: tuple[int, int] = (8, 0)
@@ -180,6 +180,15 @@ LADDER = (
     ),
     Rung("scale_min", "scale_min", "vector instructions and threads, one pass over the input", "cpu"),
     Rung("conv2d_scale_min", "conv2d_scale_min", "the convolution's output never leaves the cache", "cpu"),
+)
+
+# What the composite does to an input between the library's kernels.
+COPY = Rung(
+    "to_channels_last",
+    "to_channels_last",
+    "input and weights transposed into the layout for tensor cores, in one launch",
+    "cuda",
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
 )
 
 rungs = {rung.name: rung for rung in LADDER}

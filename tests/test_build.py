@@ -16,7 +16,7 @@ from conftest import assert_one_sentence
 
 import fused_kernels as fk
 from fused_kernels import build
-from fused_kernels.rungs import LADDER
+from fused_kernels.rungs import COPY, LADDER
 
 pytestmark = pytest.mark.skipif(build.why_no_compiler() is not None, reason=str(build.why_no_compiler()))
 
@@ -229,7 +229,7 @@ def test_a_syntax_error_shows_the_compilers_words():
 # CUDA without a GPU: what is found, what is missing, and that every kernel compiles for every architecture.
 
 ARCHITECTURES = {"80": (8, 0), "90a": (9, 0), "100": (10, 0), "120": (12, 0)}
-CUDA_RUNGS = [rung for rung in LADDER if rung.device == "cuda"]
+CUDA_RUNGS = [rung for rung in (*LADDER, COPY) if rung.device == "cuda"]
 
 
 @pytest.fixture

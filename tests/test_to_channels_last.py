@@ -1,0 +1,63 @@
+"""The copy of a convolution's input and weights into channels_last, and where composite makes it."""
+
+import pytest
+import torch
+
+from fused_kernels import arguments, ops
+
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 64, 8, 8), (3, 65, 9, 15), (2, 130, 7, 7), (1, 17, 1, 200), (0, 4, 3, 3)]
+
+
+def copy(input, weight):
+    return torch.ops.fused_kernels.to_channels_last(input, weight)
+
+
+@pytest.mark.gpu
+class TestCopy:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_moves_every_element(self, poisoned, shape, dtype):
+        given = torch.randn(shape, device="cuda").to(dtype), torch.randn(5, shape[1], 3, 3, device="cuda").to(dtype)
+        for before, after in zip(given, copy(*given), strict=True):
+            assert torch.equal(before, after)
+            assert after.is_contiguous(memory_format=torch.channels_last)
+
+    def test_takes_only_nchw(self):
+        input, weight = torch.randn(2, 4, 5, 6, device="cuda"), torch.randn(8, 4, 3, 3, device="cuda")
+        with pytest.raises(RuntimeError, match=r"input: expected 4 dimensions, contiguous"):
+            copy(input.contiguous(memory_format=torch.channels_last), weight)
+        with pytest.raises(RuntimeError, match=r"weight: expected the input's dtype"):
+            copy(input, weight.half())
+
+    def test_past_2_to_31_elements(self):
+        if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+            pytest.skip("needs 16 GiB of free GPU memory")
+        input = torch.empty(3, 96, 3200, 2400, dtype=torch.float16, device="cuda").normal_()
+        weight = torch.randn(8, 96, 3, 3, device="cuda").half()
+        assert torch.equal(copy(input, weight)[0][2:], input[2:])
+
+
+def test_refuses_a_cpu_tensor():
+    with pytest.raises(RuntimeError, match=r"input: to_channels_last expected a cuda tensor, got one on cpu"):
+        copy(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 1, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("in_channels", "size", "groups", "is_copied"),
+    [(32, 3, 1, True), (16, 3, 1, True), (3, 7, 1, False), (256, 1, 1, False), (64, 3, 2, False)],
+)
+def test_composite_copies_for_tensor_cores_alone(in_channels, size, groups, is_copied):
+    input = torch.randn(2, in_channels, 16, 16, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=torch.bfloat16)
+    geometry = arguments.check_conv(input, weight, None, 1, 0, 1, groups)
+    copies = ops._in_fastest_layout(input, weight, geometry, "auto")
+    assert all(t.is_contiguous(memory_format=torch.channels_last) == is_copied for t in copies)
+
+
+@pytest.mark.gpu
+def test_composite_copies_nothing_for_a_gradient():
+    input = torch.randn(2, 32, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(24, 32, 3, 3, device="cuda", dtype=torch.bfloat16)
+    geometry = arguments.check_conv(input, weight, None, 1, 0, 1, 1)
+    assert ops._in_fastest_layout(input, weight, geometry, "auto") == (input, weight)
