@@ -312,13 +312,14 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
     if bias is None or not _can_add_bias(input):
         return scale_min(_library_conv(input, weight, bias, *conv), scale)
     output = _library_conv(input, weight, None, *conv)
-    # Under autocast a convolution casts its arguments.
-    return _run("scale_min_bias", output, bias.to(output.dtype), scale)
+    if bias.dtype != output.dtype:
+        bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
+    return _run("scale_min_bias", output, bias, scale)
 
 
 def _can_add_bias(input):
     """Tell whether scale_min_bias runs here; it has no rule for torch.func's transforms."""
-    if input.device.type != "cuda" or is_transformed():
+    if not input.is_cuda or is_transformed():
         return False
     return not _why_unavailable(_SCALE_MIN["cuda"], input.device.index)
 
@@ -350,29 +351,33 @@ def _in_fastest_layout(input, weight, geometry, precision):
     The library's tensor-core convolutions want channels_last; they copy input and output to get it, and the weights, and take
     long over it. Its 16-bit grouped convolutions are slower in channels_last than copies to NCHW and convolution together.
     """
-    if input.device.type != "cuda" or input.dtype == torch.float64:
-        return input, weight
-    if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
-        return input, weight
-    is_channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    out_channels, in_channels, kernel_h, kernel_w = weight.shape
-    if is_channels_last and 1 < geometry.groups < input.shape[1] and input.dtype != torch.float32:
-        return input.contiguous(), weight.contiguous()
-    if is_channels_last or geometry.groups > 1 or in_channels * kernel_h * kernel_w < 128:
-        return input, weight
-    if _can_copy(input, weight):
-        if in_channels < 16 or kernel_h * kernel_w == 1:
-            return input, weight
-        return torch.ops.fused_kernels.to_channels_last(input, weight)
+    unchanged = input, weight
+    _, in_channels, kernel_h, kernel_w = weight.shape
+    # The quick questions first: a small convolution takes no longer than a few of them.
+    if not input.is_cuda or input.dtype == torch.float64 or (geometry.groups == 1 and in_channels * kernel_h * kernel_w < 128):
+        return unchanged
+    is_nchw = input.is_contiguous()
+    is_channels_last = not is_nchw and input.is_contiguous(memory_format=torch.channels_last)
+    if geometry.groups > 1:
+        slow = is_channels_last and geometry.groups < input.shape[1] and input.dtype != torch.float32
+        return (input.contiguous(), weight.contiguous()) if slow else unchanged
+    if is_channels_last:
+        return unchanged
+    outputs = input.shape[0] * weight.shape[0] * math.prod(geometry.output_size(input.shape, weight.shape))
+    ours = is_nchw and _can_copy(input, weight)
     # PyTorch's own copy is slower, and pays later.
-    if input.shape[0] * out_channels * math.prod(geometry.output_size(input.shape, weight.shape)) < 2**23:
-        return input, weight
+    if outputs < 2**23 and not (ours and in_channels >= 16 and kernel_h * kernel_w > 1):
+        return unchanged
+    if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
+        return unchanged
+    if ours:
+        return torch.ops.fused_kernels.to_channels_last(input, weight)
     return input.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
 
 
 def _can_copy(input, weight):
     """Tell whether to_channels_last runs here; it has no gradient, and the compiler writes a copy of its own."""
-    if torch.compiler.is_compiling() or is_transformed() or not (input.is_contiguous() and weight.is_contiguous()):
+    if torch.compiler.is_compiling() or is_transformed() or not weight.is_contiguous():
         return False
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return False

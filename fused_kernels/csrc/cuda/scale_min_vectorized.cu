@@ -311,8 +311,7 @@ Tensor scale_min_bias(const Tensor& input, const Tensor& bias, double scale) {
                   input.size(1), " channels");
   STD_TORCH_CHECK(bias.scalar_type() == input.scalar_type(), "bias: expected the input's dtype");
   STD_TORCH_CHECK(bias.is_cuda() && bias.get_device_index() == input.get_device_index(), "bias: expected the input's device");
-  const Tensor dense = torch::stable::contiguous(bias);
-  return run<true>(input, dense.data_ptr(), scale);
+  return run<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
