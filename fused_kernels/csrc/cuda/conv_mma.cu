@@ -11,7 +11,7 @@
 // through registers, which transposes and converts.
 // float32 is computed with float16 operands: the same 10-bit mantissa as TF32, rounded to nearest, at twice TF32's rate. A
 // power of two a tile and one an output channel keep the largest values inside float16's range: the device notices a tile that
-// leaves it, and reads it again. What a small value beside a large one loses is at most 2^-23 of the largest in its tile.
+// leaves it, and reads it again. What a small value beside a large one loses is at most 2^-31 of the largest in its tile.
 // Limit: mma.sync, which reaches two thirds of the rate that wgmma gets out of Hopper's tensor cores.
 // Previous rung: conv_direct.
 
@@ -97,7 +97,9 @@ __device__ __forceinline__ int exponent_for(float x) {
 
 constexpr float kLargestF16 = 65504.0f;
 // Below this a tile's largest value leaves too little room to float16's smallest.
-constexpr float kSmallMaximum = 0.25f;
+constexpr float kSmallMaximum = 64.0f;
+// The first guess suits largest values between 0.25 and 255.
+constexpr int kFirstExponent = 8;
 // Powers of two up to this multiply those of the weights without leaving float32's range.
 constexpr int kExactExponent = 12;
 
@@ -319,8 +321,7 @@ __host__ __device__ __forceinline__ int halo_row(const Plan& plan, int m) {
 // Each warp has one of three roles, and they wait for each other only through the rings.
 template <typename T, class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
-    conv_mma_kernel(const Raw<T>* __restrict__ input, const uint4* __restrict__ weights,
-                    const float2* __restrict__ constants, T* __restrict__ output, float* __restrict__ partial,
+    conv_mma_kernel(const Raw<T>* input, const uint4* weights, const float2* constants, T* output, float* partial,
                     const __grid_constant__ Plan plan) {
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kStepVectors = C::kStepBytes / 16;
@@ -369,7 +370,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       ptx::mbarrier_init(weight_ring.empty + i * 8, C::kMathWarps);
     }
     for (int i = 0; i < kHalos; ++i) {
-      ptx::mbarrier_init(halo_ring.full + i * 8, kHaloThreads + 1);
+      ptx::mbarrier_init(halo_ring.full + i * 8, kHaloThreads + kHaloWarps);
       ptx::mbarrier_init(halo_ring.empty + i * 8, C::kMathWarps);
     }
     for (int i = 0; i < kResults; ++i) ptx::mbarrier_init(result_ring.full + i * 8, C::kMathWarps);
@@ -417,9 +418,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   if (warp > C::kMathWarps) {
     // The input's warps. When they have brought a tile's halo they take away the results of the tile kHalos before it, which the
     // others are done with: nobody waits.
+    // The input was there before the packing kernel let this one begin; but this SM's cache may hold what was there before it.
+    __threadfence();
     const int thread = threadIdx.x - (C::kMathWarps + 1) * kWarpSize;
     Loader<Raw<T>, C::kUnitsInFlight> loader(input, plan, halo_table, thread);
-    int exponent = 0;  // float32's power of two: guessed from the item before, mended where the guess was wrong
+    int exponent = kFirstExponent;  // float32's power of two: guessed from the item before, mended where the guess was wrong
     int turn = 0;
     const auto largest_of_all = [&] {
       const uint32_t most = __reduce_max_sync(0xffffffffu, __float_as_uint(loader.largest));
@@ -486,8 +489,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           if (thread == 0) {
             exponents[halo_ring.slot] = exponent;
             changes[halo_ring.slot] = item > 0 ? exponent - exponent_before : 0;
-            ptx::mbarrier_arrive(full);
           }
+          // A warp's own arrival, beside those of its copies: they say nothing of what else it wrote and read.
+          __syncwarp();
+          if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(full);
           if (sizeof(T) == 2 && plan.vectors) {
             ptx::mbarrier_arrive_after_cp_async(full);
           } else {
@@ -520,7 +525,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       float sums[C::M_TILES][C::N_TILES][4];
 #pragma unroll
       for (int j = 0; j < C::N_TILES; ++j) {
-        const float4 two = kScaled ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldg(constant + j * 4);
+        const float4 two = kScaled ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : constant[j * 4];
 #pragma unroll
         for (int i = 0; i < C::M_TILES; ++i) sums[i][j][0] = sums[i][j][2] = two.y, sums[i][j][1] = sums[i][j][3] = two.w;
       }
@@ -605,7 +610,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
 #pragma unroll
       for (int j = 0; j < C::N_TILES; ++j) {
         float4 two = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
-        if constexpr (kScaled) two = __ldg(constant + j * 4);
+        if constexpr (kScaled) two = constant[j * 4];
         if (apart) {
 #pragma unroll
           for (int i = 0; i < C::M_TILES; ++i) {
@@ -656,9 +661,9 @@ constexpr int kPairThreads = kStepDepth * kPackColumns / 2;  // each packs two n
 
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_weights_kernel(const T* __restrict__ weight, Strides4 strides, bool rows_are_dense, const T* __restrict__ bias,
-                        int64_t bias_stride, int out_channels, int pairs_a_block, float sign, uint32_t* __restrict__ packed,
-                        float2* __restrict__ constants, const __grid_constant__ Plan plan) {
+    pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const T* bias, int64_t bias_stride,
+                        int out_channels, int pairs_a_block, float sign, uint32_t* packed, float2* constants,
+                        const __grid_constant__ Plan plan) {
   // The next kernel begins to read the input, which by then is there.
   ptx::wait_for_previous_grid();
   ptx::let_next_grid_begin();
@@ -712,7 +717,7 @@ __global__ void __launch_bounds__(kPackThreads)
       uint32_t bits[2] = {0, 0};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const T value = c + j < plan.in_channels ? __ldg(source + j * strides.of[1] + x * strides.of[3]) : T(0);
+        const T value = c + j < plan.in_channels ? source[j * strides.of[1] + x * strides.of[3]] : T(0);
         if constexpr (sizeof(T) == 4) {
           bits[j] = ptx::pack_f16(value * factor, 0.0f);
           // Not to zero: its product with an infinity is one.
@@ -733,7 +738,7 @@ __global__ void __launch_bounds__(kPackThreads)
 
 // Where the output channels were cut between blocks. A minimum has no rounding: the order does not matter.
 template <typename T>
-__global__ void combine_kernel(const float* __restrict__ partial, T* __restrict__ output, int64_t pixels, int splits) {
+__global__ void combine_kernel(const float* partial, T* output, int64_t pixels, int splits) {
   ptx::wait_for_previous_grid();
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pixel >= pixels) return;

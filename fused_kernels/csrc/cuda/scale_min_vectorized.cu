@@ -58,7 +58,7 @@ __device__ __forceinline__ Vector<T, VEC> load_vector(const T* address) {
       VEC * sizeof(T) == 16, uint4,
       std::conditional_t<VEC * sizeof(T) == 8, uint2,
                          std::conditional_t<VEC * sizeof(T) == 4, uint32_t, uint16_t>>>;
-  const Bits bits = __ldg(reinterpret_cast<const Bits*>(address));
+  const Bits bits = *reinterpret_cast<const Bits*>(address);
   return reinterpret_cast<const Vector<T, VEC>&>(bits);
 }
 
@@ -70,8 +70,8 @@ constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? 
 // channels keeps the chip busy too.
 template <typename T, int VEC, bool BIAS>
 __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
-    planes_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t vectors, int channels,
-                  int64_t plane, int split, const T* __restrict__ bias) {
+    planes_kernel(const T* input, Accumulator<T> scale, T* output, int64_t vectors, int channels, int64_t plane, int split,
+                  const T* bias) {
   using A = Accumulator<T>;
   ptx::wait_for_previous_grid();
   constexpr int kInFlight = kPlanesInFlight<T, VEC>;
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 // NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
 template <typename T, int VEC, bool BIAS, int IN_FLIGHT>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
-    channels_last_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels,
-                         int channels, int group, const T* __restrict__ bias) {
+    channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int group,
+                         const T* bias) {
   using A = Accumulator<T>;
   ptx::wait_for_previous_grid();
   const int lane = threadIdx.x % kWarpSize, groups = kWarpSize / group;
@@ -197,8 +197,8 @@ struct Strides {
 
 template <typename T, bool BIAS>
 __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
-    strided_kernel(const T* __restrict__ input, Accumulator<T> scale, T* __restrict__ output, int64_t pixels, int channels,
-                   int64_t height, int64_t width, Strides strides, const T* __restrict__ bias) {
+    strided_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int64_t height,
+                   int64_t width, Strides strides, const T* bias) {
   ptx::wait_for_previous_grid();
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * Strided::kThreads + threadIdx.x;
   if (pixel >= pixels) return;

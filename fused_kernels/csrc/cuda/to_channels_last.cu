@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   T values[kTile / kRowsAtOnce];
 #pragma unroll
   for (int i = 0; i < kTile / kRowsAtOnce; ++i) {
-    if (fast < pixels && slow + i * kRowsAtOnce < channels) values[i] = __ldg(source + i * kRowsAtOnce * t.plane);
+    if (fast < pixels && slow + i * kRowsAtOnce < channels) values[i] = source[i * kRowsAtOnce * t.plane];
   }
 #pragma unroll
   for (int i = 0; i < kTile / kRowsAtOnce; ++i) tile[slow + i * kRowsAtOnce][fast] = values[i];
@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor> to_channels_last(const Tensor& input, const Tensor& w
   using torch::headeronly::ScalarType;
   const auto check = [&](const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous(), name, ": expected 4 dimensions, contiguous");
+    STD_TORCH_CHECK(t.size(1) <= INT32_MAX - kTile, name, ": expected fewer channels, got ", t.size(1));
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == input.get_device_index() && t.scalar_type() == input.scalar_type(),
                     name, ": expected the input's dtype and device");
   };

@@ -44,6 +44,8 @@ constexpr bool kBeginsEarly = false;
 
 // Launches a kernel that calls ptx::wait_for_previous_grid before it touches what others may still write or read: its blocks
 // find their place and set themselves up meanwhile ("programmatic dependent launch" in the CUDA programming guide).
+// NOTE: what such a kernel reads after the wait must be neither __restrict__ nor __ldg: both promise that nobody writes it while
+// the kernel runs, and the compiler could read it before the wait.
 template <typename... Params, typename... Args>
 void launch_early(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Args... args) {
   cudaLaunchAttribute early{};
