@@ -50,7 +50,8 @@ template <int WARPS_M_, int WARPS_N_, int M_TILES_, int N_TILES_>
 struct Shape {
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, M_TILES = M_TILES_, N_TILES = N_TILES_;
   static constexpr int BLOCK_M = WARPS_M * M_TILES * 16, BLOCK_N = WARPS_N * N_TILES * 8;
-  static constexpr int kMathWarps = WARPS_M * WARPS_N, kThreads = (kMathWarps + 1 + kHaloWarps) * kWarpSize;
+  static constexpr int kMathWarps = WARPS_M * WARPS_N, kMathThreads = kMathWarps * kWarpSize;
+  static constexpr int kThreads = kMathThreads + kWarpSize + kHaloThreads;
   static constexpr int kStepBytes = kStepDepth * BLOCK_N * 2;  // of weights
 };
 // Chosen by measurement on an H200. kStages buffers of kStageSteps steps of weights: a short stage ends before the next one
@@ -289,19 +290,21 @@ struct Loader {
 // A place in a ring of buffers, each with two mbarriers: one says that it is full, one that it is empty again.
 template <int SLOTS>
 struct Ring {
-  uint32_t full, empty;  // addresses of the first of SLOTS each
+  uint32_t barriers;  // the address of SLOTS of the first kind, then of the second
   int slot = 0, phase = 0;
+
+  __device__ __forceinline__ uint32_t full(int which) const { return barriers + which * 8; }
+  __device__ __forceinline__ uint32_t empty(int which) const { return barriers + (SLOTS + which) * 8; }
 
   __device__ __forceinline__ void advance() {
     if (++slot == SLOTS) slot = 0, phase ^= 1;
   }
-  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(full + slot * 8, phase); }
-  __device__ __forceinline__ void wait_empty() const { ptx::mbarrier_wait(empty + slot * 8, phase ^ 1); }
-  // By each warp, done with reading.
-  __device__ __forceinline__ void release(int which) const {
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty + which * 8);
-  }
+  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(full(slot), phase); }
+  __device__ __forceinline__ void wait_empty() const { ptx::mbarrier_wait(empty(slot), phase ^ 1); }
+  // By each thread, done with reading.
+  // NOTE: one lane's arrival after __syncwarp would be enough. But __syncwarp of a warp that is together leaves no instruction,
+  // and compute-sanitizer's racecheck, which follows instructions, then reports every buffer. All 32 cost nothing.
+  __device__ __forceinline__ void release(int which) const { ptx::mbarrier_arrive(empty(which)); }
 };
 
 // Where the m-th pixel of a tile is: image, row, column.
@@ -335,7 +338,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   int* const step_table = reinterpret_cast<int*>(halo_table + plan.halo_pixels);
   __shared__ float minima[kResults][C::WARPS_N][C::BLOCK_M];
   __shared__ uint32_t largest[2][kHaloWarps];
-  __shared__ int lane_table[C::kMathWarps * kWarpSize];
+  __shared__ int lane_table[C::kMathThreads];
   __shared__ int exponents[kHalos], changes[kHalos];  // a change: from the item before, where both are summed together
   __shared__ uint64_t barriers[2 * (C::kStages + kHalos) + kResults];
 
@@ -355,32 +358,32 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     halo_table[pixel] = {offset, static_cast<int16_t>(image), static_cast<int16_t>(row), static_cast<int16_t>(column)};
   }
   const uint32_t first_barrier = ptx::shared_address(barriers);
-  Ring<C::kStages> weight_ring{first_barrier, first_barrier + C::kStages * 8};
-  Ring<kHalos> halo_ring{first_barrier + 2 * C::kStages * 8, first_barrier + (2 * C::kStages + kHalos) * 8};
+  Ring<C::kStages> weight_ring{first_barrier};
+  Ring<kHalos> halo_ring{first_barrier + 2 * C::kStages * 8};
   // A buffer of results is empty again when the halo of the tile that needs it next is full: no barrier has to say so.
   static_assert(kResults > kHalos, "kResults: expected more buffers than tiles that the input's warps are ahead");
-  Ring<kResults> result_ring{first_barrier + 2 * (C::kStages + kHalos) * 8, 0};
+  Ring<kResults> result_ring{first_barrier + 2 * (C::kStages + kHalos) * 8};
   if (warp < C::kMathWarps) {
     const int m = warp / C::WARPS_N * C::M_TILES * 16 + threadIdx.x % 16;
     lane_table[threadIdx.x] = halo_row(plan, m) + threadIdx.x % kWarpSize / 16 * 16;
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(weight_ring.full + i * 8, kBulkCopies ? 1 : kWarpSize);
-      ptx::mbarrier_init(weight_ring.empty + i * 8, C::kMathWarps);
+      ptx::mbarrier_init(weight_ring.full(i), kBulkCopies ? 1 : kWarpSize);
+      ptx::mbarrier_init(weight_ring.empty(i), C::kMathThreads);
     }
     for (int i = 0; i < kHalos; ++i) {
-      ptx::mbarrier_init(halo_ring.full + i * 8, kHaloThreads + kHaloWarps);
-      ptx::mbarrier_init(halo_ring.empty + i * 8, C::kMathWarps);
+      ptx::mbarrier_init(halo_ring.full(i), 2 * kHaloThreads);
+      ptx::mbarrier_init(halo_ring.empty(i), C::kMathThreads);
     }
-    for (int i = 0; i < kResults; ++i) ptx::mbarrier_init(result_ring.full + i * 8, C::kMathWarps);
+    for (int i = 0; i < kResults; ++i) ptx::mbarrier_init(result_ring.full(i), C::kMathThreads);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
 
   // This block's share of the output channels.
   const int first_n = blockIdx.y * plan.blocks_a_split;
-  const int end_n = blockIdx.y + 1 == gridDim.y ? plan.groups * plan.blocks_n : first_n + plan.blocks_a_split;
+  const int end_n = min(first_n + plan.blocks_a_split, plan.groups * plan.blocks_n);
   const int items = plan.pieces * plan.chunks;
   // One item and one group: a halo serves all the output channels.
   const bool keep_halo = items == 1 && plan.groups == 1;
@@ -396,7 +399,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
         for (int steps = plan.steps; steps > 0; steps -= plan.stage_steps) {
           const int vectors = min(steps, plan.stage_steps) * kStepVectors;
           const uint32_t target = ptx::shared_address(stages_b) + weight_ring.slot * stage_bytes;
-          const uint32_t full = weight_ring.full + weight_ring.slot * 8;
+          const uint32_t full = weight_ring.full(weight_ring.slot);
           weight_ring.wait_empty();
           if constexpr (kBulkCopies) {
             ptx::mbarrier_arrive_expect_bytes(full, vectors * 16);
@@ -420,7 +423,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     // others are done with: nobody waits.
     // The input was there before the packing kernel let this one begin; but this SM's cache may hold what was there before it.
     __threadfence();
-    const int thread = threadIdx.x - (C::kMathWarps + 1) * kWarpSize;
+    const int thread = threadIdx.x - C::kMathThreads - kWarpSize;
     Loader<Raw<T>, C::kUnitsInFlight> loader(input, plan, halo_table, thread);
     int exponent = kFirstExponent;  // float32's power of two: guessed from the item before, mended where the guess was wrong
     int turn = 0;
@@ -462,7 +465,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
         float largest_summed = 0.0f;
         for (int item = 0; item < items; ++item) {
           char* const halo = halos + halo_ring.slot * halo_bytes;
-          const uint32_t full = halo_ring.full + halo_ring.slot * 8;
+          const uint32_t full = halo_ring.full(halo_ring.slot);
           const int exponent_before = exponent;
           loader.begin(tile, block_n / plan.blocks_n, item);
           halo_ring.wait_empty();
@@ -490,9 +493,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
             exponents[halo_ring.slot] = exponent;
             changes[halo_ring.slot] = item > 0 ? exponent - exponent_before : 0;
           }
-          // A warp's own arrival, beside those of its copies: they say nothing of what else it wrote and read.
-          __syncwarp();
-          if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(full);
+          // Twice: a copy's arrival says nothing of what else the thread wrote and read.
+          ptx::mbarrier_arrive(full);
           if (sizeof(T) == 2 && plan.vectors) {
             ptx::mbarrier_arrive_after_cp_async(full);
           } else {
@@ -648,8 +650,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       }
     }
 
-    __syncwarp();
-    if (ptx::thread_index() % kWarpSize == 0) ptx::mbarrier_arrive(result_ring.full + n % kResults * 8);
+    ptx::mbarrier_arrive(result_ring.full(n % kResults));
   }
 }
 
@@ -760,7 +761,7 @@ int attribute(cudaDeviceAttr which, int device) {
 
 // What a block takes besides the plan's buffers: the results, the lanes' table, the rings' barriers, and what the system keeps.
 template <class C>
-constexpr int kStaticBytes = kResults * C::WARPS_N * C::BLOCK_M * 4 + C::kMathWarps * kWarpSize * 4 + 256 + 1024;
+constexpr int kStaticBytes = kResults * C::WARPS_N * C::BLOCK_M * 4 + C::kMathThreads * 4 + 256 + 1024;
 
 template <class C>
 struct Planned {
