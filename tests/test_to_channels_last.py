@@ -5,7 +5,17 @@ import torch
 
 from fused_kernels import arguments, ops
 
-SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 64, 8, 8), (3, 65, 9, 15), (2, 130, 7, 7), (1, 17, 1, 200), (0, 4, 3, 3)]
+SHAPES = [
+    (0, 4, 3, 3),
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (1, 64, 8, 8),
+    (3, 65, 9, 15),
+    (2, 130, 7, 7),
+    (1, 17, 1, 200),
+    (2, 600, 1, 1),
+    (1, 5000, 1, 2),
+]
 
 
 def copy(input, weight):
@@ -51,8 +61,9 @@ def test_composite_copies_for_tensor_cores_alone(in_channels, size, groups, is_c
     input = torch.randn(2, in_channels, 16, 16, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=torch.bfloat16)
     geometry = arguments.check_conv(input, weight, None, 1, 0, 1, groups)
-    copies = ops._in_fastest_layout(input, weight, geometry, "auto")
-    assert all(t.is_contiguous(memory_format=torch.channels_last) == is_copied for t in copies)
+    copy, copied_weight = ops._in_fastest_layout(input, weight, geometry, "auto")
+    assert copy.is_contiguous(memory_format=torch.channels_last) == is_copied
+    assert (copied_weight is weight) != is_copied
 
 
 @pytest.mark.gpu
