@@ -266,14 +266,15 @@ def _choose_cuda(input, weight, geometry, precision):
         return "composite", f"{mma} is slower where an output has products so few"
     # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
     is_channels_last = input.stride(1) == 1
+    # With wgmma it multiplies faster than mma.sync can, unless its tiles stay empty or it has much to write.
+    hampered = geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels
+    hampered |= not _library_has_wgmma(input.device.index)
     if is_float32:
-        wins = products < (2**15 if is_channels_last else 2**16) or pixels >= (2**14 if is_channels_last else 2**12)
-    elif is_channels_last and _library_has_wgmma(input.device.index):
-        # In its own layout it multiplies faster than mma.sync can, unless its tiles stay empty or it has much to write.
-        hampered = geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels
-        wins = products < 2**13 or (pixels >= 2**13 and (hampered or (pixels < 2**17 and products < 2**16)))
+        wins = products < (2**15 if is_channels_last else 2**16) or pixels >= 2**14
+    elif is_channels_last and not hampered:
+        wins = products < 2**13 or (2**13 <= pixels < 2**17 and products < 2**16)
     else:
-        wins = products < 2**13 or (pixels >= 2**11 and products < 2**17) or (pixels >= 2**13 and products < 2**18)
+        wins = products < 2**13 or (pixels >= 2**11 and products < 2**17) or (pixels >= 2**13 and products < 2**18 and hampered)
     if not wins:
         return "composite", f"{mma} is slower on this size, layout and dtype"
     return mma, "all in one kernel, on tensor cores"
