@@ -76,7 +76,8 @@ def ladder(records, dtype="float32", precision=None):
 def roofline(records, dtype="float32", precision=None, layout="NCHW"):
     """Draw the rungs and peers under the ceilings of memory and arithmetic, both as measured.
 
-    To the right, fewer bytes: fusion moves a point there, a better kernel up.
+    To the right, fewer bytes: fusion moves a point there, a better kernel up. A rung that multiplies float32 in float16, at the
+    accuracy of TF32, has float16's ceiling, drawn dashed.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -89,12 +90,19 @@ def roofline(records, dtype="float32", precision=None, layout="NCHW"):
     left, right = min(ridge, points[0][0]) / 4, max(ridge, points[-1][0]) * 6
     figure, (axis,) = _figure(1, 4.6, width=8)
     axis.plot([left, ridge, right], [left * memory / unit, top, top], color="black", linewidth=1.4)
-    axis.text(right, top * 1.04, f"matmul, {top:.3g} {letter}FLOP/s ", ha="right", va="bottom", fontsize=8)
+    axis.text(ridge * 1.2, top * 1.04, f"matmul, {top:.3g} {letter}FLOP/s", va="bottom", fontsize=8)
+    highest = top
+    faster = bench.select(records, operator="ceiling", rung="matmul", precision="float16")
+    if chosen[0].precision == "tf32" and faster:
+        highest = faster[0].tflops * 1e12 / unit
+        bend, label = highest * unit / memory, f"in float16, {highest:.3g} {letter}FLOP/s"
+        axis.plot([ridge, bend, right], [top, highest, highest], "--", color="#808080", linewidth=1)
+        axis.text(bend * 1.2, highest * 1.04, label, va="bottom", fontsize=8, color="#606060")
     middle = math.sqrt(left * ridge)
     axis.text(middle * 1.1, middle * memory / unit, f"reading memory, {memory / unit:.3g} {letter}B/s", va="top", fontsize=8)
     axis.set(xscale="log", yscale="log", xlim=(left, right))
     rates = [speed for _, speed, _ in points]
-    axis.set_ylim(min(*rates, middle * memory / unit) / 2, max(top, *rates) * 1.6)
+    axis.set_ylim(min(*rates, middle * memory / unit) / 2, max(highest, *rates) * 1.6)
     gap = (axis.get_ylim()[1] / axis.get_ylim()[0]) ** 0.042
     used = {}
     for intensity, speed, r in points:
