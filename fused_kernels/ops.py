@@ -454,7 +454,7 @@ def edit(name, source):
 
 
 def load():
-    """Build and load now, several at a time, every rung that can run here; else each is built on its first call.
+    """Build and load now, several at a time, every kernel that can run here; else each is built on its first call.
 
     Returns
     -------

@@ -182,7 +182,7 @@ LADDER = (
     Rung("conv2d_scale_min", "conv2d_scale_min", "the convolution's output never leaves the cache", "cpu"),
 )
 
-# What the composite does to an input between the library's kernels.
+# What the composite does to input and weights before the library's convolution.
 COPY = Rung(
     "to_channels_last",
     "to_channels_last",

@@ -47,6 +47,27 @@ class TestCopy:
         assert torch.equal(copy(input, weight)[0][2:], input[2:])
 
 
+def test_shapes_and_layouts_need_no_device():
+    given = torch.empty(2, 5, 3, 4, device="meta"), torch.empty(7, 5, 2, 2, device="meta")
+    for before, after in zip(given, copy(*given), strict=True):
+        assert after.shape == before.shape
+        assert after.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_is_made_where_no_gradient_is_wanted(monkeypatch):
+    monkeypatch.setattr(ops, "_why_unavailable", lambda name, index: None)
+    input, weight = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3)
+    assert ops._can_copy(input, weight)
+    assert not ops._can_copy(input, weight.contiguous(memory_format=torch.channels_last))
+    weight.requires_grad_()
+    assert not ops._can_copy(input, weight)
+    with torch.no_grad():
+        assert ops._can_copy(input, weight)
+    seen = []
+    torch.func.vmap(lambda x: seen.append(ops._can_copy(x, weight.detach())) or x)(input.unsqueeze(0))
+    assert seen == [False]
+
+
 def test_refuses_a_cpu_tensor():
     with pytest.raises(RuntimeError, match=r"input: to_channels_last expected a cuda tensor, got one on cpu"):
         copy(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 1, 1))
@@ -61,8 +82,8 @@ def test_composite_copies_for_tensor_cores_alone(in_channels, size, groups, is_c
     input = torch.randn(2, in_channels, 16, 16, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=torch.bfloat16)
     geometry = arguments.check_conv(input, weight, None, 1, 0, 1, groups)
-    copy, copied_weight = ops._in_fastest_layout(input, weight, geometry, "auto")
-    assert copy.is_contiguous(memory_format=torch.channels_last) == is_copied
+    copied_input, copied_weight = ops._in_fastest_layout(input, weight, geometry, "auto")
+    assert copied_input.is_contiguous(memory_format=torch.channels_last) == is_copied
     assert (copied_weight is weight) != is_copied
 
 

@@ -200,7 +200,8 @@ struct Loader {
     return padding ? 0 : channels_left - first;
   }
 
-  // One unit, on its way. WHOLE: no padding, all channels there. VECTORS: channels side by side and aligned.
+  // One unit, on its way. WHOLE: no padding, all channels there. VECTORS: channels side by side and aligned. (__ldg although the
+  // kernel begins early: the input is complete before any of it runs.)
   template <bool WHOLE, bool VECTORS>
   __device__ __forceinline__ void load(Unit<R>& u, uint32_t buffer) {
     const bool any = !done();
@@ -287,7 +288,7 @@ struct Loader {
   }
 };
 
-// A place in a ring of buffers, each with two mbarriers: one says that it is full, one that it is empty again.
+// A place in a ring of buffers, each with two mbarriers: one says that it is full, one (where needed) that it is empty again.
 template <int SLOTS>
 struct Ring {
   uint32_t barriers;  // the address of SLOTS of the first kind, then of the second
@@ -421,7 +422,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   if (warp > C::kMathWarps) {
     // The input's warps. When they have brought a tile's halo they take away the results of the tile kHalos before it, which the
     // others are done with: nobody waits.
-    // The input was there before the packing kernel let this one begin; but this SM's cache may hold what was there before it.
+    // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may hold
+    // what was there before. And what they write, warps hand them that did wait.
     __threadfence();
     const int thread = threadIdx.x - C::kMathThreads - kWarpSize;
     Loader<Raw<T>, C::kUnitsInFlight> loader(input, plan, halo_table, thread);
@@ -663,15 +665,15 @@ constexpr int kPairThreads = kStepDepth * kPackColumns / 2;  // each packs two n
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads)
     pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const T* bias, int64_t bias_stride,
-                        int out_channels, int pairs_a_block, float sign, uint32_t* packed, float2* constants,
+                        int out_channels, int pairs_in_block_n, float sign, uint32_t* packed, float2* constants,
                         const __grid_constant__ Plan plan) {
   // The next kernel begins to read the input, which by then is there.
   ptx::wait_for_previous_grid();
   ptx::let_next_grid_begin();
-  const int block_n = blockIdx.x / pairs_a_block, first_column = blockIdx.x % pairs_a_block * kPackColumns;
+  const int block_n = blockIdx.x / pairs_in_block_n, first_column = blockIdx.x % pairs_in_block_n * kPackColumns;
   const int kernel[2] = {plan.pieces / plan.pieces_across * plan.piece[0], plan.pieces_across * plan.piece[1]};
   const auto channel = [&](int column) {
-    const int in_group = block_n % plan.blocks_n * pairs_a_block * kPackColumns + first_column + column;
+    const int in_group = block_n % plan.blocks_n * pairs_in_block_n * kPackColumns + first_column + column;
     return static_cast<int64_t>(block_n / plan.blocks_n) * out_channels + min(in_group, out_channels - 1);
   };
 
@@ -708,9 +710,9 @@ __global__ void __launch_bounds__(kPackThreads)
   const int column = reg / 2 * 8 + holder / 4, k = reg % 2 * 8 + holder % 4 * 2;
   const T* const row = weight + channel(column) * strides.of[0];
   const float factor = sizeof(T) == 4 ? power_of_two(exponents[column]) : 1.0f;
-  const int steps_a_tap = plan.chunk / kStepDepth, groups = kPackThreads / kPairThreads;
-  for (int unit = blockIdx.y * groups + threadIdx.x / kPairThreads; unit < plan.chunks * steps_a_tap * kernel[0];
-       unit += gridDim.y * groups) {
+  const int steps_a_tap = plan.chunk / kStepDepth, units_at_once = kPackThreads / kPairThreads;
+  for (int unit = blockIdx.y * units_at_once + threadIdx.x / kPairThreads; unit < plan.chunks * steps_a_tap * kernel[0];
+       unit += gridDim.y * units_at_once) {
     const int block_c = unit / kernel[0], y = unit % kernel[0], c = block_c * kStepDepth + k;
     const T* const source = row + c * strides.of[1] + y * strides.of[2];
 #pragma unroll 3
@@ -732,7 +734,7 @@ __global__ void __launch_bounds__(kPackThreads)
       const int tap = y % plan.piece[0] * plan.piece[1] + x % plan.piece[1];
       const int item = (block_n * plan.pieces + piece) * plan.chunks + block_c / steps_a_tap;
       const int64_t step = static_cast<int64_t>(item) * plan.steps + tap * steps_a_tap + block_c % steps_a_tap;
-      packed[(step * pairs_a_block + first_column / kPackColumns) * kPairThreads + pair] = bits[0] | bits[1] << 16;
+      packed[(step * pairs_in_block_n + first_column / kPackColumns) * kPairThreads + pair] = bits[0] | bits[1] << 16;
     }
   }
 }

@@ -42,8 +42,8 @@ constexpr bool kBeginsEarly = std::min({__CUDA_ARCH_LIST__}) >= 900;
 constexpr bool kBeginsEarly = false;
 #endif
 
-// Launches a kernel that calls ptx::wait_for_previous_grid before it touches what others may still write or read: its blocks
-// find their place and set themselves up meanwhile ("programmatic dependent launch" in the CUDA programming guide).
+// Launches a kernel whose threads call ptx::wait_for_previous_grid before they touch what others may still write or read: its
+// blocks find their place and set themselves up meanwhile ("programmatic dependent launch" in the CUDA programming guide).
 // NOTE: what such a kernel reads after the wait must be neither __restrict__ nor __ldg: both promise that nobody writes it while
 // the kernel runs, and the compiler could read it before the wait.
 template <typename... Params, typename... Args>
