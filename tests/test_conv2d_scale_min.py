@@ -135,6 +135,34 @@ def test_precision_at_any_magnitude(function, device, precision, magnitude):
 
 
 @EVERY
+@pytest.mark.parametrize("largest", [2.0**18, 0.3, 2.0**-20])
+def test_small_values_keep_their_digits_beside_a_large_one(function, device, largest):
+    input, weight, _ = problem(device, (1, 32, 20, 36), 24, (3, 3))
+    input = (0.5 + input.sigmoid() / 2) * largest * 2.0**-18
+    input[0, :, 10, 18] = largest
+    check(function, input, weight, None, 2.0, "tf32")
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_calls_in_a_row_read_what_was_just_written(function, device, dtype, layout):
+    """A kernel may begin while the one before it ends; it must not read what that one has yet to write."""
+    dtype = dtype_for(function, dtype)
+    input, weight, bias = problem(device, (2, 32, 24, 24), 24, (3, 3), dtype, layout=layout)
+    inputs = torch.randn(20, *input.shape, device=device).to(dtype)
+    precision = precision_for(function)
+    in_a_row, apart = [], []
+    for results in (in_a_row, apart):
+        for values in inputs:
+            input.copy_(values)
+            results.append(function(input, weight, bias, 2.0, precision=precision))
+            if device == "cuda" and results is apart:
+                torch.cuda.synchronize()
+    assert torch.stack(in_a_row).equal(torch.stack(apart))
+
+
+@EVERY
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_no_less_accurate_than_torch(function, device, precision, set_conv_precision):
     """The design's promise: rms error at most 1.1 times that of torch's convolution at the same precision."""
