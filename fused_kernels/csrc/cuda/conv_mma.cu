@@ -423,7 +423,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     // The input's warps. When they have brought a tile's halo they take away the results of the tile kHalos before it, which the
     // others are done with: nobody waits.
     // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may hold
-    // what was there before. And what they write, warps hand them that did wait.
+    // what was there before. What they write, later, comes from warps that did wait.
     __threadfence();
     const int thread = threadIdx.x - C::kMathThreads - kWarpSize;
     Loader<Raw<T>, C::kUnitsInFlight> loader(input, plan, halo_table, thread);
