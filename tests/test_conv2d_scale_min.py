@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kernels import conv2d_scale_min, explain, ops, rungs
+from fused_kernels import conv2d_scale_min, edit, explain, ops, rungs
 from fused_kernels.rungs import Rung
 
 EVERY = pytest.mark.parametrize(("function", "device"), implementations("conv2d_scale_min"))
@@ -93,6 +93,30 @@ def test_geometry(function, device, layout, geometry, poisoned):
     for bias in (True, False):
         tensors = problem(device, shape, out_channels, kernel, groups=conv.get("groups", 1), layout=layout, bias=bias)
         check(function, *tensors, 1.7 if bias else -0.6, **conv)
+
+
+@pytest.fixture(scope="module")
+def conv_mma_of_older_gpus():
+    """Build it for sm_80, as PTX that newer GPUs run too, with the shared memory of those that have least: 100 KB an SM."""
+    source, asked = rungs["conv_mma"].source, "attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)"
+    assert source.count(asked) == 1
+    rung = edit("conv_mma", source.replace(asked, str(100 << 10)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVCC_APPEND_FLAGS", "-gencode=arch=compute_80,code=compute_80")
+        rung.load(arch="80")
+    return rung
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("geometry", [*GEOMETRIES, "large"])
+def test_older_gpus(conv_mma_of_older_gpus, dtype, layout, geometry, poisoned):
+    """They copy and wait by other instructions than the GPU that runs the other tests."""
+    large = ((8, 64, 64, 96), 128, (3, 3), {})
+    shape, out_channels, kernel, conv = GEOMETRIES.get(geometry, large)
+    tensors = problem("cuda", shape, out_channels, kernel, dtype, conv.get("groups", 1), layout)
+    check(conv_mma_of_older_gpus, *tensors, -1.7, **conv)
 
 
 @st.composite
