@@ -110,11 +110,10 @@ def conv_mma_of_older_gpus():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("geometry", [*GEOMETRIES, "large"])
+@pytest.mark.parametrize("geometry", [*GEOMETRIES.values(), ((8, 64, 64, 96), 128, (3, 3), {})], ids=[*GEOMETRIES, "large"])
 def test_older_gpus(conv_mma_of_older_gpus, dtype, layout, geometry, poisoned):
     """They copy and wait by other instructions than the GPU that runs the other tests."""
-    large = ((8, 64, 64, 96), 128, (3, 3), {})
-    shape, out_channels, kernel, conv = GEOMETRIES.get(geometry, large)
+    shape, out_channels, kernel, conv = geometry
     tensors = problem("cuda", shape, out_channels, kernel, dtype, conv.get("groups", 1), layout)
     check(conv_mma_of_older_gpus, *tensors, -1.7, **conv)
 
