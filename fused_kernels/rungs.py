@@ -174,6 +174,14 @@ LADDER = (
         float32_precisions=("tf32",),
     ),
     Rung(
+        "conv_wgmma",
+        "conv2d_scale_min",
+        "Hopper: the weights stay, rows stream through a ring, warps have roles",
+        "cuda",
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        float32_precisions=("tf32",),
+    ),
+    Rung(
         "composite",
         "conv2d_scale_min",
         "the library's convolution in the layout for tensor cores, then scale_min, bias and all",

@@ -15,22 +15,16 @@
 // Limit: mma.sync, which reaches two thirds of the rate that wgmma gets out of Hopper's tensor cores.
 // Previous rung: conv_direct.
 
-#include "launch.cuh"
-#include "numerics.cuh"
+#include "implicit_gemm.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/grid_dependency.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/mma.cuh"
 #include "ptx/thread_index.cuh"
 
-#include <cmath>
 #include <numeric>
 
 namespace fused_kernels {
 
-constexpr int kWarpSize = 32;
-constexpr int kStepDepth = 16;      // K of one mma instruction
 constexpr int kHalos = 2;           // buffers of input
 constexpr int kResults = 3;         // and of results
 constexpr int kUnit = 8;            // channels that a thread moves at once: 16 bytes of operand
@@ -88,26 +82,6 @@ struct Plan {
   bool scale_first;
 };
 
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
-
-// The exponent that brings x into [2^13, 2^14): a factor of four below float16's end. A power of two that float32 has.
-__device__ __forceinline__ int exponent_for(float x) {
-  const int exponent = x >= 1.17549435e-38f ? (__float_as_int(x) >> 23) - 127 : -127;
-  return min(13 - exponent, 126);
-}
-
-constexpr float kLargestF16 = 65504.0f;
-// Below this a tile's largest value leaves too little room to float16's smallest.
-constexpr float kSmallMaximum = 64.0f;
-// The first guess suits largest values between 0.25 and 255.
-constexpr int kFirstExponent = 8;
-// Powers of two up to this multiply those of the weights without leaving float32's range.
-constexpr int kExactExponent = 12;
-
-struct Strides4 {
-  int64_t of[4];
-};
-
 // A block's place among the tiles, which it walks without dividing: in images, rows and columns of the output.
 struct Tile {
   const Plan& plan;
@@ -133,12 +107,6 @@ struct Tile {
   __device__ __forceinline__ int row() const { return at[1] << plan.tile_log2[0]; }
   __device__ __forceinline__ int column() const { return at[2] << plan.tile_log2[1]; }
 };
-
-// How an element lies in memory, and the type that the tensor cores take it as.
-template <typename T>
-using Raw = std::conditional_t<sizeof(T) == 2, uint16_t, float>;
-template <typename T>
-using Operand = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16>, ptx::BF16, ptx::F16>;
 
 // Eight channels of one pixel on their way from global to shared memory.
 template <typename R>
@@ -656,110 +624,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   }
 }
 
-// Puts the weights in the order in which the lanes of mma.sync hold operand B: one run of bytes a stage. A block takes 16 output
-// channels, a pair of B's matrices, of some input channels and filter rows; its threads write side by side, and read what their
-// neighbours' cache lines hold. Past the last output channel comes the last one again, which a minimum does not mind.
-constexpr int kPackColumns = 16, kPackThreads = kPackColumns * kWarpSize;
-constexpr int kPairThreads = kStepDepth * kPackColumns / 2;  // each packs two numbers of a step
-
-template <typename T>
-__global__ void __launch_bounds__(kPackThreads)
-    pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const T* bias, int64_t bias_stride,
-                        int out_channels, int pairs_in_block_n, float sign, uint32_t* packed, float2* constants,
-                        const __grid_constant__ Plan plan) {
-  // The next kernel begins to read the input, which by then is there.
-  ptx::wait_for_previous_grid();
-  ptx::let_next_grid_begin();
-  const int block_n = blockIdx.x / pairs_in_block_n, first_column = blockIdx.x % pairs_in_block_n * kPackColumns;
-  const int kernel[2] = {plan.pieces / plan.pieces_across * plan.piece[0], plan.pieces_across * plan.piece[1]};
-  const auto channel = [&](int column) {
-    const int in_group = block_n % plan.blocks_n * pairs_in_block_n * kPackColumns + first_column + column;
-    return static_cast<int64_t>(block_n / plan.blocks_n) * out_channels + min(in_group, out_channels - 1);
-  };
-
-  // A warp looks for an output channel's largest weight, and so for its power of two.
-  __shared__ int exponents[kPackColumns];
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  int exponent = 0;
-  if constexpr (sizeof(T) == 4) {
-    const T* const row = weight + channel(warp) * strides.of[0];
-    float most = 0.0f;
-    const auto look = [&](const T* at) { most = fmaxf(most, fabsf(*at) < kInfinity<float> ? fabsf(*at) : 0.0f); };
-    if (rows_are_dense) {
-#pragma unroll 16
-      for (int i = lane; i < plan.in_channels * kernel[0] * kernel[1]; i += kWarpSize) look(row + i);
-    } else {
-      for (int c = lane; c < plan.in_channels; c += kWarpSize) {
-        for (int y = 0; y < kernel[0]; ++y) {
-          for (int x = 0; x < kernel[1]; ++x) look(row + c * strides.of[1] + y * strides.of[2] + x * strides.of[3]);
-        }
-      }
-    }
-    most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
-    if (most > 0.0f) exponent = exponent_for(most);
-    if (lane == 0) exponents[warp] = exponent;
-    __syncthreads();
-  }
-  if (lane == 0 && blockIdx.y == 0) {
-    const float value = bias ? sign * static_cast<float>(bias[channel(warp) * bias_stride]) : 0.0f;
-    constants[blockIdx.x * kPackColumns + warp] = make_float2(sign * power_of_two(-exponent), value);
-  }
-
-  // A lane of mma.sync holds four registers of a pair of matrices: a column and two neighbouring k in each.
-  const int pair = threadIdx.x % kPairThreads, holder = pair / 4, reg = pair % 4;
-  const int column = reg / 2 * 8 + holder / 4, k = reg % 2 * 8 + holder % 4 * 2;
-  const T* const row = weight + channel(column) * strides.of[0];
-  const float factor = sizeof(T) == 4 ? power_of_two(exponents[column]) : 1.0f;
-  const int steps_a_tap = plan.chunk / kStepDepth, units_at_once = kPackThreads / kPairThreads;
-  for (int unit = blockIdx.y * units_at_once + threadIdx.x / kPairThreads; unit < plan.chunks * steps_a_tap * kernel[0];
-       unit += gridDim.y * units_at_once) {
-    const int block_c = unit / kernel[0], y = unit % kernel[0], c = block_c * kStepDepth + k;
-    const T* const source = row + c * strides.of[1] + y * strides.of[2];
-#pragma unroll 3
-    for (int x = 0; x < kernel[1]; ++x) {
-      uint32_t bits[2] = {0, 0};
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const T value = c + j < plan.in_channels ? source[j * strides.of[1] + x * strides.of[3]] : T(0);
-        if constexpr (sizeof(T) == 4) {
-          bits[j] = ptx::pack_f16(value * factor, 0.0f);
-          // Not to zero: its product with an infinity is one.
-          if (bits[j] << 17 == 0 && value != 0.0f) bits[j] |= 1;
-          bits[j] &= 0xffff;
-        } else {
-          bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (sign < 0.0f ? 0x8000u : 0u);
-        }
-      }
-      const int piece = y / plan.piece[0] * plan.pieces_across + x / plan.piece[1];
-      const int tap = y % plan.piece[0] * plan.piece[1] + x % plan.piece[1];
-      const int item = (block_n * plan.pieces + piece) * plan.chunks + block_c / steps_a_tap;
-      const int64_t step = static_cast<int64_t>(item) * plan.steps + tap * steps_a_tap + block_c % steps_a_tap;
-      packed[(step * pairs_in_block_n + first_column / kPackColumns) * kPairThreads + pair] = bits[0] | bits[1] << 16;
-    }
-  }
-}
-
-// Where the output channels were cut between blocks. A minimum has no rounding: the order does not matter.
-template <typename T>
-__global__ void combine_kernel(const float* partial, T* output, int64_t pixels, int splits) {
-  ptx::wait_for_previous_grid();
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (pixel >= pixels) return;
-  float smallest = partial[pixel];
-  for (int s = 1; s < splits; ++s) smallest = min_nan(smallest, partial[s * pixels + pixel]);
-  output[pixel] = static_cast<T>(smallest);
-}
-
-// What the plans weigh, in cycles of an SM. Measured on an H200, and only their ratios matter.
-struct Device {
-  int multiprocessors, shared_bytes;
+// A lane of mma.sync holds four registers of a pair of operand B's matrices: a column and two neighbouring k in each.
+struct LaneOrder {
+  __device__ static int column(int word) { return word % 4 / 2 * 8 + word / 16; }
+  __device__ static int k(int word) { return word % 2 * 8 + word / 4 % 4 * 2; }
 };
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
 
 // What a block takes besides the plan's buffers: the results, the lanes' table, the rings' barriers, and what the system keeps.
 template <class C>
@@ -875,45 +744,27 @@ Planned<C> make_plan(const ConvShape& shape, bool vectors, const Device& device)
   return best;
 }
 
-// Whether an output channel's weights lie side by side, in whichever of the two usual orders.
-bool rows_are_dense(const ConvShape& shape) {
-  const int64_t* const strides = shape.weight_strides;
-  const int64_t columns = shape.kernel[1], channels = shape.in_channels;
-  return (strides[1] == shape.taps() && strides[2] == columns && strides[3] == 1) ||
-         (strides[1] == 1 && strides[2] == columns * channels && strides[3] == channels);
-}
-
 template <typename T, class C>
 void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& bias, double scale, Tensor& output, const Device& device) {
-  using torch::headeronly::ScalarType;
   Plan plan = planned.plan;
-  // For a scale below zero the smallest product is the largest sum's: turn all signs. Zero and infinity turn sums into NaN,
-  // each by itself, and must multiply first.
-  const float factor = static_cast<float>(scale);
-  plan.scale_first = factor == 0.0f || !std::isfinite(factor);
-  plan.factor = plan.scale_first ? factor : std::fabs(factor);
-  const float sign = !plan.scale_first && factor < 0.0f ? -1.0f : 1.0f;
-
-  const int64_t columns = static_cast<int64_t>(plan.groups) * plan.blocks_n * C::BLOCK_N;
-  const int64_t steps = static_cast<int64_t>(plan.groups) * plan.blocks_n * plan.pieces * plan.chunks * plan.steps;
-  const int64_t packed_bytes = steps * C::kStepBytes;
-  const int64_t partial_bytes = plan.splits > 1 ? plan.splits * shape.pixels() * 4 : 0;
-  const Tensor workspace = torch::stable::new_empty(input, {packed_bytes + columns * 8 + partial_bytes}, ScalarType::Byte);
-  char* const packed = static_cast<char*>(workspace.data_ptr());
-  float2* const constants = reinterpret_cast<float2*>(packed + packed_bytes);
-  float* const partial = reinterpret_cast<float*>(packed + packed_bytes + columns * 8);
+  const Scale scaled(scale);
+  plan.scale_first = scaled.first;
+  plan.factor = scaled.factor;
+  const WeightOrder order{plan.in_channels,
+                          {static_cast<int>(shape.kernel[0]), static_cast<int>(shape.kernel[1])},
+                          {plan.piece[0], plan.piece[1]},
+                          plan.pieces_across,
+                          plan.pieces,
+                          plan.chunk,
+                          plan.chunks,
+                          plan.steps,
+                          plan.blocks_n};
+  const int64_t blocks_n = static_cast<int64_t>(plan.groups) * plan.blocks_n;
+  const int64_t packed_bytes = blocks_n * plan.pieces * plan.chunks * plan.steps * C::kStepBytes;
+  const Workspace workspace(input, packed_bytes, blocks_n * C::BLOCK_N, plan.splits > 1 ? plan.splits * shape.pixels() : 0);
   const cudaStream_t stream = current_stream(input);
-
-  Strides4 strides;
-  for (int d = 0; d < 4; ++d) strides.of[d] = shape.weight_strides[d];
-  const int64_t units = plan.chunks * plan.chunk / kStepDepth * shape.kernel[0], packers = columns / kPackColumns;
-  const int64_t most_cuts = ceil_div(units, kPackThreads / kPairThreads);
-  const int64_t cuts = std::clamp<int64_t>(device.multiprocessors / packers, 1, most_cuts);
-  launch_early(pack_weights_kernel<T>, dim3(grid_size(packers), cuts), kPackThreads, 0, stream,
-               static_cast<const T*>(weight.data_ptr()), strides, rows_are_dense(shape),
-               bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, bias ? bias->stride(0) : 0, shape.out_channels,
-               C::BLOCK_N / kPackColumns, sign, reinterpret_cast<uint32_t*>(packed), constants, plan);
+  pack_weights<T, LaneOrder>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
 
   const auto kernel = conv_mma_kernel<T, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
@@ -923,9 +774,10 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
   plan.tile_step[1] = grid.x / plan.tiles_across[1] % plan.tiles_across[0];
   plan.tile_step[0] = grid.x / plan.tiles_across[1] / plan.tiles_across[0];
   launch_early(kernel, grid, C::kThreads, planned.shared_bytes, stream, static_cast<const Raw<T>*>(input.data_ptr()),
-               reinterpret_cast<const uint4*>(packed), constants, static_cast<T*>(output.data_ptr()), partial, plan);
+               reinterpret_cast<const uint4*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
+               workspace.partial, plan);
   if (plan.splits > 1) {
-    launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, partial,
+    launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, workspace.partial,
                  static_cast<T*>(output.data_ptr()), shape.pixels(), plan.splits);
   }
 }

@@ -17,6 +17,13 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t ro
                : "memory");
 }
 
+// "stmatrix", transposed: the same fragments into shared memory, where lane l names column l % 8 of matrix l / 8; sm_90 and later.
+__device__ __forceinline__ void stmatrix_x4_transposed(uint32_t column, const uint32_t (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column), "r"(matrices[0]),
+               "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
 // "mma.m16n8k16": d (16 x 8) += a (16 x 16, row-major) * b (16 x 8, column-major), summed in float32.
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16) {
   asm(
@@ -37,6 +44,13 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// "abs" and "max" of two float16 each; NaN loses.
+__device__ __forceinline__ uint32_t max_magnitudes_f16(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{\n.reg .b32 m;\nabs.f16x2 m, %2;\nmax.f16x2 %0, %1, m;\n}" : "=r"(result) : "r"(a), "r"(b));
+  return result;
 }
 
 }  // namespace ptx

@@ -1,0 +1,960 @@
+// conv_wgmma: convolution, scale and min in one kernel at the rate of Hopper's tensor cores.
+//
+// An implicit GEMM as in conv_mma (M = output pixels, N = output channels, K = input channels x filter taps), fed by wgmma, which
+// reads both operands from shared memory by itself.
+//   operand A   input pixels, 64 channels of 16 bits a row of 128 bytes, swizzled; a filter tap is another start address
+//   operand B   the weights, which stay in shared memory if they fit, and else stream through a ring
+//   result      64 pixels x BLOCK_N channels of sums a warpgroup; bias, scale and min happen in those registers
+// Blocks are persistent. Where all channels fit in a row, a block walks down a strip of the image 64 pixels wide, and its input
+// is a ring of image rows: each is brought once and serves all filter rows. Else a tile's halo is brought for each 64 channels.
+// Warps have roles: two warpgroups multiply, one warp brings the weights, three bring the input.
+// How a row reaches shared memory is all that differs between the inputs (Source):
+//   kTiles      16-bit channels_last: the copy engine writes operand A as it must lie
+//   kPlanes     NCHW: the copy engine brings rows of pixels, eight channels at a time; warps transpose them
+//   kPixels     float32 channels_last: the copy engine brings pixels; warps convert them
+//   (anything else in the last two, such as rows that are no multiple of 16 bytes, comes through registers)
+// float32 is computed with float16 operands, as in conv_mma: a power of two for each run of rows keeps the largest values in
+// float16's range; where a row leaves it, a new run begins with another power, and the rows that it shares are read again.
+// Limit: the tensor cores; at full rate, the chip's power.
+// Previous rung: conv_mma.
+
+#include "implicit_gemm.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/register_count.cuh"
+#include "ptx/tensor_copy.cuh"
+#include "ptx/wgmma.cuh"
+
+#include <cuda_fp16.h>
+
+namespace fused_kernels {
+
+constexpr int kSubtile = 64;                           // M of one instruction
+constexpr int kRowChannels = 64, kRowBytes = 128;      // of operand A
+constexpr int kGroup = 8;                              // channels in 16 bytes of operand A, pixels in a block
+constexpr int kWarpgroups = 2;                         // that multiply
+constexpr int kMathThreads = kWarpgroups * 128, kThreads = kMathThreads + 128;
+constexpr int kInputWarps = 3, kInputThreads = kInputWarps * kWarpSize;
+constexpr int kMostSlots = 16;                         // of a ring
+constexpr int kUnitsInFlight = 3;                      // of a thread that loads through registers
+
+enum class Source { kTiles, kPlanes, kPixels };
+
+// Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels.
+template <int BLOCK_N_, int SUBTILES_>
+struct Shape {
+  static constexpr int BLOCK_N = BLOCK_N_, SUBTILES = SUBTILES_;
+  static constexpr int kSubtiles = kWarpgroups * SUBTILES, BLOCK_M = kSubtiles * kSubtile;
+  static constexpr int kStepBytes = kStepDepth * BLOCK_N * 2;  // of weights
+};
+
+// Operand B's core matrices: 8 columns by 8 k, two side by side.
+struct CoreMatrixOrder {
+  __device__ static int column(int word) { return word / 64 * 8 + word / 4 % 8; }
+  __device__ static int k(int word) { return word / 32 % 2 * 8 + word % 4 * 2; }
+};
+
+// How the work is cut; the same for every block.
+struct Plan {
+  int images, input[2], output[2], padding[2], dilation[2], kernel[2];
+  int64_t input_strides[4];
+  int in_channels, chunk, chunks;     // channels at once
+  int blocks_n, splits, blocks_a_split;  // of output channels; how they are cut, blockIdx.y
+  // A tile, and how many there are.
+  int tile_images, tile_rows, tile_columns, tiles_down, tiles_across, tiles;
+  // Its halo lies in slots of a ring: one slot, or where a strip slides, a slot a row, of which a tile keeps some from before.
+  bool sliding;
+  int slots, slot_bytes, slot_rows, pitch, kept, fresh;
+  uint32_t pitch_inverse, rows_inverse;  // 2^32 / pitch and / slot_rows, rounded up
+  int image_subtiles, subtile_offset[4];  // unless sliding: of an image; bytes from the slot's begin
+  // The weights of an item (a chunk of the channels) come in stages.
+  int stage_taps, stages, weight_slots;
+  bool resident;
+  // Input that has to be transposed or converted lands in pieces first.
+  bool bulk;
+  int blocks, pieces, piece_bytes, line, plane_stride, depth;
+  float factor;
+  bool scale_first;
+};
+
+// Eight neighbouring pixels of a halo's row.
+struct Block {
+  int staged;        // where they begin in a piece, in elements
+  int16_t position;  // in the slot, in rows of operand A
+  int16_t count;     // as many as are there
+  int16_t image, row, column;
+};
+
+// A block's place among the tiles: rows inside columns inside images.
+struct Tile {
+  const Plan& plan;
+  int index, end, row, column, image;
+  bool begins;  // a strip
+
+  __device__ __forceinline__ explicit Tile(const Plan& plan) : plan(plan), begins(true) {
+    index = static_cast<int>(static_cast<int64_t>(plan.tiles) * blockIdx.x / gridDim.x);
+    end = static_cast<int>(static_cast<int64_t>(plan.tiles) * (blockIdx.x + 1) / gridDim.x);
+    row = index % plan.tiles_down;
+    column = index / plan.tiles_down % plan.tiles_across;
+    image = index / plan.tiles_down / plan.tiles_across;
+  }
+  __device__ __forceinline__ bool exists() const { return index < end; }
+  __device__ __forceinline__ void advance() {
+    ++index;
+    begins = !plan.sliding;
+    if (++row < plan.tiles_down) return;
+    row = 0;
+    begins = true;
+    if (++column < plan.tiles_across) return;
+    column = 0;
+    ++image;
+  }
+  // Slots that this tile shares with the one before it.
+  __device__ __forceinline__ int kept() const { return begins ? 0 : plan.kept; }
+};
+
+// A place in a ring of slots, each with two mbarriers: one says that it is full, one that it is empty again.
+struct Ring {
+  uint32_t barriers;
+  int slots, slot, phase;
+
+  __device__ __forceinline__ Ring(uint32_t barriers, int slots) : barriers(barriers), slots(slots), slot(0), phase(0) {}
+  __device__ __forceinline__ uint32_t full() const { return barriers + slot * 16; }
+  __device__ __forceinline__ uint32_t empty() const { return barriers + slot * 16 + 8; }
+  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(full(), phase); }
+  __device__ __forceinline__ void wait_empty() const { ptx::mbarrier_wait(empty(), phase ^ 1); }
+  // By each thread, done with reading.
+  __device__ __forceinline__ void release() const { ptx::mbarrier_arrive(empty()); }
+  __device__ __forceinline__ void advance() {
+    if (++slot == slots) slot = 0, phase ^= 1;
+  }
+  // The place so many slots on, or back; no more than there are.
+  __device__ __forceinline__ Ring operator+(int n) const {
+    Ring other = *this;
+    other.slot += n;
+    if (other.slot >= slots) other.slot -= slots, other.phase ^= 1;
+    return other;
+  }
+  __device__ __forceinline__ Ring operator-(int n) const {
+    Ring other = *this;
+    other.slot -= n;
+    if (other.slot < 0) other.slot += slots, other.phase ^= 1;
+    return other;
+  }
+};
+
+// The order in which slots are filled.
+struct Cursor {
+  const Plan& plan;
+  Tile tile;
+  int load, loads, chunk, row;
+
+  __device__ __forceinline__ Cursor(const Plan& plan, int blocks_n)
+      : plan(plan), tile(plan), load(0), loads(plan.chunks == 1 ? 1 : blocks_n), chunk(0), row(0) {}
+  __device__ __forceinline__ bool exists() const { return tile.exists(); }
+  __device__ __forceinline__ int window() const { return plan.kept + plan.fresh; }
+  __device__ __forceinline__ void advance() {
+    if (++row < window()) return;
+    row = 0;
+    if (++chunk < plan.chunks) return;
+    chunk = 0;
+    if (++load < loads) return;
+    load = 0;
+    tile.advance();
+    row = tile.kept();
+  }
+  // Where the slot's first pixel is in the input.
+  __device__ __forceinline__ int image() const { return tile.image * plan.tile_images; }
+  __device__ __forceinline__ int y() const { return tile.row * plan.tile_rows - plan.padding[0] + row; }
+  __device__ __forceinline__ int x() const { return tile.column * plan.tile_columns - plan.padding[1]; }
+  __device__ __forceinline__ int channel() const { return chunk * plan.chunk; }
+};
+
+__device__ __forceinline__ uint32_t divide(uint32_t a, uint32_t inverse) { return __umulhi(a, inverse); }
+
+// Where 16 bytes of eight channels lie in operand A's row: swizzled by the row's address.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, int group) { return row + (((row >> 7 & 7) ^ group) << 4); }
+
+template <typename T, Source S, class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    conv_wgmma_kernel(const __grid_constant__ CUtensorMap map, const Raw<T>* input, const char* weights,
+                      const float2* constants, T* output, float* partial, const __grid_constant__ Plan plan) {
+  constexpr bool kScaled = sizeof(T) == 4;
+
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t halos = ptx::shared_address(shared);
+  const uint32_t stages = halos + plan.slots * plan.slot_bytes;
+  const int steps_a_tap = plan.chunk / kStepDepth;
+  const int stage_bytes = plan.stage_taps * steps_a_tap * C::kStepBytes;
+  const int staging_offset = plan.slots * plan.slot_bytes + plan.weight_slots * stage_bytes;
+  Block* const block_table = reinterpret_cast<Block*>(shared + staging_offset + kInputWarps * plan.depth * plan.piece_bytes);
+  __shared__ alignas(8) uint64_t barriers[2 * kMostSlots + 2 * kMostSlots + 2 * kInputWarps * 8];
+  __shared__ alignas(128) char trash[128];             // for pixels that no slot has
+  __shared__ uint32_t largest[kMostSlots][kInputWarps];  // of a slot's values, scaled, as float16
+  __shared__ float finite[kInputWarps];
+  __shared__ int exponents[kMostSlots];
+  __shared__ int changes[kMostSlots];  // sliding: a new run begins here; else: of the exponent, from the chunk before
+
+  // NOTE: the shuffle tells the compiler that all lanes have the same warp: what follows from it fits in uniform registers.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
+  const uint32_t first_barrier = ptx::shared_address(barriers);
+  Ring halo_ring(first_barrier, plan.slots);
+  Ring weight_ring(first_barrier + kMostSlots * 16, plan.weight_slots);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < plan.slots; ++i) {
+      ptx::mbarrier_init((halo_ring + i).full(), S == Source::kTiles ? 1 : kInputThreads);
+      ptx::mbarrier_init((halo_ring + i).empty(), kMathThreads);
+    }
+    for (int i = 0; i < plan.weight_slots; ++i) {
+      ptx::mbarrier_init((weight_ring + i).full(), 1);
+      ptx::mbarrier_init((weight_ring + i).empty(), kMathThreads);
+    }
+    for (int i = 0; i < kInputWarps * 8; ++i) ptx::mbarrier_init(first_barrier + (4 * kMostSlots + i) * 8, 1);
+    ptx::mbarrier_init_fence();
+  }
+  if (S != Source::kTiles) {
+    const int across = plan.blocks / (plan.tile_images * plan.slot_rows);
+    for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
+      const int column = i % across * kGroup, row = i / across % plan.slot_rows, image = i / across / plan.slot_rows;
+      Block block;
+      block.staged = image * kGroup * plan.plane_stride + row * plan.line + column;
+      block.position = (image * plan.slot_rows + row) * plan.pitch + column;
+      block.count = min(kGroup, plan.pitch - column);
+      block.image = image, block.row = row, block.column = column;
+      block_table[i] = block;
+    }
+  }
+  __syncthreads();
+
+  // This block's share of the output channels.
+  const int first_n = blockIdx.y * plan.blocks_a_split;
+  const int end_n = min(first_n + plan.blocks_a_split, plan.blocks_n);
+  const int taps = plan.kernel[0] * plan.kernel[1];
+
+  if (warp >= kMathThreads / kWarpSize) {
+    ptx::fewer_registers<kScaled ? 104 : 72>();
+    const int thread = threadIdx.x - kMathThreads;
+
+    if (warp == kThreads / kWarpSize - 1) {
+      // The weights' warp.
+      if (threadIdx.x % kWarpSize > 0) return;
+      ptx::wait_for_previous_grid();
+      const int64_t item_bytes = static_cast<int64_t>(taps) * steps_a_tap * C::kStepBytes;
+      const char* const first = weights + first_n * plan.chunks * item_bytes;
+      for (Tile tile(plan); tile.exists(); tile.advance()) {
+        const char* source = first;
+        for (int item = 0; item < (end_n - first_n) * plan.chunks; ++item) {
+          for (int left = taps; left > 0; left -= plan.stage_taps) {
+            const int bytes = min(left, plan.stage_taps) * steps_a_tap * C::kStepBytes;
+            weight_ring.wait_empty();
+            ptx::mbarrier_arrive_expect_bytes(weight_ring.full(), bytes);
+            ptx::bulk_copy(stages + weight_ring.slot * stage_bytes, source, bytes, weight_ring.full());
+            weight_ring.advance();
+            source += bytes;
+          }
+        }
+        if (plan.resident) break;
+      }
+      return;
+    }
+
+    if constexpr (S == Source::kTiles) {
+      // One thread has the copy engine fill slot after slot.
+      if (thread > 0) return;
+      ptx::prefetch_tensor_map(&map);
+      for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
+        const int image_bytes = plan.slot_rows * plan.pitch * kRowBytes;
+        halo_ring.wait_empty();
+        ptx::mbarrier_arrive_expect_bytes(halo_ring.full(), plan.tile_images * image_bytes);
+        for (int i = 0; i < plan.tile_images; ++i) {
+          ptx::tensor_copy(halos + halo_ring.slot * plan.slot_bytes + i * image_bytes, &map, cursor.channel(), cursor.x(),
+                           cursor.y(), cursor.image() + i, halo_ring.full());
+        }
+        halo_ring.advance();
+      }
+      return;
+    } else {
+      // The input's warps. Each has pieces of its own, and a ring of places where the copy engine lays them ahead of time.
+      __threadfence();
+      const int lane = thread % kWarpSize, my_warp = thread / kWarpSize;
+      const int staging = staging_offset + my_warp * plan.depth * plan.piece_bytes;
+      const uint32_t staged_barriers = first_barrier + (4 * kMostSlots + my_warp * 8) * 8;
+      Cursor ahead(plan, end_n - first_n), cursor(plan, end_n - first_n);
+      int ahead_piece = my_warp, place = 0, place_phase = 0, ahead_place = 0;
+      const auto bring_next = [&] {
+        if (!ahead.exists()) return;
+        const uint32_t target = halos + staging + ahead_place * plan.piece_bytes, full = staged_barriers + ahead_place * 8;
+        if (lane == 0) {
+          ptx::mbarrier_arrive_expect_bytes(full, plan.piece_bytes);
+          if constexpr (S == Source::kPlanes) {
+            const int image_bytes = plan.piece_bytes / plan.tile_images;
+            for (int i = 0; i < plan.tile_images; ++i) {
+              ptx::tensor_copy(target + i * image_bytes, &map, ahead.x(), ahead.y(), ahead.channel() + ahead_piece * kGroup,
+                               ahead.image() + i, full);
+            }
+          } else {
+            const Block& block = block_table[ahead_piece];
+            ptx::tensor_copy(target, &map, ahead.channel(), ahead.x() + block.column, ahead.y() + block.row,
+                             ahead.image() + block.image, full);
+          }
+        }
+        if (++ahead_place == plan.depth) ahead_place = 0;
+        ahead_piece += kInputWarps;
+        if (ahead_piece >= plan.pieces) ahead_piece = my_warp, ahead.advance();
+      };
+      const bool has_pieces = plan.bulk && my_warp < plan.pieces;
+      if (has_pieces) {
+        for (int i = 0; i < plan.depth; ++i) bring_next();
+      }
+
+      int exponent = kScaled ? kFirstExponent : 0;
+      uint32_t most = 0;  // of two float16
+      const auto pack = [&](float low, float high) {
+        const float factor = power_of_two(exponent);
+        const uint32_t packed = ptx::pack_f16(low * factor, high * factor);
+        most = ptx::max_magnitudes_f16(most, packed);
+        return packed;
+      };
+
+      // A piece from where it was laid into its slot.
+      const auto convert = [&](int source, uint32_t slot, int piece) {
+        if constexpr (S == Source::kPlanes) {
+#pragma unroll 1
+          for (int i = 0; i < plan.blocks; i += 4) {
+            const int mine = i + lane / 8;
+            const Block block = block_table[min(mine, plan.blocks - 1)];
+            uint32_t matrices[4];
+            if constexpr (kScaled) {
+              // Of a channel two pixels, in each of four blocks.
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                const int staged = block_table[min(i + j, plan.blocks - 1)].staged + lane / 4 * plan.plane_stride + lane % 4 * 2;
+                const float2 two = *reinterpret_cast<const float2*>(shared + source + staged * 4);
+                matrices[j] = pack(two.x, two.y);
+              }
+            } else {
+              ptx::ldmatrix_x4(matrices, halos + source + (block.staged + lane % 8 * plan.plane_stride) * 2);
+            }
+            const bool valid = mine < plan.blocks && lane % 8 < block.count;
+            const uint32_t row = slot + (block.position + lane % 8) * kRowBytes;
+            ptx::stmatrix_x4_transposed(valid ? swizzled(row, piece) : ptx::shared_address(trash), matrices);
+          }
+        } else {
+          const Block block = block_table[piece];
+#pragma unroll
+          for (int i = 0; i < kGroup / 2; ++i) {
+            const int pixel = 2 * i + lane / 16;
+            const float4 four = reinterpret_cast<const float4*>(shared + source)[pixel * (kRowChannels / 4) + lane % 16];
+            const uint2 packed = make_uint2(pack(four.x, four.y), pack(four.z, four.w));
+            const uint32_t address = swizzled(slot + (block.position + pixel) * kRowBytes, lane % 16 / 2) + lane % 2 * 8;
+            if (pixel < block.count) *reinterpret_cast<uint2*>(shared + (address - halos)) = packed;
+          }
+        }
+      };
+
+      // A unit is eight channels of a position.
+      const int positions = plan.tile_images * plan.slot_rows * plan.pitch, units = positions * (plan.chunk / kGroup);
+      const auto load = [&](int unit, int row, Raw<T>(&values)[kGroup]) {
+        const int group = unit / positions, position = unit % positions;
+        const int line = divide(position, plan.pitch_inverse), image = divide(line, plan.rows_inverse);
+        const int n = cursor.image() + image, x = cursor.x() + position - line * plan.pitch;
+        const int y = cursor.y() - cursor.row + row + line - image * plan.slot_rows, channel = cursor.channel() + group * kGroup;
+        const bool inside = unit < units && n < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
+                            static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
+        const int channels = inside ? plan.in_channels - channel : 0;
+        const Raw<T>* source = input + n * plan.input_strides[0] + channel * plan.input_strides[1] +
+                               y * plan.input_strides[2] + x * plan.input_strides[3];
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          values[j] = j < channels ? __ldg(source) : Raw<T>(0);
+          source += plan.input_strides[1];
+        }
+      };
+      // The window's row (or the whole halo) into a slot, through registers.
+      const auto fill = [&](uint32_t slot, int row) {
+#pragma unroll 1
+        for (int first = thread; first < units; first += kUnitsInFlight * kInputThreads) {
+          Raw<T> values[kUnitsInFlight][kGroup];
+#pragma unroll
+          for (int i = 0; i < kUnitsInFlight; ++i) load(first + i * kInputThreads, row, values[i]);
+#pragma unroll
+          for (int i = 0; i < kUnitsInFlight; ++i) {
+            const int unit = first + i * kInputThreads;
+            if (unit >= units) break;
+            uint32_t packed[kGroup / 2];
+#pragma unroll
+            for (int j = 0; j < kGroup / 2; ++j) {
+              if constexpr (kScaled) {
+                packed[j] = pack(values[i][2 * j], values[i][2 * j + 1]);
+              } else {
+                packed[j] = values[i][2 * j] | static_cast<uint32_t>(values[i][2 * j + 1]) << 16;
+              }
+            }
+            const uint32_t address = swizzled(slot + unit % positions * kRowBytes, unit / positions);
+            *reinterpret_cast<uint4*>(shared + (address - halos)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+          }
+        }
+      };
+      const auto slot_address = [&](const Ring& at) { return halos + at.slot * plan.slot_bytes; };
+      const auto publish = [&](const Ring& at, int change) {
+        if (kScaled && thread == 0) exponents[at.slot] = exponent, changes[at.slot] = change;
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive(at.full());
+      };
+      const auto note_largest = [&](const Ring& at) {
+        const uint32_t both = max(most & 0xffff, most >> 16), all = __reduce_max_sync(0xffffffffu, both);
+        if (lane == 0) largest[at.slot][my_warp] = all;
+        most = 0;
+      };
+
+      const auto fits = [&](float most) {
+        const float scaled = most * power_of_two(exponent);
+        return most == 0.0f || (scaled >= kSmallMaximum && scaled <= kLargestF16);
+      };
+      int unpublished = 0;          // slots before halo_ring's
+      float largest_summed = 0.0f;  // of the chunks before this one
+      for (; cursor.exists(); cursor.advance()) {
+        halo_ring.wait_empty();
+        if (plan.bulk) {
+          for (int piece = my_warp; piece < plan.pieces; piece += kInputWarps) {
+            ptx::mbarrier_wait(staged_barriers + place * 8, place_phase);
+            convert(staging + place * plan.piece_bytes, slot_address(halo_ring), piece);
+            __syncwarp();
+            bring_next();
+            if (++place == plan.depth) place = 0, place_phase ^= 1;
+          }
+        } else {
+          fill(slot_address(halo_ring), cursor.row);
+        }
+        if constexpr (!kScaled) {
+          publish(halo_ring, 0);
+          halo_ring.advance();
+        } else {
+          note_largest(halo_ring);
+          halo_ring.advance();
+          ++unpublished;
+          if (cursor.row + 1 < cursor.window()) continue;
+
+          // All rows are there that a tile sums over. Do they fit in float16?
+          const int window = cursor.window(), kept = cursor.tile.kept();
+          Ring next = halo_ring - unpublished;
+          ptx::barrier_sync(1, kInputThreads);
+          uint32_t bits = 0;
+          for (int i = lane; i < window * kInputWarps; i += kWarpSize) {
+            bits = max(bits, largest[(halo_ring - (1 + i / kInputWarps)).slot][i % kInputWarps]);
+          }
+          bits = __reduce_max_sync(0xffffffffu, bits);
+          float most_of_all = fmaxf(largest_summed, __half2float(__ushort_as_half(bits)) * power_of_two(-exponent));
+          int change = 0;
+          if (!fits(most_of_all)) {
+            // Look again, past infinities; then choose a power of two for all that is summed together.
+            float finite_most = 0.0f;
+            for (int row = 0; row < window; ++row) {
+#pragma unroll 1
+              for (int unit = thread; unit < units; unit += kInputThreads) {
+                Raw<T> values[kGroup];
+                load(unit, row, values);
+#pragma unroll
+                for (float value : values) finite_most = fmaxf(finite_most, fabsf(value) < kInfinity<float> ? fabsf(value) : 0.0f);
+              }
+            }
+            finite_most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(finite_most)));
+            if (lane == 0) finite[my_warp] = finite_most;
+            ptx::barrier_sync(1, kInputThreads);
+            for (float of_warp : finite) finite_most = fmaxf(finite_most, of_warp);
+            ptx::barrier_sync(1, kInputThreads);
+            most_of_all = fmaxf(largest_summed, finite_most);
+            if (!fits(most_of_all)) {
+              const int before = exponent;
+              exponent = exponent_for(most_of_all);
+              if (plan.sliding) {
+                // A new run of rows: those that the tile before uses, too, come again.
+                for (int row = 0; row < window; ++row) {
+                  if (row >= unpublished) next.wait_empty();
+                  fill(slot_address(next), row);
+                  note_largest(next);
+                  publish(next, row == 0 && kept > 0);
+                  next.advance();
+                }
+                halo_ring = next;
+                unpublished = 0;
+              } else {
+                fill(slot_address(next), 0);
+                change = cursor.chunk > 0 ? exponent - before : 0;
+              }
+            }
+          }
+          largest_summed = cursor.chunk + 1 < plan.chunks ? most_of_all : 0.0f;
+          for (; unpublished > 0; --unpublished) {
+            publish(next, change);
+            next.advance();
+          }
+        }
+      }
+      return;
+    }
+  }
+
+  // The warps that multiply.
+  ptx::more_registers<kScaled ? 200 : 216>();
+  ptx::wait_for_previous_grid();
+  const int warpgroup = warp / 4, thread = threadIdx.x % 128;
+  for (Tile tile(plan); tile.exists();) {
+    const int kept = tile.kept(), window = plan.kept + plan.fresh;
+    if constexpr (kScaled) {
+      if (kept > 0) {
+        // Does a new run of rows begin? Then the tile keeps nothing.
+        const Ring first_new = halo_ring + kept;
+        first_new.wait_full();
+        if (changes[first_new.slot]) {
+          for (int i = 0; i < kept; ++i) halo_ring.release(), halo_ring.advance();
+        }
+      }
+    }
+    float low[C::SUBTILES][2];
+#pragma unroll
+    for (auto& two : low) two[0] = two[1] = kInfinity<float>;
+    for (int block_n = first_n; block_n < end_n; ++block_n) {
+      float sums[C::SUBTILES][C::BLOCK_N / 2];
+      int add = 0, exponent = 0;
+      for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+        if constexpr (kScaled) {
+          if (chunk > 0) {
+            halo_ring.wait_full();
+            const int change = changes[halo_ring.slot];
+            if (change != 0) {
+              ptx::wgmma_wait<0>();
+#pragma unroll
+              for (auto& of_subtile : sums) {
+#pragma unroll
+                for (float& sum : of_subtile) sum = sum * power_of_two(change / 2) * power_of_two(change - change / 2);
+              }
+            }
+          }
+        }
+        ptx::wgmma_fence();
+        int dy = 0, dx = 0;
+        uint32_t rows[C::SUBTILES];  // where the filter row's first tap has its input
+        Ring done = weight_ring;
+        for (int left = taps; left > 0; left -= plan.stage_taps) {
+          weight_ring.wait_full();
+          uint32_t b = stages + weight_ring.slot * stage_bytes;
+          for (int tap = min(left, plan.stage_taps); tap > 0; --tap) {
+            if (dx == 0) {
+#pragma unroll
+              for (int i = 0; i < C::SUBTILES; ++i) {
+                const int subtile = warpgroup * C::SUBTILES + i;
+                if (plan.sliding) {
+                  const Ring row = halo_ring + (subtile + dy * plan.dilation[0]);
+                  row.wait_full();
+                  rows[i] = halos + row.slot * plan.slot_bytes;
+                } else {
+                  if (dy == 0) halo_ring.wait_full();
+                  rows[i] = halos + halo_ring.slot * plan.slot_bytes + plan.subtile_offset[subtile] +
+                            dy * plan.dilation[0] * plan.pitch * kRowBytes;
+                }
+              }
+            }
+            const int offset = dx * plan.dilation[1] * kRowBytes;
+            const auto step = [&](int s) {
+#pragma unroll
+              for (int i = 0; i < C::SUBTILES; ++i) {
+                ptx::wgmma(sums[i], ptx::descriptor(ptx::kSwizzledRows, rows[i] + offset + s * kStepDepth * 2),
+                           ptx::descriptor(ptx::kCoreMatrices, b + s * C::kStepBytes), add, Operand<T>());
+              }
+              add = 1;
+            };
+            if (steps_a_tap == kRowChannels / kStepDepth) {
+#pragma unroll
+              for (int s = 0; s < kRowChannels / kStepDepth; ++s) step(s);
+            } else {
+#pragma unroll 1
+              for (int s = 0; s < steps_a_tap; ++s) step(s);
+            }
+            b += steps_a_tap * C::kStepBytes;
+            if (++dx == plan.kernel[1]) dx = 0, ++dy;
+          }
+          ptx::wgmma_commit();
+          // The stage before this one has been read.
+          if (!plan.resident && left < taps) {
+            ptx::wgmma_wait<1>();
+            done.release();
+            done.advance();
+          }
+          weight_ring.advance();
+        }
+        ptx::wgmma_wait<0>();
+        if (!plan.resident) done.release();
+        if constexpr (kScaled) exponent = exponents[halo_ring.slot];
+        if (!plan.sliding && (plan.chunks > 1 || block_n + 1 == end_n)) halo_ring.release(), halo_ring.advance();
+      }
+      // Resident weights lie where they lay, and the barriers' first phase is over for good.
+      if (plan.resident) weight_ring.slot = weight_ring.phase = 0;
+
+      // The epilogue: bias, scale and min where the sums are. A scale that makes NaN of some channels multiplies each by itself;
+      // and so does a power of two that, together with the weights', may leave float32's range.
+      const float4* const constant =
+          reinterpret_cast<const float4*>(constants + static_cast<int64_t>(block_n) * C::BLOCK_N + thread % 4 * 2);
+      const float back = power_of_two(-exponent);
+      const bool apart = plan.scale_first || abs(exponent) > kExactExponent;
+      const float factor = plan.scale_first ? plan.factor : 1.0f;
+#pragma unroll
+      for (int j = 0; j < C::BLOCK_N / 8; ++j) {
+        float4 two = constant[j * 4];
+        if (kScaled && !apart) two.x *= back, two.z *= back;
+#pragma unroll
+        for (int i = 0; i < C::SUBTILES; ++i) {
+#pragma unroll
+          for (int h = 0; h < 4; ++h) {
+            float value = sums[i][j * 4 + h];
+            if (kScaled && apart) value *= back;
+            value = kScaled ? fmaf(value, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) : value + (h % 2 == 0 ? two.y : two.w);
+            if (apart) value *= factor;
+            low[i][h / 2] = min_nan(low[i][h / 2], value);
+          }
+        }
+      }
+    }
+
+    // Four lanes share a pixel.
+#pragma unroll
+    for (int i = 0; i < C::SUBTILES; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        low[i][h] = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 1));
+        low[i][h] = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 2));
+        if (!plan.scale_first) low[i][h] *= plan.factor;
+        const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
+        int image = tile.image * plan.tile_images, row = tile.row * plan.tile_rows, column = tile.column * plan.tile_columns;
+        bool inside = true;
+        if (plan.sliding) {
+          row += subtile;
+          column += m;
+        } else {
+          const int in_image = subtile % plan.image_subtiles * kSubtile + m, line = divide(in_image, plan.pitch_inverse);
+          const int in_line = in_image - line * plan.pitch;
+          image += subtile / plan.image_subtiles;
+          row += line;
+          column += in_line;
+          inside = subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
+        }
+        inside &= image < plan.images && row < plan.output[0] && column < plan.output[1];
+        if (thread % 4 == 0 && inside) {
+          const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
+          const int64_t pixel = image * plane + static_cast<int64_t>(row) * plan.output[1] + column;
+          if (plan.splits == 1) {
+            output[pixel] = static_cast<T>(low[i][h]);
+          } else {
+            partial[blockIdx.y * plan.images * plane + pixel] = low[i][h];
+          }
+        }
+      }
+    }
+    tile.advance();
+    if (plan.sliding) {
+      for (int i = tile.exists() && !tile.begins ? plan.fresh : window; i > 0; --i) halo_ring.release(), halo_ring.advance();
+    }
+  }
+}
+
+// What a block takes besides the plan's buffers: static memory, and what the system keeps.
+constexpr int kOtherBytes = 2 * 1024 + 512;
+
+struct Planned {
+  Plan plan;
+  int64_t cost = INT64_MAX;  // in cycles of the busiest multiprocessor
+  int shared_bytes = 0;
+};
+
+// Lays out shared memory for a tile's shape: the ring of input, the weights, the staging. False where it does not fit.
+template <class C>
+bool lay_out(Plan& p, Source source, int element_size, const Device& device, int& shared_bytes) {
+  const int taps = p.kernel[0] * p.kernel[1], tap_bytes = p.chunk / kStepDepth * C::kStepBytes;
+  const int window = p.kept + p.fresh;
+  int room = device.shared_bytes - kOtherBytes;
+
+  // Staging: as many pieces ahead as hide the memory's latency.
+  p.blocks = p.pieces = p.piece_bytes = p.line = p.plane_stride = p.depth = 0;
+  if (source != Source::kTiles) {
+    const int across = static_cast<int>(ceil_div(p.pitch, kGroup));
+    p.blocks = p.tile_images * p.slot_rows * across;
+    p.line = across * kGroup;
+    p.plane_stride = p.slot_rows * p.line;
+    const int image_bytes = kGroup * p.plane_stride * element_size;
+    p.pieces = source == Source::kPlanes ? p.chunk / kGroup : p.blocks;
+    p.piece_bytes = source == Source::kPlanes ? p.tile_images * image_bytes : kGroup * kRowChannels * 4;
+    if (source == Source::kPlanes && (p.line > 256 || p.slot_rows > 256)) p.bulk = false;
+    p.depth = p.bulk ? static_cast<int>(std::clamp<int64_t>(ceil_div(9 * 1024, p.piece_bytes), 2, 8)) : 0;
+    room -= p.blocks * static_cast<int>(sizeof(Block)) + kInputWarps * p.depth * p.piece_bytes;
+  }
+  // What the last subtile reads past its slot must be there, too.
+  const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
+
+  // The weights stay if all of them fit beside the ring.
+  const int all_stages_bytes = taps * p.chunks * tap_bytes, least_slots = p.sliding ? window + p.fresh : 2;
+  p.resident = p.blocks_a_split == 1 && all_stages_bytes + least_slots * p.slot_bytes <= room;
+  if (p.resident) {
+    p.stage_taps = std::max<int>(p.kernel[1], static_cast<int>(ceil_div(taps * p.chunks, kMostSlots)));
+    p.stages = static_cast<int>(ceil_div(taps, p.stage_taps));
+    p.weight_slots = p.stages * p.chunks;
+    if (p.weight_slots > kMostSlots) return false;
+    p.slots = std::min<int>((room - p.weight_slots * p.stage_taps * tap_bytes) / p.slot_bytes, p.sliding ? kMostSlots : 4);
+    if (p.slots < least_slots) p.resident = false;
+  }
+  if (!p.resident) {
+    p.slots = p.sliding ? window + p.fresh : 2;
+    const int left = room - p.slots * p.slot_bytes;
+    p.stage_taps = std::clamp<int>(16384 / tap_bytes, 1, taps);
+    while (p.stage_taps > 1 && left / (p.stage_taps * tap_bytes) < 3) --p.stage_taps;
+    p.stages = static_cast<int>(ceil_div(taps, p.stage_taps));
+    p.weight_slots = left > 0 ? std::min(left / (p.stage_taps * tap_bytes), 8) : 0;
+    if (p.weight_slots < 2) return false;
+  }
+  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes + kInputWarps * p.depth * p.piece_bytes +
+                 p.blocks * static_cast<int>(sizeof(Block));
+  shared_bytes = std::max(shared_bytes, p.slots * p.slot_bytes + reach);
+  return shared_bytes + kOtherBytes <= device.shared_bytes;
+}
+
+// Cuts the work; takes the cheapest way that fits.
+template <class C>
+Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_size, const Device& device) {
+  Planned best;
+  Plan p{};
+  p.images = static_cast<int>(shape.images);
+  p.in_channels = static_cast<int>(shape.in_channels);
+  p.blocks_n = static_cast<int>(ceil_div(shape.out_channels, C::BLOCK_N));
+  for (int axis = 0; axis < 2; ++axis) {
+    p.input[axis] = static_cast<int>(shape.input[axis]);
+    p.output[axis] = static_cast<int>(shape.output[axis]);
+    p.padding[axis] = static_cast<int>(shape.padding[axis]);
+    p.dilation[axis] = static_cast<int>(shape.dilation[axis]);
+    p.kernel[axis] = static_cast<int>(shape.kernel[axis]);
+  }
+  for (int d = 0; d < 4; ++d) p.input_strides[d] = shape.input_strides[d];
+  // Channels in equal chunks, multiples of what an instruction sums over.
+  const int64_t channel_steps = ceil_div(p.in_channels, kStepDepth);
+  p.chunks = static_cast<int>(ceil_div(channel_steps, kRowChannels / kStepDepth));
+  p.chunk = static_cast<int>(ceil_div(channel_steps, p.chunks)) * kStepDepth;
+
+  const int64_t reach[2] = {(shape.kernel[0] - 1) * shape.dilation[0], (shape.kernel[1] - 1) * shape.dilation[1]};
+  const auto consider = [&] {
+    const int64_t pitch = p.tile_columns + reach[1], rows = p.sliding ? 1 : p.tile_rows + reach[0];
+    if (pitch > 256 || rows > 256) return;
+    p.pitch = static_cast<int>(std::max<int64_t>(pitch, 2));
+    if (p.sliding && source != Source::kTiles) p.pitch = static_cast<int>(ceil_div(p.pitch, kGroup)) * kGroup;
+    p.slot_rows = static_cast<int>(rows);
+    p.kept = p.sliding ? static_cast<int>(reach[0]) : 0;
+    p.fresh = p.sliding ? p.tile_rows : 1;
+    const int64_t positions = static_cast<int64_t>(p.tile_images) * p.slot_rows * p.pitch;
+    if (positions > 4096) return;
+    p.slot_bytes = static_cast<int>(positions) * kRowBytes;
+    p.pitch_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.pitch + 1);
+    p.rows_inverse = p.slot_rows > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / p.slot_rows + 1) : 0;
+    p.tiles_down = static_cast<int>(ceil_div(p.output[0], p.tile_rows));
+    p.tiles_across = static_cast<int>(ceil_div(p.output[1], p.tile_columns));
+    const int64_t tiles = ceil_div(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
+    if (tiles > INT32_MAX / 2) return;
+    p.tiles = static_cast<int>(tiles);
+    for (int split = 1; split <= p.blocks_n; ++split) {
+      p.blocks_a_split = static_cast<int>(ceil_div(p.blocks_n, split));
+      p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_a_split));
+      if (p.splits != split || split > device.multiprocessors) continue;
+      p.bulk = bulk;
+      int shared_bytes = 0;
+      if (!lay_out<C>(p, source, element_size, device, shared_bytes)) continue;
+      if (source == Source::kTiles && !p.bulk) continue;
+      const int64_t steps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.chunk / kStepDepth * p.blocks_a_split;
+      const int64_t arithmetic = steps * C::kSubtiles * (C::BLOCK_N == 128 ? 68 : 40);
+      const int64_t stream = p.resident ? 0 : steps * C::kStepBytes / 24;
+      const int64_t loads = p.chunks == 1 ? 1 : p.blocks_a_split;
+      const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
+      const int64_t input_cycles = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
+      const int64_t tile_cost = std::max({arithmetic, stream, input_cycles}) + p.blocks_a_split * 300 + (p.sliding ? 100 : 600);
+      const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
+      const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
+      const int64_t cost = ceil_div(tiles, blocks) * tile_cost + start;
+      if (cost < best.cost) best = {p, cost, shared_bytes};
+    }
+  };
+
+  // A strip slides where a row of it has all channels.
+  if (p.chunks == 1) {
+    p.sliding = true;
+    p.tile_images = p.image_subtiles = 1;
+    p.tile_rows = C::kSubtiles;
+    p.tile_columns = kSubtile;
+    consider();
+  }
+  // Else (or where the image is small) tiles, of rows that are whole or cut evenly.
+  p.sliding = false;
+  for (int64_t cuts = 1;; ++cuts) {
+    p.tile_columns = static_cast<int>(ceil_div(p.output[1], cuts));
+    if (p.tile_columns > C::BLOCK_M) continue;
+    const int64_t pitch = std::max<int64_t>(p.tile_columns + reach[1], 2);
+    for (int images = 1; images <= C::kSubtiles; ++images) {
+      p.image_subtiles = C::kSubtiles / images;
+      // The last row needs no more than its outputs.
+      const int64_t rows = (p.image_subtiles * kSubtile - p.tile_columns) / pitch + 1;
+      if (p.image_subtiles * kSubtile < p.tile_columns) break;
+      if (images > 1 && rows < p.output[0]) break;
+      p.tile_images = images;
+      for (int64_t r = std::min<int64_t>(rows, p.output[0]); r >= 1; r = r > 2 ? (r + 1) / 2 : r - 1) {
+        p.tile_rows = static_cast<int>(r);
+        for (int i = 0; i < C::kSubtiles; ++i) {
+          const int64_t first = static_cast<int64_t>(std::min(i / p.image_subtiles, images - 1)) * (r + reach[0]) * pitch;
+          p.subtile_offset[i] = static_cast<int>(first + i % p.image_subtiles * kSubtile) * kRowBytes;
+        }
+        if (images == 1 || r == p.output[0]) consider();
+      }
+    }
+    if (p.tile_columns <= 8) break;
+  }
+  return best;
+}
+
+// A map of the tensor for the copy engine, or false where it cannot have one: strides must be multiples of 16 bytes.
+template <typename T>
+bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Source source, const Plan& plan) {
+  static const auto function = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found));
+    STD_TORCH_CHECK(pointer && found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(pointer);
+  }();
+  using torch::headeronly::ScalarType;
+  const bool planes = source == Source::kPlanes;
+  // From the innermost dimension out: channels, columns, rows; or columns, rows, channels. Then images.
+  const int order[4] = {planes ? 3 : 1, planes ? 2 : 3, planes ? 1 : 2, 0};
+  cuuint64_t sizes[4], strides[3];
+  cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 4; ++i) {
+    sizes[i] = input.size(order[i]);
+    if (i > 0) strides[i - 1] = shape.input_strides[order[i]] * sizeof(T);
+  }
+  box[3] = 1;
+  if (source == Source::kTiles) {
+    box[0] = kRowChannels, box[1] = plan.pitch, box[2] = plan.slot_rows;
+  } else if (planes) {
+    box[0] = plan.line, box[1] = plan.slot_rows, box[2] = kGroup;
+  } else {
+    box[0] = kRowChannels, box[1] = kGroup, box[2] = 1;
+  }
+  const auto type = sizeof(T) == 4                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return function(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Whether the copy engine can bring it: the innermost dimension dense, all else multiples of 16 bytes apart.
+bool is_bulk(const Tensor& input, const ConvShape& shape, int innermost) {
+  const int64_t size = input.element_size();
+  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
+  if (shape.input_strides[innermost] != 1 && input.size(innermost) > 1) return false;
+  for (int d = 0; d < 4; ++d) {
+    const int64_t bytes = shape.input_strides[d] * size;
+    if (d != innermost && (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40)) return false;
+  }
+  return true;
+}
+
+template <typename T, Source S, class C>
+void launch(const Planned& planned, const ConvShape& shape, const Tensor& input, const Tensor& weight,
+            const std::optional<Tensor>& bias, double scale, Tensor& output, const Device& device) {
+  Plan plan = planned.plan;
+  const Scale scaled(scale);
+  plan.scale_first = scaled.first;
+  plan.factor = scaled.factor;
+  const int taps = plan.kernel[0] * plan.kernel[1], steps = taps * plan.chunk / kStepDepth;
+  const WeightOrder order{plan.in_channels, {plan.kernel[0], plan.kernel[1]}, {plan.kernel[0], plan.kernel[1]}, 1, 1,
+                          plan.chunk,       plan.chunks,                      steps,                            plan.blocks_n};
+  const int64_t packed_bytes = static_cast<int64_t>(plan.blocks_n) * plan.chunks * steps * C::kStepBytes;
+  const Workspace workspace(input, packed_bytes, plan.blocks_n * C::BLOCK_N, plan.splits > 1 ? plan.splits * shape.pixels() : 0);
+  const cudaStream_t stream = current_stream(input);
+  pack_weights<T, CoreMatrixOrder>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
+
+  CUtensorMap map{};
+  if (plan.bulk) STD_TORCH_CHECK(encode<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
+  const auto kernel = conv_wgmma_kernel<T, S, C>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
+  const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
+  launch_early(kernel, grid, kThreads, planned.shared_bytes, stream, map, static_cast<const Raw<T>*>(input.data_ptr()),
+               reinterpret_cast<const char*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
+               workspace.partial, plan);
+  if (plan.splits > 1) {
+    launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, workspace.partial,
+                 static_cast<T*>(output.data_ptr()), shape.pixels(), plan.splits);
+  }
+}
+
+template <typename T, Source S>
+void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+         double scale, Tensor& output) {
+  using Wide = Shape<128, 2>;
+  using Medium = Shape<128, 1>;
+  using Narrow = Shape<64, 1>;
+  const int index = input.get_device_index();
+  const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
+                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
+  const Planned wide = make_plan<Wide>(shape, S, bulk, sizeof(T), device);
+  const Planned medium = make_plan<Medium>(shape, S, bulk, sizeof(T), device);
+  const Planned narrow = make_plan<Narrow>(shape, S, bulk, sizeof(T), device);
+  const int64_t least = std::min({wide.cost, medium.cost, narrow.cost});
+  STD_TORCH_CHECK(least < INT64_MAX, "input: conv_wgmma has no plan for this shape");
+  if (narrow.cost == least) {
+    launch<T, S, Narrow>(narrow, shape, input, weight, bias, scale, output, device);
+  } else if (medium.cost == least) {
+    launch<T, S, Medium>(medium, shape, input, weight, bias, scale, output, device);
+  } else {
+    launch<T, S, Wide>(wide, shape, input, weight, bias, scale, output, device);
+  }
+}
+
+template <typename T>
+void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+         Tensor& output) {
+  constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
+  if (is_bulk(input, shape, 1)) {
+    run<T, kChannelsLast>(shape, true, input, weight, bias, scale, output);
+  } else {
+    run<T, Source::kPlanes>(shape, is_bulk(input, shape, 3), input, weight, bias, scale, output);
+  }
+}
+
+Tensor conv_wgmma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                  std::string precision) {
+  using torch::headeronly::ScalarType;
+  const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
+  const ScalarType dtype = input.scalar_type();
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t reach = shape.output[axis] + shape.kernel[axis] * shape.dilation[axis];
+    STD_TORCH_CHECK(reach < 1 << 30, "input: conv_wgmma expected a padded height and width below 2^30, got ", reach);
+    STD_TORCH_CHECK(shape.stride[axis] == 1, "stride: conv_wgmma expected 1, got ", shape.stride[axis]);
+  }
+  STD_TORCH_CHECK(groups == 1, "groups: conv_wgmma expected 1, got ", groups);
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "input: conv_wgmma expected float32, float16 or bfloat16");
+  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == "tf32", "precision: conv_wgmma expected tf32 for float32, got ",
+                  precision);
+  Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
+  if (output.numel() == 0) return output;
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  if (dtype == ScalarType::Float) {
+    run<float>(shape, input, weight, bias, scale, output);
+  } else if (dtype == ScalarType::Half) {
+    run<torch::headeronly::Half>(shape, input, weight, bias, scale, output);
+  } else {
+    run<torch::headeronly::BFloat16>(shape, input, weight, bias, scale, output);
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("conv_wgmma", TORCH_BOX(&conv_wgmma)); }
+
+}  // namespace fused_kernels

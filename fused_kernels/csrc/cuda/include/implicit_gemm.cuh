@@ -1,0 +1,209 @@
+#pragma once
+// What the tensor-core rungs share: float32 in float16 operands, the weights in the order in which tensor cores read operand B,
+// and a minimum over blocks.
+
+#include "launch.cuh"
+#include "numerics.cuh"
+#include "ptx/grid_dependency.cuh"
+#include "ptx/mma.cuh"
+
+#include <cmath>
+
+namespace fused_kernels {
+
+constexpr int kWarpSize = 32;
+constexpr int kStepDepth = 16;  // K of one instruction
+
+// How an element lies in memory, and the type that the tensor cores take it as.
+template <typename T>
+using Raw = std::conditional_t<sizeof(T) == 2, uint16_t, float>;
+template <typename T>
+using Operand = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16>, ptx::BF16, ptx::F16>;
+
+// float32 is multiplied by a power of two before it becomes float16, so that the largest values land just inside its range.
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// The exponent that brings x into [2^13, 2^14): a factor of four below float16's end. A power of two that float32 has.
+__device__ __forceinline__ int exponent_for(float x) {
+  const int exponent = x >= 1.17549435e-38f ? (__float_as_int(x) >> 23) - 127 : -127;
+  return min(13 - exponent, 126);
+}
+
+constexpr float kLargestF16 = 65504.0f;
+// Below this the largest value leaves too little room to float16's smallest.
+constexpr float kSmallMaximum = 64.0f;
+// The first guess suits largest values between 0.25 and 255.
+constexpr int kFirstExponent = 8;
+// Powers of two up to this multiply those of the weights without leaving float32's range.
+constexpr int kExactExponent = 12;
+
+// A scale's part in the minimum. Below zero the smallest product is the largest sum's: turn all signs. Zero and infinity turn
+// sums into NaN, each by itself, and must multiply first.
+struct Scale {
+  float factor, sign;
+  bool first;
+
+  explicit Scale(double scale) : factor(static_cast<float>(scale)) {
+    first = factor == 0.0f || !std::isfinite(factor);
+    sign = !first && factor < 0.0f ? -1.0f : 1.0f;
+    factor *= sign;
+  }
+};
+
+struct Strides4 {
+  int64_t of[4];
+
+  explicit Strides4(const int64_t (&strides)[4]) : of{strides[0], strides[1], strides[2], strides[3]} {}
+};
+
+// Operand B is a row of items for each block of output channels: a piece of the filter (mostly all of it) for a chunk of the
+// input channels. An item is a row of steps, taps outside, channels inside.
+struct WeightOrder {
+  int in_channels, kernel[2];            // of a group
+  int piece[2], pieces_across, pieces;   // of the filter
+  int chunk, chunks;                     // of the channels, multiples of kStepDepth
+  int steps;                             // of an item
+  int blocks_n;                          // of a group
+};
+
+// Whether an output channel's weights lie side by side, in whichever of the two usual orders.
+inline bool rows_are_dense(const ConvShape& shape) {
+  const int64_t* const strides = shape.weight_strides;
+  const int64_t columns = shape.kernel[1], channels = shape.in_channels;
+  return (strides[1] == shape.taps() && strides[2] == columns && strides[3] == 1) ||
+         (strides[1] == 1 && strides[2] == columns * channels && strides[3] == channels);
+}
+
+constexpr int kPackColumns = 16, kPackThreads = kPackColumns * kWarpSize;
+constexpr int kUnitWords = kStepDepth * kPackColumns / 2;  // 16 columns of a step, two numbers a word
+
+// Puts the weights in order. A block takes 16 output channels of some input channels and filter rows; its threads write side by
+// side, and read what their neighbours' cache lines hold. Past the last output channel comes the last one again, which a minimum
+// does not mind. Order says which column and which k the words of a unit hold.
+template <typename T, class Order>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const T* bias, int64_t bias_stride,
+                        int out_channels, int units_in_block_n, float sign, uint32_t* packed, float2* constants,
+                        const __grid_constant__ WeightOrder order) {
+  // The next kernel begins to read the input, which by then is there.
+  ptx::wait_for_previous_grid();
+  ptx::let_next_grid_begin();
+  const int block_n = blockIdx.x / units_in_block_n, first_column = blockIdx.x % units_in_block_n * kPackColumns;
+  const auto channel = [&](int column) {
+    const int in_group = block_n % order.blocks_n * units_in_block_n * kPackColumns + first_column + column;
+    return static_cast<int64_t>(block_n / order.blocks_n) * out_channels + min(in_group, out_channels - 1);
+  };
+
+  // A warp looks for an output channel's largest weight, and so for its power of two.
+  __shared__ int exponents[kPackColumns];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  int exponent = 0;
+  if constexpr (sizeof(T) == 4) {
+    const T* const row = weight + channel(warp) * strides.of[0];
+    float most = 0.0f;
+    const auto look = [&](const T* at) { most = fmaxf(most, fabsf(*at) < kInfinity<float> ? fabsf(*at) : 0.0f); };
+    if (rows_are_dense) {
+#pragma unroll 16
+      for (int i = lane; i < order.in_channels * order.kernel[0] * order.kernel[1]; i += kWarpSize) look(row + i);
+    } else {
+      for (int c = lane; c < order.in_channels; c += kWarpSize) {
+        for (int y = 0; y < order.kernel[0]; ++y) {
+          for (int x = 0; x < order.kernel[1]; ++x) look(row + c * strides.of[1] + y * strides.of[2] + x * strides.of[3]);
+        }
+      }
+    }
+    most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
+    if (most > 0.0f) exponent = exponent_for(most);
+    if (lane == 0) exponents[warp] = exponent;
+    __syncthreads();
+  }
+  if (lane == 0 && blockIdx.y == 0) {
+    const float value = bias ? sign * static_cast<float>(bias[channel(warp) * bias_stride]) : 0.0f;
+    constants[blockIdx.x * kPackColumns + warp] = make_float2(sign * power_of_two(-exponent), value);
+  }
+
+  const int word = threadIdx.x % kUnitWords, column = Order::column(word), k = Order::k(word);
+  const T* const row = weight + channel(column) * strides.of[0];
+  const float factor = sizeof(T) == 4 ? power_of_two(exponents[column]) : 1.0f;
+  const int steps_a_tap = order.chunk / kStepDepth, units_at_once = kPackThreads / kUnitWords;
+  for (int unit = blockIdx.y * units_at_once + threadIdx.x / kUnitWords; unit < order.chunks * steps_a_tap * order.kernel[0];
+       unit += gridDim.y * units_at_once) {
+    const int block_c = unit / order.kernel[0], y = unit % order.kernel[0], c = block_c * kStepDepth + k;
+    const T* const source = row + c * strides.of[1] + y * strides.of[2];
+#pragma unroll 3
+    for (int x = 0; x < order.kernel[1]; ++x) {
+      uint32_t bits[2] = {0, 0};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const T value = c + j < order.in_channels ? source[j * strides.of[1] + x * strides.of[3]] : T(0);
+        if constexpr (sizeof(T) == 4) {
+          bits[j] = ptx::pack_f16(value * factor, 0.0f);
+          // Not to zero: its product with an infinity is one.
+          if (bits[j] << 17 == 0 && value != 0.0f) bits[j] |= 1;
+          bits[j] &= 0xffff;
+        } else {
+          bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (sign < 0.0f ? 0x8000u : 0u);
+        }
+      }
+      const int piece = y / order.piece[0] * order.pieces_across + x / order.piece[1];
+      const int tap = y % order.piece[0] * order.piece[1] + x % order.piece[1];
+      const int item = (block_n * order.pieces + piece) * order.chunks + block_c / steps_a_tap;
+      const int64_t step = static_cast<int64_t>(item) * order.steps + tap * steps_a_tap + block_c % steps_a_tap;
+      packed[(step * units_in_block_n + first_column / kPackColumns) * kUnitWords + word] = bits[0] | bits[1] << 16;
+    }
+  }
+}
+
+// Where the output channels were cut between blocks. A minimum has no rounding: the order does not matter.
+template <typename T>
+__global__ void combine_kernel(const float* partial, T* output, int64_t pixels, int splits) {
+  ptx::wait_for_previous_grid();
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (pixel >= pixels) return;
+  float smallest = partial[pixel];
+  for (int s = 1; s < splits; ++s) smallest = min_nan(smallest, partial[s * pixels + pixel]);
+  output[pixel] = static_cast<T>(smallest);
+}
+
+struct Device {
+  int multiprocessors, shared_bytes;  // of a multiprocessor
+};
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Memory for the packed weights, the constants, and where the output channels are cut the minima of each share.
+struct Workspace {
+  Tensor memory;
+  uint32_t* packed;
+  float2* constants;
+  float* partial;
+
+  Workspace(const Tensor& like, int64_t packed_bytes, int64_t columns, int64_t partials)
+      : memory(torch::stable::new_empty(like, {packed_bytes + columns * 8 + partials * 4}, torch::headeronly::ScalarType::Byte)) {
+    char* const start = static_cast<char*>(memory.data_ptr());
+    packed = reinterpret_cast<uint32_t*>(start);
+    constants = reinterpret_cast<float2*>(start + packed_bytes);
+    partial = reinterpret_cast<float*>(start + packed_bytes + columns * 8);
+  }
+};
+
+// Launches the packing kernel; the next kernel may begin before it ends.
+template <typename T, class Order>
+void pack_weights(const WeightOrder& order, const ConvShape& shape, int block_n, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const Scale& scale, const Workspace& workspace, const Device& device,
+                  cudaStream_t stream) {
+  const int64_t columns = shape.groups * order.blocks_n * block_n, packers = columns / kPackColumns;
+  const int64_t units = order.chunks * order.chunk / kStepDepth * shape.kernel[0];
+  const int64_t most_cuts = ceil_div(units, kPackThreads / kUnitWords);
+  const int64_t cuts = std::clamp<int64_t>(device.multiprocessors / packers, 1, most_cuts);
+  launch_early(pack_weights_kernel<T, Order>, dim3(grid_size(packers), cuts), kPackThreads, 0, stream,
+               static_cast<const T*>(weight.data_ptr()), Strides4(shape.weight_strides), rows_are_dense(shape),
+               bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, bias ? bias->stride(0) : 0, shape.out_channels,
+               block_n / kPackColumns, scale.sign, workspace.packed, workspace.constants, order);
+}
+
+}  // namespace fused_kernels
