@@ -129,6 +129,14 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++slot == slots) slot = 0, phase ^= 1;
   }
+  // All slots before another place.
+  __device__ __forceinline__ void release_until(const Ring& end) {
+    while (slot != end.slot || phase != end.phase) {
+      wait_full();
+      release();
+      advance();
+    }
+  }
   // The place so many slots on, or back; no more than there are.
   __device__ __forceinline__ Ring operator+(int n) const {
     Ring other = *this;
@@ -500,6 +508,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::more_registers<kScaled ? 200 : 216>();
   ptx::wait_for_previous_grid();
   const int warpgroup = warp / 4, thread = threadIdx.x % 128;
+  Ring unreleased = halo_ring;  // the oldest slot that this warpgroup still holds
   for (Tile tile(plan); tile.exists();) {
     const int kept = tile.kept(), window = plan.kept + plan.fresh;
     if constexpr (kScaled) {
@@ -508,7 +517,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Ring first_new = halo_ring + kept;
         first_new.wait_full();
         if (changes[first_new.slot]) {
-          for (int i = 0; i < kept; ++i) halo_ring.release(), halo_ring.advance();
+          halo_ring = first_new;
+          unreleased.release_until(halo_ring);
         }
       }
     }
@@ -572,10 +582,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
               for (int s = 0; s < steps_a_tap; ++s) step(s);
             }
+            ptx::wgmma_commit();
             b += steps_a_tap * C::kStepBytes;
             if (++dx == plan.kernel[1]) dx = 0, ++dy;
           }
-          ptx::wgmma_commit();
           // The stage before this one has been read.
           if (!plan.resident && left < taps) {
             ptx::wgmma_wait<1>();
@@ -587,7 +597,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::wgmma_wait<0>();
         if (!plan.resident) done.release();
         if constexpr (kScaled) exponent = exponents[halo_ring.slot];
-        if (!plan.sliding && (plan.chunks > 1 || block_n + 1 == end_n)) halo_ring.release(), halo_ring.advance();
+        if (!plan.sliding && (plan.chunks > 1 || block_n + 1 == end_n)) {
+          halo_ring.advance();
+          unreleased.release_until(halo_ring);
+        }
       }
       // Resident weights lie where they lay, and the barriers' first phase is over for good.
       if (plan.resident) weight_ring.slot = weight_ring.phase = 0;
@@ -653,7 +666,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     tile.advance();
     if (plan.sliding) {
-      for (int i = tile.exists() && !tile.begins ? plan.fresh : window; i > 0; --i) halo_ring.release(), halo_ring.advance();
+      // What the next tile's first subtile of this warpgroup does not need.
+      const bool goes_on = tile.exists() && !tile.begins;
+      const Ring end = halo_ring + window;
+      halo_ring = goes_on ? halo_ring + plan.fresh : end;
+      unreleased.release_until(goes_on ? halo_ring + min(warpgroup * C::SUBTILES, plan.kept) : end);
     }
   }
 }
