@@ -73,16 +73,16 @@ struct Plan {
   bool resident;
   // Input that has to be transposed or converted lands in pieces first.
   bool bulk;
-  int blocks, pieces, piece_bytes, line, plane_stride, depth;
+  int blocks, pieces, piece_bytes, lead, line, plane_stride, depth;  // lead: staged pixels before a row's first
   float factor;
   bool scale_first;
 };
 
-// Eight neighbouring pixels of a halo's row.
+// Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.
 struct Block {
-  int staged;        // where they begin in a piece, in elements
-  int16_t position;  // in the slot, in rows of operand A
-  int16_t count;     // as many as are there
+  int staged;         // where they begin in a piece, in elements
+  int16_t position;   // the first one's in the slot, in rows of operand A
+  int8_t first, end;  // those that the slot has
   int16_t image, row, column;
 };
 
@@ -227,8 +227,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int column = i % across * kGroup, row = i / across % plan.slot_rows, image = i / across / plan.slot_rows;
       Block block;
       block.staged = image * kGroup * plan.plane_stride + row * plan.line + column;
-      block.position = (image * plan.slot_rows + row) * plan.pitch + column;
-      block.count = min(kGroup, plan.pitch - column);
+      block.position = (image * plan.slot_rows + row) * plan.pitch + column - plan.lead;
+      block.first = max(plan.lead - column, 0);
+      block.end = min(plan.lead + plan.pitch - column, kGroup);
       block.image = image, block.row = row, block.column = column;
       block_table[i] = block;
     }
@@ -298,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           if constexpr (S == Source::kPlanes) {
             const int image_bytes = plan.piece_bytes / plan.tile_images;
             for (int i = 0; i < plan.tile_images; ++i) {
-              ptx::tensor_copy(target + i * image_bytes, &map, ahead.x(), ahead.y(), ahead.channel() + ahead_piece * kGroup,
+              ptx::tensor_copy(target + i * image_bytes, &map, ahead.x() - plan.lead, ahead.y(), ahead.channel() + ahead_piece * kGroup,
                                ahead.image() + i, full);
             }
           } else {
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             } else {
               ptx::ldmatrix_x4(matrices, halos + source + (block.staged + lane % 8 * plan.plane_stride) * 2);
             }
-            const bool valid = mine < plan.blocks && lane % 8 < block.count;
+            const bool valid = mine < plan.blocks && lane % 8 >= block.first && lane % 8 < block.end;
             const uint32_t row = slot + (block.position + lane % 8) * kRowBytes;
             ptx::stmatrix_x4_transposed(valid ? swizzled(row, piece) : ptx::shared_address(trash), matrices);
           }
@@ -356,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const float4 four = reinterpret_cast<const float4*>(shared + source)[pixel * (kRowChannels / 4) + lane % 16];
             const uint2 packed = make_uint2(pack(four.x, four.y), pack(four.z, four.w));
             const uint32_t address = swizzled(slot + (block.position + pixel) * kRowBytes, lane % 16 / 2) + lane % 2 * 8;
-            if (pixel < block.count) *reinterpret_cast<uint2*>(shared + (address - halos)) = packed;
+            if (pixel < block.end) *reinterpret_cast<uint2*>(shared + (address - halos)) = packed;
           }
         }
       };
@@ -543,7 +544,6 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
           }
         }
-        ptx::wgmma_fence();
         int dy = 0, dx = 0;
         uint32_t rows[C::SUBTILES];  // where the filter row's first tap has its input
         Ring done = weight_ring;
@@ -576,13 +576,18 @@ __global__ void __launch_bounds__(kThreads, 1)
               add = 1;
             };
             if (steps_a_tap == kRowChannels / kStepDepth) {
+              ptx::wgmma_fence();
 #pragma unroll
               for (int s = 0; s < kRowChannels / kStepDepth; ++s) step(s);
+              ptx::wgmma_commit();
             } else {
 #pragma unroll 1
-              for (int s = 0; s < steps_a_tap; ++s) step(s);
+              for (int s = 0; s < steps_a_tap; ++s) {
+                ptx::wgmma_fence();
+                step(s);
+                ptx::wgmma_commit();
+              }
             }
-            ptx::wgmma_commit();
             b += steps_a_tap * C::kStepBytes;
             if (++dx == plan.kernel[1]) dx = 0, ++dy;
           }
@@ -692,9 +697,12 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
   int room = device.shared_bytes - kOtherBytes;
 
   // Staging: as many pieces ahead as hide the memory's latency.
-  p.blocks = p.pieces = p.piece_bytes = p.line = p.plane_stride = p.depth = 0;
+  p.blocks = p.pieces = p.piece_bytes = p.lead = p.line = p.plane_stride = p.depth = 0;
   if (source != Source::kTiles) {
-    const int across = static_cast<int>(ceil_div(p.pitch, kGroup));
+    // NOTE: the copy engine faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
+    const int dense = 16 / element_size;
+    p.lead = source == Source::kPlanes ? (dense - p.padding[1] % dense) % dense : 0;
+    const int across = static_cast<int>(ceil_div(p.lead + p.pitch, kGroup));
     p.blocks = p.tile_images * p.slot_rows * across;
     p.line = across * kGroup;
     p.plane_stride = p.slot_rows * p.line;
@@ -760,7 +768,6 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
     const int64_t pitch = p.tile_columns + reach[1], rows = p.sliding ? 1 : p.tile_rows + reach[0];
     if (pitch > 256 || rows > 256) return;
     p.pitch = static_cast<int>(std::max<int64_t>(pitch, 2));
-    if (p.sliding && source != Source::kTiles) p.pitch = static_cast<int>(ceil_div(p.pitch, kGroup)) * kGroup;
     p.slot_rows = static_cast<int>(rows);
     p.kept = p.sliding ? static_cast<int>(reach[0]) : 0;
     p.fresh = p.sliding ? p.tile_rows : 1;
@@ -808,6 +815,7 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
   p.sliding = false;
   for (int64_t cuts = 1;; ++cuts) {
     p.tile_columns = static_cast<int>(ceil_div(p.output[1], cuts));
+    if (cuts > 1) p.tile_columns = static_cast<int>(ceil_div(p.tile_columns, kGroup)) * kGroup;
     if (p.tile_columns > C::BLOCK_M) continue;
     const int64_t pitch = std::max<int64_t>(p.tile_columns + reach[1], 2);
     for (int images = 1; images <= C::kSubtiles; ++images) {
@@ -831,16 +839,18 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
   return best;
 }
 
-// A map of the tensor for the copy engine, or false where it cannot have one: strides must be multiples of 16 bytes.
+// The driver's function, which the runtime finds: no library to link.
+static decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  void* pointer = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found));
+  STD_TORCH_CHECK(pointer && found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(pointer);
+}
+
+// A map of the tensor for the copy engine.
 template <typename T>
 bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Source source, const Plan& plan) {
-  static const auto function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found));
-    STD_TORCH_CHECK(pointer && found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(pointer);
-  }();
   using torch::headeronly::ScalarType;
   const bool planes = source == Source::kPlanes;
   // From the innermost dimension out: channels, columns, rows; or columns, rows, channels. Then images.
@@ -862,7 +872,7 @@ bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Sourc
   const auto type = sizeof(T) == 4                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return function(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  return tensor_map_encoder()(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
