@@ -37,14 +37,16 @@ constexpr int kWarpgroups = 2;                         // that multiply
 constexpr int kMathThreads = kWarpgroups * 128, kThreads = kMathThreads + 128;
 constexpr int kInputWarps = 3, kInputThreads = kInputWarps * kWarpSize;
 constexpr int kMostSlots = 16;                         // of a ring
-constexpr int kUnitsInFlight = 3;                      // of a thread that loads through registers
+constexpr int kUnitsInFlight = 2;                      // of a thread that loads through registers
 
 enum class Source { kTiles, kPlanes, kPixels };
 
-// Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels.
-template <int BLOCK_N_, int SUBTILES_>
+// Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels, and as many sums in registers; or twice as many, so that
+// the epilogue of one tile overlaps with the work on the next.
+template <int BLOCK_N_, int SUBTILES_, bool OVERLAPS_>
 struct Shape {
   static constexpr int BLOCK_N = BLOCK_N_, SUBTILES = SUBTILES_;
+  static constexpr bool OVERLAPS = OVERLAPS_;
   static constexpr int kSubtiles = kWarpgroups * SUBTILES, BLOCK_M = kSubtiles * kSubtile;
   static constexpr int kStepBytes = kStepDepth * BLOCK_N * 2;  // of weights
 };
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int taps = plan.kernel[0] * plan.kernel[1];
 
   if (warp >= kMathThreads / kWarpSize) {
-    ptx::fewer_registers<kScaled ? 104 : 72>();
+    ptx::fewer_registers<S == Source::kTiles ? 72 : 120>();
     const int thread = threadIdx.x - kMathThreads;
 
     if (warp == kThreads / kWarpSize - 1) {
@@ -326,28 +328,58 @@ __global__ void __launch_bounds__(kThreads, 1)
         return packed;
       };
 
+      // Four blocks are a quad, which one instruction stores; so many quads at once hide shared memory's latency. Where a piece
+      // has no more, what the table says of them stays in registers.
+      constexpr int kQuads = 3;
+      struct {
+        int staged[4];  // where the quad's blocks begin, or of 16-bit pixels, this lane's row of them in the first
+        int target;     // this lane's row in the slot, or -1
+      } quads[kQuads];
+      const auto look_up = [&](int first) {
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          const int mine = first + q * 4 + lane / 8;
+          const Block block = block_table[min(mine, plan.blocks - 1)];
+          const bool valid = mine < plan.blocks && lane % 8 >= block.first && lane % 8 < block.end;
+          quads[q].target = valid ? (block.position + lane % 8) * kRowBytes : -1;
+          if constexpr (kScaled) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int staged = block_table[min(first + q * 4 + j, plan.blocks - 1)].staged;
+              quads[q].staged[j] = (staged + lane / 4 * plan.plane_stride + lane % 4 * 2) * 4;
+            }
+          } else {
+            quads[q].staged[0] = (block.staged + lane % 8 * plan.plane_stride) * 2;
+          }
+        }
+      };
+      if (S == Source::kPlanes && plan.bulk) look_up(0);
+
       // A piece from where it was laid into its slot.
       const auto convert = [&](int source, uint32_t slot, int piece) {
         if constexpr (S == Source::kPlanes) {
 #pragma unroll 1
-          for (int i = 0; i < plan.blocks; i += 4) {
-            const int mine = i + lane / 8;
-            const Block block = block_table[min(mine, plan.blocks - 1)];
-            uint32_t matrices[4];
-            if constexpr (kScaled) {
-              // Of a channel two pixels, in each of four blocks.
+          for (int i = 0; i < plan.blocks; i += kQuads * 4) {
+            if (plan.blocks > kQuads * 4) look_up(i);
+            uint32_t matrices[kQuads][4];
 #pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                const int staged = block_table[min(i + j, plan.blocks - 1)].staged + lane / 4 * plan.plane_stride + lane % 4 * 2;
-                const float2 two = *reinterpret_cast<const float2*>(shared + source + staged * 4);
-                matrices[j] = pack(two.x, two.y);
+            for (int q = 0; q < kQuads; ++q) {
+              if constexpr (kScaled) {
+                // Of a channel two pixels, in each of four blocks.
+                float2 two[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) two[j] = *reinterpret_cast<const float2*>(shared + source + quads[q].staged[j]);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) matrices[q][j] = pack(two[j].x, two[j].y);
+              } else {
+                ptx::ldmatrix_x4(matrices[q], halos + source + quads[q].staged[0]);
               }
-            } else {
-              ptx::ldmatrix_x4(matrices, halos + source + (block.staged + lane % 8 * plan.plane_stride) * 2);
             }
-            const bool valid = mine < plan.blocks && lane % 8 >= block.first && lane % 8 < block.end;
-            const uint32_t row = slot + (block.position + lane % 8) * kRowBytes;
-            ptx::stmatrix_x4_transposed(valid ? swizzled(row, piece) : ptx::shared_address(trash), matrices);
+#pragma unroll
+            for (int q = 0; q < kQuads; ++q) {
+              const uint32_t row = swizzled(slot + quads[q].target, piece);
+              ptx::stmatrix_x4_transposed(quads[q].target < 0 ? ptx::shared_address(trash) : row, matrices[q]);
+            }
           }
         } else {
           const Block block = block_table[piece];
@@ -505,146 +537,63 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 
-  // The warps that multiply.
-  ptx::more_registers<kScaled ? 200 : 216>();
+  // The warps that multiply. They wait for sums only when they need them: the epilogue of one tile runs while the tensor cores
+  // work on the next, where registers allow two sets of sums.
+  ptx::more_registers<S == Source::kTiles ? 216 : 192>();
   ptx::wait_for_previous_grid();
   const int warpgroup = warp / 4, thread = threadIdx.x % 128;
-  Ring unreleased = halo_ring;  // the oldest slot that this warpgroup still holds
-  for (Tile tile(plan); tile.exists();) {
-    const int kept = tile.kept(), window = plan.kept + plan.fresh;
-    if constexpr (kScaled) {
-      if (kept > 0) {
-        // Does a new run of rows begin? Then the tile keeps nothing.
-        const Ring first_new = halo_ring + kept;
-        first_new.wait_full();
-        if (changes[first_new.slot]) {
-          halo_ring = first_new;
-          unreleased.release_until(halo_ring);
-        }
-      }
-    }
-    float low[C::SUBTILES][2];
-#pragma unroll
-    for (auto& two : low) two[0] = two[1] = kInfinity<float>;
-    for (int block_n = first_n; block_n < end_n; ++block_n) {
-      float sums[C::SUBTILES][C::BLOCK_N / 2];
-      int add = 0, exponent = 0;
-      for (int chunk = 0; chunk < plan.chunks; ++chunk) {
-        if constexpr (kScaled) {
-          if (chunk > 0) {
-            halo_ring.wait_full();
-            const int change = changes[halo_ring.slot];
-            if (change != 0) {
-              ptx::wgmma_wait<0>();
-#pragma unroll
-              for (auto& of_subtile : sums) {
-#pragma unroll
-                for (float& sum : of_subtile) sum = sum * power_of_two(change / 2) * power_of_two(change - change / 2);
-              }
-            }
-          }
-        }
-        int dy = 0, dx = 0;
-        uint32_t rows[C::SUBTILES];  // where the filter row's first tap has its input
-        Ring done = weight_ring;
-        for (int left = taps; left > 0; left -= plan.stage_taps) {
-          weight_ring.wait_full();
-          uint32_t b = stages + weight_ring.slot * stage_bytes;
-          for (int tap = min(left, plan.stage_taps); tap > 0; --tap) {
-            if (dx == 0) {
-#pragma unroll
-              for (int i = 0; i < C::SUBTILES; ++i) {
-                const int subtile = warpgroup * C::SUBTILES + i;
-                if (plan.sliding) {
-                  const Ring row = halo_ring + (subtile + dy * plan.dilation[0]);
-                  row.wait_full();
-                  rows[i] = halos + row.slot * plan.slot_bytes;
-                } else {
-                  if (dy == 0) halo_ring.wait_full();
-                  rows[i] = halos + halo_ring.slot * plan.slot_bytes + plan.subtile_offset[subtile] +
-                            dy * plan.dilation[0] * plan.pitch * kRowBytes;
-                }
-              }
-            }
-            const int offset = dx * plan.dilation[1] * kRowBytes;
-            const auto step = [&](int s) {
-#pragma unroll
-              for (int i = 0; i < C::SUBTILES; ++i) {
-                ptx::wgmma(sums[i], ptx::descriptor(ptx::kSwizzledRows, rows[i] + offset + s * kStepDepth * 2),
-                           ptx::descriptor(ptx::kCoreMatrices, b + s * C::kStepBytes), add, Operand<T>());
-              }
-              add = 1;
-            };
-            if (steps_a_tap == kRowChannels / kStepDepth) {
-              ptx::wgmma_fence();
-#pragma unroll
-              for (int s = 0; s < kRowChannels / kStepDepth; ++s) step(s);
-              ptx::wgmma_commit();
-            } else {
-#pragma unroll 1
-              for (int s = 0; s < steps_a_tap; ++s) {
-                ptx::wgmma_fence();
-                step(s);
-                ptx::wgmma_commit();
-              }
-            }
-            b += steps_a_tap * C::kStepBytes;
-            if (++dx == plan.kernel[1]) dx = 0, ++dy;
-          }
-          // The stage before this one has been read.
-          if (!plan.resident && left < taps) {
-            ptx::wgmma_wait<1>();
-            done.release();
-            done.advance();
-          }
-          weight_ring.advance();
-        }
-        ptx::wgmma_wait<0>();
-        if (!plan.resident) done.release();
-        if constexpr (kScaled) exponent = exponents[halo_ring.slot];
-        if (!plan.sliding && (plan.chunks > 1 || block_n + 1 == end_n)) {
-          halo_ring.advance();
-          unreleased.release_until(halo_ring);
-        }
-      }
-      // Resident weights lie where they lay, and the barriers' first phase is over for good.
-      if (plan.resident) weight_ring.slot = weight_ring.phase = 0;
+  const int window = plan.kept + plan.fresh;
+  Ring unreleased = halo_ring, wanted = halo_ring;  // the oldest slot that this warpgroup holds; the oldest that it still needs
+  Ring weights_read = weight_ring;                  // the oldest stage that it holds
+  Tile tile(plan);
+  int block_n = first_n;
 
-      // The epilogue: bias, scale and min where the sums are. A scale that makes NaN of some channels multiplies each by itself;
-      // and so does a power of two that, together with the weights', may leave float32's range.
-      const float4* const constant =
-          reinterpret_cast<const float4*>(constants + static_cast<int64_t>(block_n) * C::BLOCK_N + thread % 4 * 2);
-      const float back = power_of_two(-exponent);
-      const bool apart = plan.scale_first || abs(exponent) > kExactExponent;
-      const float factor = plan.scale_first ? plan.factor : 1.0f;
+  // What is still to be done for sums that are complete, or soon will be.
+  struct {
+    int block_n, exponent, image, row, column;
+  } left{};
+  float low[C::SUBTILES][2];
+
+  // The epilogue: bias, scale and min where the sums are.
+  const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2]) {
+    if (left.block_n == first_n) {
+#pragma unroll
+      for (auto& two : low) two[0] = two[1] = kInfinity<float>;
+    }
+    const float4* const constant =
+        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(left.block_n) * C::BLOCK_N + thread % 4 * 2);
+    const float back = power_of_two(-left.exponent);
+    const auto take = [&](auto scale_first) {
 #pragma unroll
       for (int j = 0; j < C::BLOCK_N / 8; ++j) {
-        float4 two = constant[j * 4];
-        if (kScaled && !apart) two.x *= back, two.z *= back;
+        const float4 two = constant[j * 4];
 #pragma unroll
         for (int i = 0; i < C::SUBTILES; ++i) {
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
-            float value = sums[i][j * 4 + h];
-            if (kScaled && apart) value *= back;
-            value = kScaled ? fmaf(value, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) : value + (h % 2 == 0 ? two.y : two.w);
-            if (apart) value *= factor;
+            const float sum = sums[i][j * 4 + h], bias = h % 2 == 0 ? two.y : two.w;
+            // The powers of two one by one: together they may leave float32's range.
+            float value = kScaled ? fmaf(sum * back, h % 2 == 0 ? two.x : two.z, bias) : sum + bias;
+            if (decltype(scale_first)::value) value *= plan.factor;
             low[i][h / 2] = min_nan(low[i][h / 2], value);
           }
         }
       }
-    }
+    };
+    // A scale that makes NaN of some channels multiplies each by itself.
+    !C::OVERLAPS && plan.scale_first ? take(std::true_type()) : take(std::false_type());
+    if (left.block_n + 1 < end_n) return;
 
     // Four lanes share a pixel.
 #pragma unroll
     for (int i = 0; i < C::SUBTILES; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        low[i][h] = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 1));
-        low[i][h] = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 2));
-        if (!plan.scale_first) low[i][h] *= plan.factor;
+        float smallest = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 1));
+        smallest = min_nan(smallest, __shfl_xor_sync(0xffffffffu, smallest, 2));
+        if (!plan.scale_first) smallest *= plan.factor;
         const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
-        int image = tile.image * plan.tile_images, row = tile.row * plan.tile_rows, column = tile.column * plan.tile_columns;
+        int image = left.image, row = left.row, column = left.column;
         bool inside = true;
         if (plan.sliding) {
           row += subtile;
@@ -662,20 +611,156 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
           const int64_t pixel = image * plane + static_cast<int64_t>(row) * plan.output[1] + column;
           if (plan.splits == 1) {
-            output[pixel] = static_cast<T>(low[i][h]);
+            output[pixel] = static_cast<T>(smallest);
           } else {
-            partial[blockIdx.y * plan.images * plane + pixel] = low[i][h];
+            partial[blockIdx.y * plan.images * plane + pixel] = smallest;
           }
         }
       }
     }
+  };
+
+  // One tile's sums for one block of output channels. Meanwhile, when it has work for the tensor cores: what else is to do.
+  const auto multiply = [&](float(&sums)[C::SUBTILES][C::BLOCK_N / 2], const auto& meanwhile) {
+    const int chunks = C::OVERLAPS ? 1 : plan.chunks;
+    if constexpr (kScaled) {
+      if (block_n == first_n && tile.kept() > 0) {
+        // Does a new run of rows begin? Then the tile keeps nothing.
+        const Ring first_new = halo_ring + plan.kept;
+        first_new.wait_full();
+        if (changes[first_new.slot]) {
+          ptx::wgmma_wait<0>();
+          halo_ring = wanted = first_new;
+          unreleased.release_until(wanted);
+        }
+      }
+    }
+    const int step_a = kStepDepth * 2 >> 4, step_b = C::kStepBytes >> 4;
+    int add = 0, exponent = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if constexpr (kScaled && !C::OVERLAPS) {
+        if (chunk > 0) {
+          halo_ring.wait_full();
+          ptx::wgmma_wait<0>();
+          const int change = changes[halo_ring.slot];
+          if (change != 0) {
+#pragma unroll
+            for (auto& of_subtile : sums) {
+#pragma unroll
+              for (float& sum : of_subtile) sum = sum * power_of_two(change / 2) * power_of_two(change - change / 2);
+            }
+          }
+        }
+      }
+      int taps_left = 0;  // in the stage
+      uint64_t b = 0;
+      bool begun = false;
+#pragma unroll 1
+      for (int dy = 0; dy < plan.kernel[0]; ++dy) {
+        // Where the filter row's first tap has its input.
+        uint64_t a[C::SUBTILES];
+#pragma unroll
+        for (int i = 0; i < C::SUBTILES; ++i) {
+          const int subtile = warpgroup * C::SUBTILES + i;
+          uint32_t start;
+          if (plan.sliding) {
+            const Ring row = halo_ring + (subtile + dy * plan.dilation[0]);
+            row.wait_full();
+            start = row.slot * plan.slot_bytes;
+          } else {
+            if (dy == 0) halo_ring.wait_full();
+            start = halo_ring.slot * plan.slot_bytes + plan.subtile_offset[subtile] + dy * plan.dilation[0] * plan.pitch * kRowBytes;
+          }
+          a[i] = ptx::descriptor(ptx::kSwizzledRows, halos + start);
+        }
+#pragma unroll 1
+        for (int dx = 0; dx < plan.kernel[1]; ++dx) {
+          const bool new_stage = taps_left == 0;
+          if (new_stage) {
+            weight_ring.wait_full();
+            b = ptx::descriptor(ptx::kCoreMatrices, stages + weight_ring.slot * stage_bytes);
+            weight_ring.advance();
+            taps_left = plan.stage_taps;
+          }
+          --taps_left;
+          if (steps_a_tap == kRowChannels / kStepDepth) {
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < kRowChannels / kStepDepth; ++s) {
+#pragma unroll
+              for (int i = 0; i < C::SUBTILES; ++i) ptx::wgmma(sums[i], a[i] + s * step_a, b + s * step_b, add, Operand<T>());
+              add = 1;
+            }
+          } else {
+#pragma unroll 1
+            for (int s = 0; s < steps_a_tap; ++s) {
+              ptx::wgmma_fence();
+#pragma unroll
+              for (int i = 0; i < C::SUBTILES; ++i) ptx::wgmma(sums[i], a[i] + s * step_a, b + s * step_b, add, Operand<T>());
+              add = 1;
+            }
+          }
+          ptx::wgmma_commit();
+          b += steps_a_tap * step_b;
+#pragma unroll
+          for (auto& of_subtile : a) of_subtile += plan.dilation[1] * kRowBytes >> 4;
+          if (!begun || (new_stage && !plan.resident)) {
+            // All before this tap is done.
+            ptx::wgmma_wait<1>();
+            if (!plan.resident) weights_read.release_until(weight_ring - 1);
+            unreleased.release_until(wanted);
+            if (!begun && chunk == 0) meanwhile();
+            begun = true;
+          }
+        }
+      }
+      if constexpr (kScaled) exponent = exponents[halo_ring.slot];
+      if (!plan.sliding && (chunks > 1 || block_n + 1 == end_n)) {
+        halo_ring.advance();
+        wanted = halo_ring;
+      }
+    }
+    // Resident weights lie where they lay, and the barriers' first phase is over for good.
+    if (plan.resident) weight_ring.slot = weight_ring.phase = 0;
+    left = {block_n, exponent, tile.image * plan.tile_images, tile.row * plan.tile_rows, tile.column * plan.tile_columns};
+
+    if (++block_n < end_n) return;
+    block_n = first_n;
     tile.advance();
-    if (plan.sliding) {
+    if (!plan.sliding) return;
+    if (tile.exists() && !tile.begins) {
       // What the next tile's first subtile of this warpgroup does not need.
-      const bool goes_on = tile.exists() && !tile.begins;
-      const Ring end = halo_ring + window;
-      halo_ring = goes_on ? halo_ring + plan.fresh : end;
-      unreleased.release_until(goes_on ? halo_ring + min(warpgroup * C::SUBTILES, plan.kept) : end);
+      halo_ring = halo_ring + plan.fresh;
+      wanted = halo_ring + min(warpgroup * C::SUBTILES, plan.kept);
+    } else {
+      // The next strip may need these slots to begin.
+      halo_ring = wanted = halo_ring + window;
+      ptx::wgmma_wait<0>();
+      unreleased.release_until(wanted);
+    }
+  };
+
+  float sums[C::SUBTILES][C::BLOCK_N / 2];
+  if constexpr (!C::OVERLAPS) {
+    while (tile.exists()) {
+      multiply(sums, [] {});
+      ptx::wgmma_wait<0>();
+      finish(sums);
+    }
+  } else {
+    float others[C::SUBTILES][C::BLOCK_N / 2];
+    multiply(sums, [] {});
+    while (true) {
+      if (!tile.exists()) {
+        ptx::wgmma_wait<0>();
+        return finish(sums);
+      }
+      multiply(others, [&] { finish(sums); });
+      if (!tile.exists()) {
+        ptx::wgmma_wait<0>();
+        return finish(others);
+      }
+      multiply(sums, [&] { finish(others); });
     }
   }
 }
@@ -762,6 +847,7 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
   const int64_t channel_steps = ceil_div(p.in_channels, kStepDepth);
   p.chunks = static_cast<int>(ceil_div(channel_steps, kRowChannels / kStepDepth));
   p.chunk = static_cast<int>(ceil_div(channel_steps, p.chunks)) * kStepDepth;
+  if (C::OVERLAPS && p.chunks > 1) return best;
 
   const int64_t reach[2] = {(shape.kernel[0] - 1) * shape.dilation[0], (shape.kernel[1] - 1) * shape.dilation[1]};
   const auto consider = [&] {
@@ -795,7 +881,7 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
       const int64_t loads = p.chunks == 1 ? 1 : p.blocks_a_split;
       const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
       const int64_t input_cycles = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
-      const int64_t tile_cost = std::max({arithmetic, stream, input_cycles}) + p.blocks_a_split * 300 + (p.sliding ? 100 : 600);
+      const int64_t tile_cost = std::max({arithmetic, stream, input_cycles}) + p.blocks_a_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
       const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
       const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
       const int64_t cost = ceil_div(tiles, blocks) * tile_cost + start;
@@ -921,24 +1007,25 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
 template <typename T, Source S>
 void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
          double scale, Tensor& output) {
-  using Wide = Shape<128, 2>;
-  using Medium = Shape<128, 1>;
-  using Narrow = Shape<64, 1>;
   const int index = input.get_device_index();
   const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
-  const Planned wide = make_plan<Wide>(shape, S, bulk, sizeof(T), device);
-  const Planned medium = make_plan<Medium>(shape, S, bulk, sizeof(T), device);
-  const Planned narrow = make_plan<Narrow>(shape, S, bulk, sizeof(T), device);
-  const int64_t least = std::min({wide.cost, medium.cost, narrow.cost});
-  STD_TORCH_CHECK(least < INT64_MAX, "input: conv_wgmma has no plan for this shape");
-  if (narrow.cost == least) {
-    launch<T, S, Narrow>(narrow, shape, input, weight, bias, scale, output, device);
-  } else if (medium.cost == least) {
-    launch<T, S, Medium>(medium, shape, input, weight, bias, scale, output, device);
-  } else {
-    launch<T, S, Wide>(wide, shape, input, weight, bias, scale, output, device);
-  }
+  Planned best;
+  void (*launch_best)(const Planned&, const ConvShape&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double,
+                      Tensor&, const Device&) = nullptr;
+  const auto consider = [&](auto block) {
+    using C = decltype(block);
+    const Planned planned = make_plan<C>(shape, S, bulk, sizeof(T), device);
+    if (C::OVERLAPS && Scale(scale).first) return;
+    if (planned.cost < best.cost) best = planned, launch_best = launch<T, S, C>;
+  };
+  consider(Shape<128, 1, true>());
+  consider(Shape<128, 1, false>());
+  consider(Shape<128, 2, false>());
+  consider(Shape<64, 1, true>());
+  consider(Shape<64, 1, false>());
+  STD_TORCH_CHECK(launch_best, "input: conv_wgmma has no plan for this shape");
+  launch_best(best, shape, input, weight, bias, scale, output, device);
 }
 
 template <typename T>
