@@ -628,7 +628,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Does a new run of rows begin? Then the tile keeps nothing.
         const Ring first_new = halo_ring + plan.kept;
         first_new.wait_full();
-        if (changes[first_new.slot]) {
+        if (__shfl_sync(0xffffffffu, changes[first_new.slot], 0)) {
           ptx::wgmma_wait<0>();
           halo_ring = wanted = first_new;
           unreleased.release_until(wanted);
@@ -683,24 +683,27 @@ __global__ void __launch_bounds__(kThreads, 1)
             taps_left = plan.stage_taps;
           }
           --taps_left;
+          // NOTE: the commit stays beside its multiplications; in a basic block of its own, ptxas adds an empty one to carry it.
+          const auto step = [&](int s) {
+#pragma unroll
+            for (int i = 0; i < C::SUBTILES; ++i) ptx::wgmma(sums[i], a[i] + s * step_a, b + s * step_b, add, Operand<T>());
+            add = 1;
+          };
           if (steps_a_tap == kRowChannels / kStepDepth) {
             ptx::wgmma_fence();
 #pragma unroll
-            for (int s = 0; s < kRowChannels / kStepDepth; ++s) {
-#pragma unroll
-              for (int i = 0; i < C::SUBTILES; ++i) ptx::wgmma(sums[i], a[i] + s * step_a, b + s * step_b, add, Operand<T>());
-              add = 1;
-            }
+            for (int s = 0; s < kRowChannels / kStepDepth; ++s) step(s);
+            ptx::wgmma_commit();
           } else {
 #pragma unroll 1
-            for (int s = 0; s < steps_a_tap; ++s) {
+            for (int s = 0; s + 1 < steps_a_tap; ++s) {
               ptx::wgmma_fence();
-#pragma unroll
-              for (int i = 0; i < C::SUBTILES; ++i) ptx::wgmma(sums[i], a[i] + s * step_a, b + s * step_b, add, Operand<T>());
-              add = 1;
+              step(s);
             }
+            ptx::wgmma_fence();
+            step(steps_a_tap - 1);
+            ptx::wgmma_commit();
           }
-          ptx::wgmma_commit();
           b += steps_a_tap * step_b;
 #pragma unroll
           for (auto& of_subtile : a) of_subtile += plan.dilation[1] * kRowBytes >> 4;
@@ -960,7 +963,7 @@ bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Sourc
                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return tensor_map_encoder()(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                  CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // Whether the copy engine can bring it: the innermost dimension dense, all else multiples of 16 bytes apart.
