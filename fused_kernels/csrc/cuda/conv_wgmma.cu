@@ -131,14 +131,6 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++slot == slots) slot = 0, phase ^= 1;
   }
-  // All slots before another place.
-  __device__ __forceinline__ void release_until(const Ring& end) {
-    while (slot != end.slot || phase != end.phase) {
-      wait_full();
-      release();
-      advance();
-    }
-  }
   // The place so many slots on, or back; no more than there are.
   __device__ __forceinline__ Ring operator+(int n) const {
     Ring other = *this;
@@ -180,6 +172,8 @@ struct Cursor {
   __device__ __forceinline__ int x() const { return tile.column * plan.tile_columns - plan.padding[1]; }
   __device__ __forceinline__ int channel() const { return chunk * plan.chunk; }
 };
+
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 __device__ __forceinline__ uint32_t divide(uint32_t a, uint32_t inverse) { return __umulhi(a, inverse); }
 
@@ -537,32 +531,41 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 
-  // The warps that multiply. They wait for sums only when they need them: the epilogue of one tile runs while the tensor cores
-  // work on the next, where registers allow two sets of sums.
+  // The warps that multiply.
   ptx::more_registers<S == Source::kTiles ? 216 : 192>();
   ptx::wait_for_previous_grid();
   const int warpgroup = warp / 4, thread = threadIdx.x % 128;
   const int window = plan.kept + plan.fresh;
-  Ring unreleased = halo_ring, wanted = halo_ring;  // the oldest slot that this warpgroup holds; the oldest that it still needs
-  Ring weights_read = weight_ring;                  // the oldest stage that it holds
-  Tile tile(plan);
-  int block_n = first_n;
+  // Slots that this warpgroup's first subtile never needs.
+  const int unneeded = min(warpgroup * C::SUBTILES, plan.kept);
+  int oldest = 0;        // slot that this warpgroup has not released
+  int to_release = 0;    // as soon as the sums under way are complete
+  int stages_begun = 0;  // unless the weights are resident
+  // NOTE: a slot may be released unread once a later one was seen full: it was filled before.
+  const auto release = [&](int slots) {
+#pragma unroll 1
+    for (; slots > 0; --slots) {
+      Ring ring = halo_ring;
+      ring.slot = oldest;
+      ring.release();
+      if (++oldest == plan.slots) oldest = 0;
+    }
+  };
 
-  // What is still to be done for sums that are complete, or soon will be.
-  struct {
-    int block_n, exponent, image, row, column;
-  } left{};
   float low[C::SUBTILES][2];
-
+  // What the sums of a tile need besides, when they are complete.
+  struct Done {
+    int block_n, exponent, image, row, column;
+  };
   // The epilogue: bias, scale and min where the sums are.
-  const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2]) {
-    if (left.block_n == first_n) {
+  const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2], const Done& done) {
+    if (C::OVERLAPS || done.block_n == first_n) {
 #pragma unroll
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
     }
     const float4* const constant =
-        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(left.block_n) * C::BLOCK_N + thread % 4 * 2);
-    const float back = power_of_two(-left.exponent);
+        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N + thread % 4 * 2);
+    const float back = power_of_two(-done.exponent);
     const auto take = [&](auto scale_first) {
 #pragma unroll
       for (int j = 0; j < C::BLOCK_N / 8; ++j) {
@@ -582,7 +585,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     // A scale that makes NaN of some channels multiplies each by itself.
     !C::OVERLAPS && plan.scale_first ? take(std::true_type()) : take(std::false_type());
-    if (left.block_n + 1 < end_n) return;
+    if (!C::OVERLAPS && done.block_n + 1 < end_n) return;
 
     // Four lanes share a pixel.
 #pragma unroll
@@ -593,8 +596,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         smallest = min_nan(smallest, __shfl_xor_sync(0xffffffffu, smallest, 2));
         if (!plan.scale_first) smallest *= plan.factor;
         const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
-        int image = left.image, row = left.row, column = left.column;
-        bool inside = true;
+        int image = done.image, row = done.row, column = done.column;
+        bool inside = thread % 4 == 0;
         if (plan.sliding) {
           row += subtile;
           column += m;
@@ -604,39 +607,29 @@ __global__ void __launch_bounds__(kThreads, 1)
           image += subtile / plan.image_subtiles;
           row += line;
           column += in_line;
-          inside = subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
+          inside &= subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
         }
-        inside &= image < plan.images && row < plan.output[0] && column < plan.output[1];
-        if (thread % 4 == 0 && inside) {
-          const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
-          const int64_t pixel = image * plane + static_cast<int64_t>(row) * plan.output[1] + column;
+        if (inside && image < plan.images && row < plan.output[0] && column < plan.output[1]) {
+          const int64_t pixel = (static_cast<int64_t>(image) * plan.output[0] + row) * plan.output[1] + column;
           if (plan.splits == 1) {
             output[pixel] = static_cast<T>(smallest);
           } else {
-            partial[blockIdx.y * plan.images * plane + pixel] = smallest;
+            partial[blockIdx.y * (static_cast<int64_t>(plan.images) * plan.output[0] * plan.output[1]) + pixel] = smallest;
           }
         }
       }
     }
   };
 
-  // One tile's sums for one block of output channels. Meanwhile, when it has work for the tensor cores: what else is to do.
-  const auto multiply = [&](float(&sums)[C::SUBTILES][C::BLOCK_N / 2], const auto& meanwhile) {
-    const int chunks = C::OVERLAPS ? 1 : plan.chunks;
-    if constexpr (kScaled) {
-      if (block_n == first_n && tile.kept() > 0) {
-        // Does a new run of rows begin? Then the tile keeps nothing.
-        const Ring first_new = halo_ring + plan.kept;
-        first_new.wait_full();
-        if (__shfl_sync(0xffffffffu, changes[first_new.slot], 0)) {
-          ptx::wgmma_wait<0>();
-          halo_ring = wanted = first_new;
-          unreleased.release_until(wanted);
-        }
-      }
-    }
+  // One tile's sums for one block of output channels; they are complete only later. Meanwhile: what else is to do when the
+  // tensor cores have work again, and all sums before these are complete. Gives the exponent of the input's power of two.
+  const auto multiply = [&](float(&sums)[C::SUBTILES][C::BLOCK_N / 2], bool last_n, const auto& meanwhile) {
     const int step_a = kStepDepth * 2 >> 4, step_b = C::kStepBytes >> 4;
+    const int tap_a = plan.dilation[1] * kRowBytes >> 4, tap_b = steps_a_tap * step_b;
     int add = 0, exponent = 0;
+    if (plan.resident) weight_ring.slot = weight_ring.phase = 0;  // their first phase is over for good
+    const int chunks = C::OVERLAPS ? 1 : plan.chunks;
+#pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if constexpr (kScaled && !C::OVERLAPS) {
         if (chunk > 0) {
@@ -654,7 +647,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       int taps_left = 0;  // in the stage
       uint64_t b = 0;
-      bool begun = false;
 #pragma unroll 1
       for (int dy = 0; dy < plan.kernel[0]; ++dy) {
         // Where the filter row's first tap has its input.
@@ -679,10 +671,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (new_stage) {
             weight_ring.wait_full();
             b = ptx::descriptor(ptx::kCoreMatrices, stages + weight_ring.slot * stage_bytes);
-            weight_ring.advance();
             taps_left = plan.stage_taps;
           }
-          --taps_left;
           // NOTE: the commit stays beside its multiplications; in a basic block of its own, ptxas adds an empty one to carry it.
           const auto step = [&](int s) {
 #pragma unroll
@@ -704,66 +694,109 @@ __global__ void __launch_bounds__(kThreads, 1)
             step(steps_a_tap - 1);
             ptx::wgmma_commit();
           }
-          b += steps_a_tap * step_b;
+          b += tap_b;
 #pragma unroll
-          for (auto& of_subtile : a) of_subtile += plan.dilation[1] * kRowBytes >> 4;
-          if (!begun || (new_stage && !plan.resident)) {
-            // All before this tap is done.
+          for (auto& of_subtile : a) of_subtile += tap_a;
+          --taps_left;
+          if (!new_stage) continue;
+
+          if (!plan.resident) {
+            // All multiplications with the stage before this one are done.
             ptx::wgmma_wait<1>();
-            if (!plan.resident) weights_read.release_until(weight_ring - 1);
-            unreleased.release_until(wanted);
-            if (!begun && chunk == 0) meanwhile();
-            begun = true;
+            if (stages_begun++ > 0) (weight_ring - 1).release();
+          }
+          weight_ring.advance();
+          if (dy == 0 && dx == 0) {
+            ptx::wgmma_wait<1>();
+            release(to_release);
+            to_release = 0;
+            if (chunk == 0) meanwhile();
           }
         }
       }
       if constexpr (kScaled) exponent = exponents[halo_ring.slot];
-      if (!plan.sliding && (chunks > 1 || block_n + 1 == end_n)) {
+      if (!plan.sliding && (chunks > 1 || last_n)) {
         halo_ring.advance();
-        wanted = halo_ring;
+        to_release = 1;
       }
     }
-    // Resident weights lie where they lay, and the barriers' first phase is over for good.
-    if (plan.resident) weight_ring.slot = weight_ring.phase = 0;
-    left = {block_n, exponent, tile.image * plan.tile_images, tile.row * plan.tile_rows, tile.column * plan.tile_columns};
-
-    if (++block_n < end_n) return;
-    block_n = first_n;
-    tile.advance();
-    if (!plan.sliding) return;
-    if (tile.exists() && !tile.begins) {
-      // What the next tile's first subtile of this warpgroup does not need.
-      halo_ring = halo_ring + plan.fresh;
-      wanted = halo_ring + min(warpgroup * C::SUBTILES, plan.kept);
-    } else {
-      // The next strip may need these slots to begin.
-      halo_ring = wanted = halo_ring + window;
-      ptx::wgmma_wait<0>();
-      unreleased.release_until(wanted);
-    }
+    return exponent;
   };
 
-  float sums[C::SUBTILES][C::BLOCK_N / 2];
-  if constexpr (!C::OVERLAPS) {
-    while (tile.exists()) {
-      multiply(sums, [] {});
-      ptx::wgmma_wait<0>();
-      finish(sums);
+  Tile tile(plan);
+  while (tile.exists()) {
+    // A run of tiles: a strip's, each of which keeps rows of the one before; or any, with halos of their own.
+    // NOTE: the shuffles tell the compiler that all lanes go the same way; else it makes all that follows ready for divergence.
+    const int tiles_left = tile.end - tile.index;
+    const int run = uniform(plan.sliding ? min(plan.tiles_down - tile.row, tiles_left) : tiles_left);
+    to_release = plan.sliding ? unneeded : 0;
+    const auto begin_tile = [&](int t) {
+      if (!plan.sliding || t == 0) return;
+      halo_ring = halo_ring + plan.fresh;
+      to_release = plan.fresh;
+      if constexpr (kScaled) {
+        // Does another power of two begin here? Then the tile keeps nothing.
+        const Ring first_new = halo_ring + plan.kept;
+        first_new.wait_full();
+        if (plan.kept > 0 && uniform(changes[first_new.slot])) {
+          ptx::wgmma_wait<0>();
+          const int held = first_new.slot - oldest;
+          release(held < 0 ? held + plan.slots : held);
+          halo_ring = first_new;
+          to_release = unneeded;
+        }
+      }
+    };
+    const auto place = [&](int block_n, int exponent) {
+      const Done done{block_n, exponent, tile.image * plan.tile_images, tile.row * plan.tile_rows, tile.column * plan.tile_columns};
+      return done;
+    };
+
+    float sums[C::SUBTILES][C::BLOCK_N / 2];
+    if constexpr (!C::OVERLAPS) {
+#pragma unroll 1
+      for (int t = 0; t < run; ++t) {
+        begin_tile(t);
+#pragma unroll 1
+        for (int block_n = first_n; block_n < end_n; ++block_n) {
+          const int exponent = multiply(sums, block_n + 1 == end_n, [] {});
+          ptx::wgmma_wait<0>();
+          finish(sums, place(block_n, exponent));
+        }
+        tile.advance();
+      }
+    } else {
+      // Two sets of sums: the epilogue of one tile runs while the tensor cores work on the next.
+      float others[C::SUBTILES][C::BLOCK_N / 2];
+      int exponent = multiply(sums, true, [] {});
+      Done done = place(first_n, exponent);
+#pragma unroll 1
+      for (int t = 1;; t += 2) {
+        tile.advance();
+        if (t == run) {
+          ptx::wgmma_wait<0>();
+          finish(sums, done);
+          break;
+        }
+        begin_tile(t);
+        exponent = multiply(others, true, [&] { finish(sums, done); });
+        done = place(first_n, exponent);
+        tile.advance();
+        if (t + 1 == run) {
+          ptx::wgmma_wait<0>();
+          finish(others, done);
+          break;
+        }
+        begin_tile(t + 1);
+        exponent = multiply(sums, true, [&] { finish(others, done); });
+        done = place(first_n, exponent);
+      }
     }
-  } else {
-    float others[C::SUBTILES][C::BLOCK_N / 2];
-    multiply(sums, [] {});
-    while (true) {
-      if (!tile.exists()) {
-        ptx::wgmma_wait<0>();
-        return finish(sums);
-      }
-      multiply(others, [&] { finish(sums); });
-      if (!tile.exists()) {
-        ptx::wgmma_wait<0>();
-        return finish(others);
-      }
-      multiply(sums, [&] { finish(others); });
+    if (plan.sliding) {
+      // The next strip may need these slots to begin.
+      (halo_ring + (window - 1)).wait_full();
+      release(window - unneeded);
+      halo_ring = halo_ring + window;
     }
   }
 }
@@ -870,7 +903,7 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
     const int64_t tiles = ceil_div(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
     if (tiles > INT32_MAX / 2) return;
     p.tiles = static_cast<int>(tiles);
-    for (int split = 1; split <= p.blocks_n; ++split) {
+    for (int split = C::OVERLAPS ? p.blocks_n : 1; split <= p.blocks_n; ++split) {
       p.blocks_a_split = static_cast<int>(ceil_div(p.blocks_n, split));
       p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_a_split));
       if (p.splits != split || split > device.multiprocessors) continue;
