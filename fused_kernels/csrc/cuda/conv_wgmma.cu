@@ -10,9 +10,8 @@
 // Warps have roles: two warpgroups multiply, one warp brings the weights, three bring the input.
 // How a row reaches shared memory is all that differs between the inputs (Source):
 //   kTiles      16-bit channels_last: the copy engine writes operand A as it must lie
-//   kPlanes     NCHW: the copy engine brings rows of pixels, eight channels at a time; warps transpose them
-//   kPixels     float32 channels_last: the copy engine brings pixels; warps convert them
-//   (anything else in the last two, such as rows that are no multiple of 16 bytes, comes through registers)
+//   kPixels     float32 channels_last: warps load four channels at once, convert and store them
+//   kPlanes     anything else, such as NCHW: warps load eight channels of neighbouring pixels, transpose and store them
 // float32 is computed with float16 operands, as in conv_mma: a power of two for each run of rows keeps the largest values in
 // float16's range; where a row leaves it, a new run begins with another power, and the rows that it shares are read again.
 // Limit: the tensor cores; at full rate, the chip's power.
@@ -37,7 +36,7 @@ constexpr int kWarpgroups = 2;                         // that multiply
 constexpr int kMathThreads = kWarpgroups * 128, kThreads = kMathThreads + 128;
 constexpr int kInputWarps = 3, kInputThreads = kInputWarps * kWarpSize;
 constexpr int kMostSlots = 16;                         // of a ring
-constexpr int kUnitsInFlight = 2;                      // of a thread that loads through registers
+constexpr int kUnits = 3;                              // that a thread loads at once
 
 enum class Source { kTiles, kPlanes, kPixels };
 
@@ -68,24 +67,16 @@ struct Plan {
   // Its halo lies in slots of a ring: one slot, or where a strip slides, a slot a row, of which a tile keeps some from before.
   bool sliding;
   int slots, slot_bytes, slot_rows, pitch, kept, fresh;
-  uint32_t pitch_inverse, rows_inverse;  // 2^32 / pitch and / slot_rows, rounded up
+  uint32_t pitch_inverse, rows_inverse;  // to divide by
   int image_subtiles, subtile_offset[4];  // unless sliding: of an image; bytes from the slot's begin
   // The weights of an item (a chunk of the channels) come in stages.
   int stage_taps, stages, weight_slots;
   bool resident;
-  // Input that has to be transposed or converted lands in pieces first.
-  bool bulk;
-  int blocks, pieces, piece_bytes, lead, line, plane_stride, depth;  // lead: staged pixels before a row's first
+  // Input that comes through registers: in units, in an even number of batches.
+  int padded_units;
+  uint32_t positions_inverse, groups_inverse;
   float factor;
   bool scale_first;
-};
-
-// Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.
-struct Block {
-  int staged;         // where they begin in a piece, in elements
-  int16_t position;   // the first one's in the slot, in rows of operand A
-  int8_t first, end;  // those that the slot has
-  int16_t image, row, column;
 };
 
 // A block's place among the tiles: rows inside columns inside images.
@@ -175,7 +166,9 @@ struct Cursor {
 
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-__device__ __forceinline__ uint32_t divide(uint32_t a, uint32_t inverse) { return __umulhi(a, inverse); }
+// Division of a number below 2^16 by one below 2^16: 2^32 / divisor, rounded up; nothing for 1.
+inline uint32_t inverse(int divisor) { return divisor == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / divisor + 1); }
+__device__ __forceinline__ int divide(int a, uint32_t inverse) { return inverse == 0 ? a : __umulhi(a, inverse); }
 
 // Where 16 bytes of eight channels lie in operand A's row: swizzled by the row's address.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, int group) { return row + (((row >> 7 & 7) ^ group) << 4); }
@@ -191,10 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t stages = halos + plan.slots * plan.slot_bytes;
   const int steps_a_tap = plan.chunk / kStepDepth;
   const int stage_bytes = plan.stage_taps * steps_a_tap * C::kStepBytes;
-  const int staging_offset = plan.slots * plan.slot_bytes + plan.weight_slots * stage_bytes;
-  Block* const block_table = reinterpret_cast<Block*>(shared + staging_offset + kInputWarps * plan.depth * plan.piece_bytes);
-  __shared__ alignas(8) uint64_t barriers[2 * kMostSlots + 2 * kMostSlots + 2 * kInputWarps * 8];
-  __shared__ alignas(128) char trash[128];             // for pixels that no slot has
+  __shared__ alignas(8) uint64_t barriers[4 * kMostSlots];  // of the input's ring, of the weights'
   __shared__ uint32_t largest[kMostSlots][kInputWarps];  // of a slot's values, scaled, as float16
   __shared__ float finite[kInputWarps];
   __shared__ int exponents[kMostSlots];
@@ -214,21 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init((weight_ring + i).full(), 1);
       ptx::mbarrier_init((weight_ring + i).empty(), kMathThreads);
     }
-    for (int i = 0; i < kInputWarps * 8; ++i) ptx::mbarrier_init(first_barrier + (4 * kMostSlots + i) * 8, 1);
     ptx::mbarrier_init_fence();
-  }
-  if (S != Source::kTiles) {
-    const int across = plan.blocks / (plan.tile_images * plan.slot_rows);
-    for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
-      const int column = i % across * kGroup, row = i / across % plan.slot_rows, image = i / across / plan.slot_rows;
-      Block block;
-      block.staged = image * kGroup * plan.plane_stride + row * plan.line + column;
-      block.position = (image * plan.slot_rows + row) * plan.pitch + column - plan.lead;
-      block.first = max(plan.lead - column, 0);
-      block.end = min(plan.lead + plan.pitch - column, kGroup);
-      block.image = image, block.row = row, block.column = column;
-      block_table[i] = block;
-    }
   }
   __syncthreads();
 
@@ -280,155 +256,92 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       return;
     } else {
-      // The input's warps. Each has pieces of its own, and a ring of places where the copy engine lays them ahead of time.
+      // The input's warps read it into registers, convert it or transpose it there, and store operand A: a unit is eight channels
+      // of a position. While one batch of units is stored, another is on its way.
+      // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may
+      // hold what was there before.
       __threadfence();
       const int lane = thread % kWarpSize, my_warp = thread / kWarpSize;
-      const int staging = staging_offset + my_warp * plan.depth * plan.piece_bytes;
-      const uint32_t staged_barriers = first_barrier + (4 * kMostSlots + my_warp * 8) * 8;
-      Cursor ahead(plan, end_n - first_n), cursor(plan, end_n - first_n);
-      int ahead_piece = my_warp, place = 0, place_phase = 0, ahead_place = 0;
-      const auto bring_next = [&] {
-        if (!ahead.exists()) return;
-        const uint32_t target = halos + staging + ahead_place * plan.piece_bytes, full = staged_barriers + ahead_place * 8;
-        if (lane == 0) {
-          ptx::mbarrier_arrive_expect_bytes(full, plan.piece_bytes);
-          if constexpr (S == Source::kPlanes) {
-            const int image_bytes = plan.piece_bytes / plan.tile_images;
-            for (int i = 0; i < plan.tile_images; ++i) {
-              ptx::tensor_copy(target + i * image_bytes, &map, ahead.x() - plan.lead, ahead.y(), ahead.channel() + ahead_piece * kGroup,
-                               ahead.image() + i, full);
-            }
-          } else {
-            const Block& block = block_table[ahead_piece];
-            ptx::tensor_copy(target, &map, ahead.channel(), ahead.x() + block.column, ahead.y() + block.row,
-                             ahead.image() + block.image, full);
+      const int positions = plan.tile_images * plan.slot_rows * plan.pitch, groups = plan.chunk / kGroup;
+      const int units = positions * groups;
+      using Unit = Raw<T>[kGroup];
+      using Batch = Unit[kUnits];
+
+      // Where a unit is: neighbouring lanes take neighbouring positions, or where channels lie side by side, neighbouring groups.
+      struct Place {
+        int position, group, image, row, column;
+      };
+      const auto place_of = [&](int unit) {
+        Place p;
+        if constexpr (S == Source::kPlanes) {
+          p.group = divide(unit, plan.positions_inverse), p.position = unit - p.group * positions;
+        } else {
+          p.position = divide(unit, plan.groups_inverse), p.group = unit - p.position * groups;
+        }
+        const int line = divide(p.position, plan.pitch_inverse);
+        p.column = p.position - line * plan.pitch;
+        p.image = divide(line, plan.rows_inverse), p.row = line - p.image * plan.slot_rows;
+        return p;
+      };
+      // WHOLE: no padding, and as many channels as a chunk has. The row is that of the window, where the cursor's is not meant.
+      const auto load = [&](Unit& values, const Cursor& at, int row, int unit, auto whole) {
+        constexpr bool WHOLE = decltype(whole)::value;
+        const Place p = place_of(unit < units ? unit : 0);
+        const int n = at.image() + p.image, y = at.y() - at.row + row + p.row, x = at.x() + p.column;
+        const int channel = at.channel() + p.group * kGroup;
+        const bool inside = n < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
+                            static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
+        const int channels = WHOLE ? kGroup : inside ? plan.in_channels - channel : 0;
+        const Raw<T>* source = input + n * plan.input_strides[0] + channel * plan.input_strides[1] + y * plan.input_strides[2] +
+                               x * plan.input_strides[3];
+        if constexpr (S == Source::kPixels) {
+          const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          const float4* const four = reinterpret_cast<const float4*>(source);
+          reinterpret_cast<float4*>(values)[0] = channels > 0 ? __ldg(four) : zero;
+          reinterpret_cast<float4*>(values)[1] = channels > 4 ? __ldg(four + 1) : zero;
+        } else {
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) {
+            values[j] = j < channels ? __ldg(source) : Raw<T>(0);
+            source += plan.input_strides[1];
           }
         }
-        if (++ahead_place == plan.depth) ahead_place = 0;
-        ahead_piece += kInputWarps;
-        if (ahead_piece >= plan.pieces) ahead_piece = my_warp, ahead.advance();
       };
-      const bool has_pieces = plan.bulk && my_warp < plan.pieces;
-      if (has_pieces) {
-        for (int i = 0; i < plan.depth; ++i) bring_next();
-      }
+      const auto load_batch = [&](Batch& batch, const Cursor& at, int first, auto whole) {
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) load(batch[i], at, at.row, first + i * kInputThreads + thread, whole);
+      };
 
       int exponent = kScaled ? kFirstExponent : 0;
       uint32_t most = 0;  // of two float16
-      const auto pack = [&](float low, float high) {
-        const float factor = power_of_two(exponent);
-        const uint32_t packed = ptx::pack_f16(low * factor, high * factor);
-        most = ptx::max_magnitudes_f16(most, packed);
-        return packed;
-      };
-
-      // Four blocks are a quad, which one instruction stores; so many quads at once hide shared memory's latency. Where a piece
-      // has no more, what the table says of them stays in registers.
-      constexpr int kQuads = 3;
-      struct {
-        int staged[4];  // where the quad's blocks begin, or of 16-bit pixels, this lane's row of them in the first
-        int target;     // this lane's row in the slot, or -1
-      } quads[kQuads];
-      const auto look_up = [&](int first) {
+      const auto store = [&](const Unit& values, uint32_t slot, int unit) {
+        if (unit >= units) return;
+        uint32_t packed[kGroup / 2];
 #pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          const int mine = first + q * 4 + lane / 8;
-          const Block block = block_table[min(mine, plan.blocks - 1)];
-          const bool valid = mine < plan.blocks && lane % 8 >= block.first && lane % 8 < block.end;
-          quads[q].target = valid ? (block.position + lane % 8) * kRowBytes : -1;
+        for (int j = 0; j < kGroup / 2; ++j) {
           if constexpr (kScaled) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int staged = block_table[min(first + q * 4 + j, plan.blocks - 1)].staged;
-              quads[q].staged[j] = (staged + lane / 4 * plan.plane_stride + lane % 4 * 2) * 4;
-            }
+            const float factor = power_of_two(exponent);
+            packed[j] = ptx::pack_f16(values[2 * j] * factor, values[2 * j + 1] * factor);
+            most = ptx::max_magnitudes_f16(most, packed[j]);
           } else {
-            quads[q].staged[0] = (block.staged + lane % 8 * plan.plane_stride) * 2;
+            packed[j] = values[2 * j] | static_cast<uint32_t>(values[2 * j + 1]) << 16;
           }
         }
+        const Place p = place_of(unit);
+        const uint32_t address = swizzled(slot + p.position * kRowBytes, p.group);
+        *reinterpret_cast<uint4*>(shared + (address - halos)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       };
-      if (S == Source::kPlanes && plan.bulk) look_up(0);
-
-      // A piece from where it was laid into its slot.
-      const auto convert = [&](int source, uint32_t slot, int piece) {
-        if constexpr (S == Source::kPlanes) {
+      const auto store_batch = [&](const Batch& batch, uint32_t slot, int first) {
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) store(batch[i], slot, first + i * kInputThreads + thread);
+      };
+      // The window's row (or the whole halo) once more, into a slot.
+      const auto fill = [&](const Cursor& at, uint32_t slot, int row) {
 #pragma unroll 1
-          for (int i = 0; i < plan.blocks; i += kQuads * 4) {
-            if (plan.blocks > kQuads * 4) look_up(i);
-            uint32_t matrices[kQuads][4];
-#pragma unroll
-            for (int q = 0; q < kQuads; ++q) {
-              if constexpr (kScaled) {
-                // Of a channel two pixels, in each of four blocks.
-                float2 two[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) two[j] = *reinterpret_cast<const float2*>(shared + source + quads[q].staged[j]);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) matrices[q][j] = pack(two[j].x, two[j].y);
-              } else {
-                ptx::ldmatrix_x4(matrices[q], halos + source + quads[q].staged[0]);
-              }
-            }
-#pragma unroll
-            for (int q = 0; q < kQuads; ++q) {
-              const uint32_t row = swizzled(slot + quads[q].target, piece);
-              ptx::stmatrix_x4_transposed(quads[q].target < 0 ? ptx::shared_address(trash) : row, matrices[q]);
-            }
-          }
-        } else {
-          const Block block = block_table[piece];
-#pragma unroll
-          for (int i = 0; i < kGroup / 2; ++i) {
-            const int pixel = 2 * i + lane / 16;
-            const float4 four = reinterpret_cast<const float4*>(shared + source)[pixel * (kRowChannels / 4) + lane % 16];
-            const uint2 packed = make_uint2(pack(four.x, four.y), pack(four.z, four.w));
-            const uint32_t address = swizzled(slot + (block.position + pixel) * kRowBytes, lane % 16 / 2) + lane % 2 * 8;
-            if (pixel < block.end) *reinterpret_cast<uint2*>(shared + (address - halos)) = packed;
-          }
-        }
-      };
-
-      // A unit is eight channels of a position.
-      const int positions = plan.tile_images * plan.slot_rows * plan.pitch, units = positions * (plan.chunk / kGroup);
-      const auto load = [&](int unit, int row, Raw<T>(&values)[kGroup]) {
-        const int group = unit / positions, position = unit % positions;
-        const int line = divide(position, plan.pitch_inverse), image = divide(line, plan.rows_inverse);
-        const int n = cursor.image() + image, x = cursor.x() + position - line * plan.pitch;
-        const int y = cursor.y() - cursor.row + row + line - image * plan.slot_rows, channel = cursor.channel() + group * kGroup;
-        const bool inside = unit < units && n < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
-                            static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
-        const int channels = inside ? plan.in_channels - channel : 0;
-        const Raw<T>* source = input + n * plan.input_strides[0] + channel * plan.input_strides[1] +
-                               y * plan.input_strides[2] + x * plan.input_strides[3];
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-          values[j] = j < channels ? __ldg(source) : Raw<T>(0);
-          source += plan.input_strides[1];
-        }
-      };
-      // The window's row (or the whole halo) into a slot, through registers.
-      const auto fill = [&](uint32_t slot, int row) {
-#pragma unroll 1
-        for (int first = thread; first < units; first += kUnitsInFlight * kInputThreads) {
-          Raw<T> values[kUnitsInFlight][kGroup];
-#pragma unroll
-          for (int i = 0; i < kUnitsInFlight; ++i) load(first + i * kInputThreads, row, values[i]);
-#pragma unroll
-          for (int i = 0; i < kUnitsInFlight; ++i) {
-            const int unit = first + i * kInputThreads;
-            if (unit >= units) break;
-            uint32_t packed[kGroup / 2];
-#pragma unroll
-            for (int j = 0; j < kGroup / 2; ++j) {
-              if constexpr (kScaled) {
-                packed[j] = pack(values[i][2 * j], values[i][2 * j + 1]);
-              } else {
-                packed[j] = values[i][2 * j] | static_cast<uint32_t>(values[i][2 * j + 1]) << 16;
-              }
-            }
-            const uint32_t address = swizzled(slot + unit % positions * kRowBytes, unit / positions);
-            *reinterpret_cast<uint4*>(shared + (address - halos)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-          }
+        for (int unit = thread; unit < units; unit += kInputThreads) {
+          Unit values;
+          load(values, at, row, unit, std::false_type());
+          store(values, slot, unit);
         }
       };
       const auto slot_address = [&](const Ring& at) { return halos + at.slot * plan.slot_bytes; };
@@ -442,25 +355,39 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (lane == 0) largest[at.slot][my_warp] = all;
         most = 0;
       };
-
       const auto fits = [&](float most) {
         const float scaled = most * power_of_two(exponent);
         return most == 0.0f || (scaled >= kSmallMaximum && scaled <= kLargestF16);
       };
+
+      Batch even, odd;
+      Cursor ahead(plan, end_n - first_n);
+      int ahead_first = 0;
+      constexpr int kBatch = kUnits * kInputThreads;
+      // NOTE: all that is known beforehand is decided out here. A branch between two loads makes ptxas share a scoreboard between
+      // them, and so wait for the first before it issues the second.
+      const auto load_next = [&](Batch& batch) {
+        if (!ahead.exists()) return;
+        const bool whole = ahead.image() + plan.tile_images <= plan.images && ahead.y() >= 0 &&
+                           ahead.y() + plan.slot_rows <= plan.input[0] && ahead.x() >= 0 &&
+                           ahead.x() + plan.pitch <= plan.input[1] && ahead.channel() + plan.chunk <= plan.in_channels;
+        whole ? load_batch(batch, ahead, ahead_first, std::true_type()) : load_batch(batch, ahead, ahead_first, std::false_type());
+        ahead_first += kBatch;
+        if (ahead_first >= plan.padded_units) ahead_first = 0, ahead.advance();
+      };
+      load_next(even);
+      load_next(odd);
+
       int unpublished = 0;          // slots before halo_ring's
       float largest_summed = 0.0f;  // of the chunks before this one
-      for (; cursor.exists(); cursor.advance()) {
+      for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
         halo_ring.wait_empty();
-        if (plan.bulk) {
-          for (int piece = my_warp; piece < plan.pieces; piece += kInputWarps) {
-            ptx::mbarrier_wait(staged_barriers + place * 8, place_phase);
-            convert(staging + place * plan.piece_bytes, slot_address(halo_ring), piece);
-            __syncwarp();
-            bring_next();
-            if (++place == plan.depth) place = 0, place_phase ^= 1;
-          }
-        } else {
-          fill(slot_address(halo_ring), cursor.row);
+#pragma unroll 1
+        for (int first = 0; first < plan.padded_units; first += 2 * kBatch) {
+          store_batch(even, slot_address(halo_ring), first);
+          load_next(even);
+          store_batch(odd, slot_address(halo_ring), first + kBatch);
+          load_next(odd);
         }
         if constexpr (!kScaled) {
           publish(halo_ring, 0);
@@ -488,8 +415,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int row = 0; row < window; ++row) {
 #pragma unroll 1
               for (int unit = thread; unit < units; unit += kInputThreads) {
-                Raw<T> values[kGroup];
-                load(unit, row, values);
+                Unit values;
+                load(values, cursor, row, unit, std::false_type());
 #pragma unroll
                 for (float value : values) finite_most = fmaxf(finite_most, fabsf(value) < kInfinity<float> ? fabsf(value) : 0.0f);
               }
@@ -507,7 +434,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 // A new run of rows: those that the tile before uses, too, come again.
                 for (int row = 0; row < window; ++row) {
                   if (row >= unpublished) next.wait_empty();
-                  fill(slot_address(next), row);
+                  fill(cursor, slot_address(next), row);
                   note_largest(next);
                   publish(next, row == 0 && kept > 0);
                   next.advance();
@@ -515,7 +442,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 halo_ring = next;
                 unpublished = 0;
               } else {
-                fill(slot_address(next), 0);
+                fill(cursor, slot_address(next), 0);
                 change = cursor.chunk > 0 ? exponent - before : 0;
               }
             }
@@ -714,7 +641,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       }
-      if constexpr (kScaled) exponent = exponents[halo_ring.slot];
+      if constexpr (kScaled) exponent = uniform(exponents[halo_ring.slot]);
       if (!plan.sliding && (chunks > 1 || last_n)) {
         halo_ring.advance();
         to_release = 1;
@@ -738,7 +665,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Does another power of two begin here? Then the tile keeps nothing.
         const Ring first_new = halo_ring + plan.kept;
         first_new.wait_full();
-        if (plan.kept > 0 && uniform(changes[first_new.slot])) {
+        if (plan.kept > 0 && __any_sync(0xffffffffu, changes[first_new.slot] != 0)) {
           ptx::wgmma_wait<0>();
           const int held = first_new.slot - oldest;
           release(held < 0 ? held + plan.slots : held);
@@ -810,30 +737,11 @@ struct Planned {
   int shared_bytes = 0;
 };
 
-// Lays out shared memory for a tile's shape: the ring of input, the weights, the staging. False where it does not fit.
+// Lays out shared memory for a tile's shape: the ring of input, the weights. False where it does not fit.
 template <class C>
-bool lay_out(Plan& p, Source source, int element_size, const Device& device, int& shared_bytes) {
+bool lay_out(Plan& p, const Device& device, int& shared_bytes) {
   const int taps = p.kernel[0] * p.kernel[1], tap_bytes = p.chunk / kStepDepth * C::kStepBytes;
-  const int window = p.kept + p.fresh;
-  int room = device.shared_bytes - kOtherBytes;
-
-  // Staging: as many pieces ahead as hide the memory's latency.
-  p.blocks = p.pieces = p.piece_bytes = p.lead = p.line = p.plane_stride = p.depth = 0;
-  if (source != Source::kTiles) {
-    // NOTE: the copy engine faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
-    const int dense = 16 / element_size;
-    p.lead = source == Source::kPlanes ? (dense - p.padding[1] % dense) % dense : 0;
-    const int across = static_cast<int>(ceil_div(p.lead + p.pitch, kGroup));
-    p.blocks = p.tile_images * p.slot_rows * across;
-    p.line = across * kGroup;
-    p.plane_stride = p.slot_rows * p.line;
-    const int image_bytes = kGroup * p.plane_stride * element_size;
-    p.pieces = source == Source::kPlanes ? p.chunk / kGroup : p.blocks;
-    p.piece_bytes = source == Source::kPlanes ? p.tile_images * image_bytes : kGroup * kRowChannels * 4;
-    if (source == Source::kPlanes && (p.line > 256 || p.slot_rows > 256)) p.bulk = false;
-    p.depth = p.bulk ? static_cast<int>(std::clamp<int64_t>(ceil_div(9 * 1024, p.piece_bytes), 2, 8)) : 0;
-    room -= p.blocks * static_cast<int>(sizeof(Block)) + kInputWarps * p.depth * p.piece_bytes;
-  }
+  const int window = p.kept + p.fresh, room = device.shared_bytes - kOtherBytes;
   // What the last subtile reads past its slot must be there, too.
   const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
 
@@ -857,15 +765,14 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
     p.weight_slots = left > 0 ? std::min(left / (p.stage_taps * tap_bytes), 8) : 0;
     if (p.weight_slots < 2) return false;
   }
-  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes + kInputWarps * p.depth * p.piece_bytes +
-                 p.blocks * static_cast<int>(sizeof(Block));
+  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes;
   shared_bytes = std::max(shared_bytes, p.slots * p.slot_bytes + reach);
   return shared_bytes + kOtherBytes <= device.shared_bytes;
 }
 
 // Cuts the work; takes the cheapest way that fits.
 template <class C>
-Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_size, const Device& device) {
+Planned make_plan(const ConvShape& shape, Source source, const Device& device) {
   Planned best;
   Plan p{};
   p.images = static_cast<int>(shape.images);
@@ -896,8 +803,12 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
     const int64_t positions = static_cast<int64_t>(p.tile_images) * p.slot_rows * p.pitch;
     if (positions > 4096) return;
     p.slot_bytes = static_cast<int>(positions) * kRowBytes;
-    p.pitch_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.pitch + 1);
-    p.rows_inverse = p.slot_rows > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / p.slot_rows + 1) : 0;
+    const int units = static_cast<int>(positions) * p.chunk / kGroup;
+    p.padded_units = static_cast<int>(ceil_div(units, 2 * kUnits * kInputThreads)) * 2 * kUnits * kInputThreads;
+    p.pitch_inverse = inverse(p.pitch);
+    p.rows_inverse = inverse(p.slot_rows);
+    p.positions_inverse = inverse(static_cast<int>(positions));
+    p.groups_inverse = inverse(p.chunk / kGroup);
     p.tiles_down = static_cast<int>(ceil_div(p.output[0], p.tile_rows));
     p.tiles_across = static_cast<int>(ceil_div(p.output[1], p.tile_columns));
     const int64_t tiles = ceil_div(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
@@ -907,16 +818,14 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
       p.blocks_a_split = static_cast<int>(ceil_div(p.blocks_n, split));
       p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_a_split));
       if (p.splits != split || split > device.multiprocessors) continue;
-      p.bulk = bulk;
       int shared_bytes = 0;
-      if (!lay_out<C>(p, source, element_size, device, shared_bytes)) continue;
-      if (source == Source::kTiles && !p.bulk) continue;
+      if (!lay_out<C>(p, device, shared_bytes)) continue;
       const int64_t steps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.chunk / kStepDepth * p.blocks_a_split;
       const int64_t arithmetic = steps * C::kSubtiles * (C::BLOCK_N == 128 ? 68 : 40);
       const int64_t stream = p.resident ? 0 : steps * C::kStepBytes / 24;
       const int64_t loads = p.chunks == 1 ? 1 : p.blocks_a_split;
       const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
-      const int64_t input_cycles = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
+      const int64_t input_cycles = fresh_positions * (source == Source::kTiles ? 3 : 16);
       const int64_t tile_cost = std::max({arithmetic, stream, input_cycles}) + p.blocks_a_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
       const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
       const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
@@ -972,41 +881,29 @@ static decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 
 // A map of the tensor for the copy engine.
 template <typename T>
-bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Source source, const Plan& plan) {
+bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, const Plan& plan) {
   using torch::headeronly::ScalarType;
-  const bool planes = source == Source::kPlanes;
-  // From the innermost dimension out: channels, columns, rows; or columns, rows, channels. Then images.
-  const int order[4] = {planes ? 3 : 1, planes ? 2 : 3, planes ? 1 : 2, 0};
+  // From the innermost dimension out: channels, columns, rows, images.
+  constexpr int order[4] = {1, 3, 2, 0};
   cuuint64_t sizes[4], strides[3];
-  cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
   for (int i = 0; i < 4; ++i) {
     sizes[i] = input.size(order[i]);
     if (i > 0) strides[i - 1] = shape.input_strides[order[i]] * sizeof(T);
   }
-  box[3] = 1;
-  if (source == Source::kTiles) {
-    box[0] = kRowChannels, box[1] = plan.pitch, box[2] = plan.slot_rows;
-  } else if (planes) {
-    box[0] = plan.line, box[1] = plan.slot_rows, box[2] = kGroup;
-  } else {
-    box[0] = kRowChannels, box[1] = kGroup, box[2] = 1;
-  }
-  const auto type = sizeof(T) == 4                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                    : input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const cuuint32_t box[4] = {kRowChannels, static_cast<cuuint32_t>(plan.pitch), static_cast<cuuint32_t>(plan.slot_rows), 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const auto type = input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return tensor_map_encoder()(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                  CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Whether the copy engine can bring it: the innermost dimension dense, all else multiples of 16 bytes apart.
-bool is_bulk(const Tensor& input, const ConvShape& shape, int innermost) {
-  const int64_t size = input.element_size();
-  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
-  if (shape.input_strides[innermost] != 1 && input.size(innermost) > 1) return false;
-  for (int d = 0; d < 4; ++d) {
-    const int64_t bytes = shape.input_strides[d] * size;
-    if (d != innermost && (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40)) return false;
+// Whether channels lie side by side and all else is a multiple of 16 bytes apart: what the copy engine and wide loads need.
+bool is_aligned_channels_last(const Tensor& input, const ConvShape& shape) {
+  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0 || shape.input_strides[1] != 1) return false;
+  for (int d : {0, 2, 3}) {
+    const int64_t bytes = shape.input_strides[d] * input.element_size();
+    if (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) return false;
   }
   return true;
 }
@@ -1027,7 +924,7 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
   pack_weights<T, CoreMatrixOrder>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
 
   CUtensorMap map{};
-  if (plan.bulk) STD_TORCH_CHECK(encode<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
+  if (S == Source::kTiles) STD_TORCH_CHECK(encode<T>(map, input, shape, plan), "input: conv_wgmma found no map for its strides");
   const auto kernel = conv_wgmma_kernel<T, S, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
@@ -1041,7 +938,7 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
 }
 
 template <typename T, Source S>
-void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
          double scale, Tensor& output) {
   const int index = input.get_device_index();
   const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
@@ -1051,7 +948,7 @@ void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& w
                       Tensor&, const Device&) = nullptr;
   const auto consider = [&](auto block) {
     using C = decltype(block);
-    const Planned planned = make_plan<C>(shape, S, bulk, sizeof(T), device);
+    const Planned planned = make_plan<C>(shape, S, device);
     if (C::OVERLAPS && Scale(scale).first) return;
     if (planned.cost < best.cost) best = planned, launch_best = launch<T, S, C>;
   };
@@ -1068,10 +965,10 @@ template <typename T>
 void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
          Tensor& output) {
   constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
-  if (is_bulk(input, shape, 1)) {
-    run<T, kChannelsLast>(shape, true, input, weight, bias, scale, output);
+  if (is_aligned_channels_last(input, shape)) {
+    run<T, kChannelsLast>(shape, input, weight, bias, scale, output);
   } else {
-    run<T, Source::kPlanes>(shape, is_bulk(input, shape, 3), input, weight, bias, scale, output);
+    run<T, Source::kPlanes>(shape, input, weight, bias, scale, output);
   }
 }
 
