@@ -628,6 +628,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
 struct LaneOrder {
   __device__ static int column(int word) { return word % 4 / 2 * 8 + word / 16; }
   __device__ static int k(int word) { return word % 2 * 8 + word / 4 % 4 * 2; }
+  __device__ static void put(float2* block, int, int column, float factor, float bias) { block[column] = {factor, bias}; }
 };
 
 // What a block takes besides the plan's buffers: the results, the lanes' table, the rings' barriers, and what the system keeps.

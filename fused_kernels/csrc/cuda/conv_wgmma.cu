@@ -27,18 +27,25 @@
 
 #include <cuda_fp16.h>
 
+
 namespace fused_kernels {
 
 constexpr int kSubtile = 64;                           // M of one instruction
 constexpr int kRowChannels = 64, kRowBytes = 128;      // of operand A
 constexpr int kGroup = 8;                              // channels in 16 bytes of operand A, pixels in a block
-constexpr int kWarpgroups = 2;                         // that multiply
-constexpr int kMathThreads = kWarpgroups * 128, kThreads = kMathThreads + 128;
-constexpr int kInputWarps = 3, kInputThreads = kInputWarps * kWarpSize;
+constexpr int kWarpgroups = 2, kMathThreads = kWarpgroups * 128;  // that multiply
+constexpr int kInputWarps = 6, kInputThreads = kInputWarps * kWarpSize;
 constexpr int kMostSlots = 16;                         // of a ring
-constexpr int kUnits = 3;                              // that a thread loads at once
+constexpr int kEvenUnits = 2, kOddUnits = 1;          // that a thread loads at once
 
 enum class Source { kTiles, kPlanes, kPixels };
+
+// Who does what, and in how many registers. The copy engine is one thread's work.
+template <Source S>
+struct Roles {
+  static constexpr int kThreads = kMathThreads + (S == Source::kTiles ? 128 : 256);
+  static constexpr int kMathRegisters = S == Source::kTiles ? 216 : 168, kOtherRegisters = S == Source::kTiles ? 72 : 88;
+};
 
 // Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels, and as many sums in registers; or twice as many, so that
 // the epilogue of one tile overlaps with the work on the next.
@@ -54,6 +61,11 @@ struct Shape {
 struct CoreMatrixOrder {
   __device__ static int column(int word) { return word / 64 * 8 + word / 4 % 8; }
   __device__ static int k(int word) { return word / 32 % 2 * 8 + word % 4 * 2; }
+  // A thread's columns, which are 8 j + 2 (lane % 4) and the next, side by side: all biases, then all factors.
+  __device__ static void put(float2* block, int columns, int column, float factor, float bias) {
+    float* const at = reinterpret_cast<float*>(block) + column % 8 / 2 * (columns / 4) + column / 8 * 2 + column % 2;
+    at[0] = bias, at[columns] = factor;
+  }
 };
 
 // How the work is cut; the same for every block.
@@ -67,14 +79,13 @@ struct Plan {
   // Its halo lies in slots of a ring: one slot, or where a strip slides, a slot a row, of which a tile keeps some from before.
   bool sliding;
   int slots, slot_bytes, slot_rows, pitch, kept, fresh;
-  uint32_t pitch_inverse, rows_inverse;  // to divide by
+  uint32_t pitch_inverse;  // to divide by
   int image_subtiles, subtile_offset[4];  // unless sliding: of an image; bytes from the slot's begin
   // The weights of an item (a chunk of the channels) come in stages.
   int stage_taps, stages, weight_slots;
   bool resident;
-  // Input that comes through registers: in units, in an even number of batches.
-  int padded_units;
-  uint32_t positions_inverse, groups_inverse;
+  int unit_bytes;  // of the table of units
+  bool near;  // 32 bits tell how far a slot's elements are apart
   float factor;
   bool scale_first;
 };
@@ -105,6 +116,21 @@ struct Tile {
   }
   // Slots that this tile shares with the one before it.
   __device__ __forceinline__ int kept() const { return begins ? 0 : plan.kept; }
+};
+
+// Where a unit of input is in its slot. Neighbouring threads take neighbouring positions, or where channels lie side by side,
+// neighbouring groups of them.
+struct Place {
+  int group, position, image, row, column;
+
+  __device__ __forceinline__ Place(const Plan& plan, Source source, int unit) {
+    const int positions = plan.tile_images * plan.slot_rows * plan.pitch, groups = plan.chunk / kGroup;
+    group = source == Source::kPlanes ? unit / positions : unit % groups;
+    position = source == Source::kPlanes ? unit % positions : unit / groups;
+    column = position % plan.pitch;
+    row = position / plan.pitch % plan.slot_rows;
+    image = position / plan.pitch / plan.slot_rows;
+  }
 };
 
 // A place in a ring of slots, each with two mbarriers: one says that it is full, one that it is empty again.
@@ -174,16 +200,18 @@ __device__ __forceinline__ int divide(int a, uint32_t inverse) { return inverse 
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, int group) { return row + (((row >> 7 & 7) ^ group) << 4); }
 
 template <typename T, Source S, class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     conv_wgmma_kernel(const __grid_constant__ CUtensorMap map, const Raw<T>* input, const char* weights,
                       const float2* constants, T* output, float* partial, const __grid_constant__ Plan plan) {
   constexpr bool kScaled = sizeof(T) == 4;
+  constexpr int kThreads = Roles<S>::kThreads;
 
   extern __shared__ __align__(128) char shared[];
   const uint32_t halos = ptx::shared_address(shared);
   const uint32_t stages = halos + plan.slots * plan.slot_bytes;
   const int steps_a_tap = plan.chunk / kStepDepth;
   const int stage_bytes = plan.stage_taps * steps_a_tap * C::kStepBytes;
+  int2* const unit_table = reinterpret_cast<int2*>(shared + plan.slots * plan.slot_bytes + plan.weight_slots * stage_bytes);
   __shared__ alignas(8) uint64_t barriers[4 * kMostSlots];  // of the input's ring, of the weights'
   __shared__ uint32_t largest[kMostSlots][kInputWarps];  // of a slot's values, scaled, as float16
   __shared__ float finite[kInputWarps];
@@ -206,6 +234,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::mbarrier_init_fence();
   }
+  // What a unit of input (eight channels of a position) is: how far its first element is from the slot's, where it is stored.
+  if (S != Source::kTiles) {
+    const int positions = plan.tile_images * plan.slot_rows * plan.pitch, groups = plan.chunk / kGroup;
+    for (int unit = threadIdx.x; unit < positions * groups; unit += kThreads) {
+      const Place place(plan, S, unit);
+      unit_table[unit] = {static_cast<int>(place.image * plan.input_strides[0] + place.row * plan.input_strides[2] +
+                                           place.column * plan.input_strides[3] + place.group * kGroup * plan.input_strides[1]),
+                          place.position * kRowBytes + place.group};
+    }
+  }
   __syncthreads();
 
   // This block's share of the output channels.
@@ -214,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int taps = plan.kernel[0] * plan.kernel[1];
 
   if (warp >= kMathThreads / kWarpSize) {
-    ptx::fewer_registers<S == Source::kTiles ? 72 : 120>();
+    ptx::fewer_registers<Roles<S>::kOtherRegisters>();
     const int thread = threadIdx.x - kMathThreads;
 
     if (warp == kThreads / kWarpSize - 1) {
@@ -260,40 +298,34 @@ __global__ void __launch_bounds__(kThreads, 1)
       // of a position. While one batch of units is stored, another is on its way.
       // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may
       // hold what was there before.
+      if (thread >= kInputThreads) return;
       __threadfence();
       const int lane = thread % kWarpSize, my_warp = thread / kWarpSize;
-      const int positions = plan.tile_images * plan.slot_rows * plan.pitch, groups = plan.chunk / kGroup;
-      const int units = positions * groups;
+      const int units = plan.tile_images * plan.slot_rows * plan.pitch * (plan.chunk / kGroup);
       using Unit = Raw<T>[kGroup];
-      using Batch = Unit[kUnits];
 
-      // Where a unit is: neighbouring lanes take neighbouring positions, or where channels lie side by side, neighbouring groups.
-      struct Place {
-        int position, group, image, row, column;
+      const auto first_of = [&](const Cursor& at) {
+        return input + at.image() * plan.input_strides[0] + at.channel() * plan.input_strides[1] +
+               at.y() * plan.input_strides[2] + at.x() * plan.input_strides[3];
       };
-      const auto place_of = [&](int unit) {
-        Place p;
-        if constexpr (S == Source::kPlanes) {
-          p.group = divide(unit, plan.positions_inverse), p.position = unit - p.group * positions;
-        } else {
-          p.position = divide(unit, plan.groups_inverse), p.group = unit - p.position * groups;
-        }
-        const int line = divide(p.position, plan.pitch_inverse);
-        p.column = p.position - line * plan.pitch;
-        p.image = divide(line, plan.rows_inverse), p.row = line - p.image * plan.slot_rows;
-        return p;
-      };
-      // WHOLE: no padding, and as many channels as a chunk has. The row is that of the window, where the cursor's is not meant.
+      // WHOLE: no padding, as many channels as a chunk has, and all near enough. The row is the window's; the cursor's, if whole.
       const auto load = [&](Unit& values, const Cursor& at, int row, int unit, auto whole) {
         constexpr bool WHOLE = decltype(whole)::value;
-        const Place p = place_of(unit < units ? unit : 0);
-        const int n = at.image() + p.image, y = at.y() - at.row + row + p.row, x = at.x() + p.column;
-        const int channel = at.channel() + p.group * kGroup;
-        const bool inside = n < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
-                            static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
-        const int channels = WHOLE ? kGroup : inside ? plan.in_channels - channel : 0;
-        const Raw<T>* source = input + n * plan.input_strides[0] + channel * plan.input_strides[1] + y * plan.input_strides[2] +
-                               x * plan.input_strides[3];
+        const int some_unit = unit < units ? unit : 0;
+        const Raw<T>* source;
+        int channels = kGroup;
+        if constexpr (WHOLE) {
+          source = first_of(at) + unit_table[some_unit].x;
+        } else {
+          const Place place(plan, S, some_unit);
+          const int n = at.image() + place.image, y = at.y() - at.row + row + place.row, x = at.x() + place.column;
+          const int channel = at.channel() + place.group * kGroup;
+          const bool inside = n < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
+                              static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
+          channels = inside ? plan.in_channels - channel : 0;
+          source = input + n * plan.input_strides[0] + channel * plan.input_strides[1] + y * plan.input_strides[2] +
+                   x * plan.input_strides[3];
+        }
         if constexpr (S == Source::kPixels) {
           const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
           const float4* const four = reinterpret_cast<const float4*>(source);
@@ -307,9 +339,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       };
-      const auto load_batch = [&](Batch& batch, const Cursor& at, int first, auto whole) {
+      const auto load_batch = [&](auto& batch, const Cursor& at, int first, auto whole) {
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) load(batch[i], at, at.row, first + i * kInputThreads + thread, whole);
+        for (int i = 0; i < static_cast<int>(sizeof(batch) / sizeof(Unit)); ++i) load(batch[i], at, at.row, first + i * kInputThreads + thread, whole);
       };
 
       int exponent = kScaled ? kFirstExponent : 0;
@@ -327,13 +359,13 @@ __global__ void __launch_bounds__(kThreads, 1)
             packed[j] = values[2 * j] | static_cast<uint32_t>(values[2 * j + 1]) << 16;
           }
         }
-        const Place p = place_of(unit);
-        const uint32_t address = swizzled(slot + p.position * kRowBytes, p.group);
+        const int target = unit_table[unit].y;
+        const uint32_t address = swizzled(slot + target / kRowBytes * kRowBytes, target % kRowBytes);
         *reinterpret_cast<uint4*>(shared + (address - halos)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       };
-      const auto store_batch = [&](const Batch& batch, uint32_t slot, int first) {
+      const auto store_batch = [&](const auto& batch, uint32_t slot, int first) {
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) store(batch[i], slot, first + i * kInputThreads + thread);
+        for (int i = 0; i < static_cast<int>(sizeof(batch) / sizeof(Unit)); ++i) store(batch[i], slot, first + i * kInputThreads + thread);
       };
       // The window's row (or the whole halo) once more, into a slot.
       const auto fill = [&](const Cursor& at, uint32_t slot, int row) {
@@ -360,34 +392,40 @@ __global__ void __launch_bounds__(kThreads, 1)
         return most == 0.0f || (scaled >= kSmallMaximum && scaled <= kLargestF16);
       };
 
-      Batch even, odd;
+      // A slot's units come in pairs of batches: while one batch is stored, the other is on its way.
+      Unit even[kEvenUnits], odd[kOddUnits];
       Cursor ahead(plan, end_n - first_n);
       int ahead_first = 0;
-      constexpr int kBatch = kUnits * kInputThreads;
+      constexpr int kPair = (kEvenUnits + kOddUnits) * kInputThreads;
       // NOTE: all that is known beforehand is decided out here. A branch between two loads makes ptxas share a scoreboard between
       // them, and so wait for the first before it issues the second.
-      const auto load_next = [&](Batch& batch) {
+      const auto load_next = [&](auto& batch, int offset) {
         if (!ahead.exists()) return;
-        const bool whole = ahead.image() + plan.tile_images <= plan.images && ahead.y() >= 0 &&
+        const bool whole = plan.near && ahead.image() + plan.tile_images <= plan.images && ahead.y() >= 0 &&
                            ahead.y() + plan.slot_rows <= plan.input[0] && ahead.x() >= 0 &&
                            ahead.x() + plan.pitch <= plan.input[1] && ahead.channel() + plan.chunk <= plan.in_channels;
-        whole ? load_batch(batch, ahead, ahead_first, std::true_type()) : load_batch(batch, ahead, ahead_first, std::false_type());
-        ahead_first += kBatch;
-        if (ahead_first >= plan.padded_units) ahead_first = 0, ahead.advance();
+        const int first = ahead_first + offset;
+        whole ? load_batch(batch, ahead, first, std::true_type()) : load_batch(batch, ahead, first, std::false_type());
       };
-      load_next(even);
-      load_next(odd);
+      const auto load_even = [&] { load_next(even, 0); };
+      const auto load_odd = [&] {
+        load_next(odd, kEvenUnits * kInputThreads);
+        ahead_first += kPair;
+        if (ahead_first >= units) ahead_first = 0, ahead.advance();
+      };
+      load_even();
+      load_odd();
 
       int unpublished = 0;          // slots before halo_ring's
       float largest_summed = 0.0f;  // of the chunks before this one
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
         halo_ring.wait_empty();
 #pragma unroll 1
-        for (int first = 0; first < plan.padded_units; first += 2 * kBatch) {
+        for (int first = 0; first < units; first += kPair) {
           store_batch(even, slot_address(halo_ring), first);
-          load_next(even);
-          store_batch(odd, slot_address(halo_ring), first + kBatch);
-          load_next(odd);
+          load_even();
+          store_batch(odd, slot_address(halo_ring), first + kEvenUnits * kInputThreads);
+          load_odd();
         }
         if constexpr (!kScaled) {
           publish(halo_ring, 0);
@@ -459,7 +497,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // The warps that multiply.
-  ptx::more_registers<S == Source::kTiles ? 216 : 192>();
+  ptx::more_registers<Roles<S>::kMathRegisters>();
   ptx::wait_for_previous_grid();
   const int warpgroup = warp / 4, thread = threadIdx.x % 128;
   const int window = plan.kept + plan.fresh;
@@ -490,22 +528,25 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
     }
-    const float4* const constant =
-        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N + thread % 4 * 2);
+    const float4* const biases = reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N) +
+                                 thread % 4 * (C::BLOCK_N / 16);
+    const float4* const factors = biases + C::BLOCK_N / 4;
     const float back = power_of_two(-done.exponent);
     const auto take = [&](auto scale_first) {
 #pragma unroll
-      for (int j = 0; j < C::BLOCK_N / 8; ++j) {
-        const float4 two = constant[j * 4];
+      for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
+        const float4 bias4 = biases[pair], factor4 = kScaled ? factors[pair] : bias4;
+        const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w}, factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
 #pragma unroll
         for (int i = 0; i < C::SUBTILES; ++i) {
 #pragma unroll
-          for (int h = 0; h < 4; ++h) {
-            const float sum = sums[i][j * 4 + h], bias = h % 2 == 0 ? two.y : two.w;
+          for (int k = 0; k < 8; ++k) {
+            const float sum = sums[i][pair * 8 + k];
+            const int column = k / 4 * 2 + k % 2;
             // The powers of two one by one: together they may leave float32's range.
-            float value = kScaled ? fmaf(sum * back, h % 2 == 0 ? two.x : two.z, bias) : sum + bias;
+            float value = kScaled ? fmaf(sum * back, factor[column], bias[column]) : sum + bias[column];
             if (decltype(scale_first)::value) value *= plan.factor;
-            low[i][h / 2] = min_nan(low[i][h / 2], value);
+            low[i][k / 2 % 2] = min_nan(low[i][k / 2 % 2], value);
           }
         }
       }
@@ -741,7 +782,7 @@ struct Planned {
 template <class C>
 bool lay_out(Plan& p, const Device& device, int& shared_bytes) {
   const int taps = p.kernel[0] * p.kernel[1], tap_bytes = p.chunk / kStepDepth * C::kStepBytes;
-  const int window = p.kept + p.fresh, room = device.shared_bytes - kOtherBytes;
+  const int window = p.kept + p.fresh, room = device.shared_bytes - kOtherBytes - p.unit_bytes;
   // What the last subtile reads past its slot must be there, too.
   const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
 
@@ -765,7 +806,7 @@ bool lay_out(Plan& p, const Device& device, int& shared_bytes) {
     p.weight_slots = left > 0 ? std::min(left / (p.stage_taps * tap_bytes), 8) : 0;
     if (p.weight_slots < 2) return false;
   }
-  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes;
+  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes + p.unit_bytes;
   shared_bytes = std::max(shared_bytes, p.slots * p.slot_bytes + reach);
   return shared_bytes + kOtherBytes <= device.shared_bytes;
 }
@@ -803,12 +844,12 @@ Planned make_plan(const ConvShape& shape, Source source, const Device& device) {
     const int64_t positions = static_cast<int64_t>(p.tile_images) * p.slot_rows * p.pitch;
     if (positions > 4096) return;
     p.slot_bytes = static_cast<int>(positions) * kRowBytes;
-    const int units = static_cast<int>(positions) * p.chunk / kGroup;
-    p.padded_units = static_cast<int>(ceil_div(units, 2 * kUnits * kInputThreads)) * 2 * kUnits * kInputThreads;
+    int64_t reach_in_slot = 0;
+    const int64_t extents[4] = {p.tile_images, p.chunk, p.slot_rows, p.pitch};
+    for (int d = 0; d < 4; ++d) reach_in_slot += std::abs(p.input_strides[d]) * extents[d];
+    p.near = reach_in_slot <= INT32_MAX;
     p.pitch_inverse = inverse(p.pitch);
-    p.rows_inverse = inverse(p.slot_rows);
-    p.positions_inverse = inverse(static_cast<int>(positions));
-    p.groups_inverse = inverse(p.chunk / kGroup);
+    p.unit_bytes = source == Source::kTiles ? 0 : static_cast<int>(positions) * p.chunk / kGroup * 8;
     p.tiles_down = static_cast<int>(ceil_div(p.output[0], p.tile_rows));
     p.tiles_across = static_cast<int>(ceil_div(p.output[1], p.tile_columns));
     const int64_t tiles = ceil_div(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
@@ -928,7 +969,7 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
   const auto kernel = conv_wgmma_kernel<T, S, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
-  launch_early(kernel, grid, kThreads, planned.shared_bytes, stream, map, static_cast<const Raw<T>*>(input.data_ptr()),
+  launch_early(kernel, grid, Roles<S>::kThreads, planned.shared_bytes, stream, map, static_cast<const Raw<T>*>(input.data_ptr()),
                reinterpret_cast<const char*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
                workspace.partial, plan);
   if (plan.splits > 1) {

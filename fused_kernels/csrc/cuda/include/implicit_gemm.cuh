@@ -79,7 +79,8 @@ constexpr int kUnitWords = kStepDepth * kPackColumns / 2;  // 16 columns of a st
 
 // Puts the weights in order. A block takes 16 output channels of some input channels and filter rows; its threads write side by
 // side, and read what their neighbours' cache lines hold. Past the last output channel comes the last one again, which a minimum
-// does not mind. Order says which column and which k the words of a unit hold.
+// does not mind. Order says which column and which k the words of a unit
+// hold, and where in a block a column's constants go: the power of two that its sums want, and its bias.
 template <typename T, class Order>
 __global__ void __launch_bounds__(kPackThreads)
     pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const T* bias, int64_t bias_stride,
@@ -88,9 +89,10 @@ __global__ void __launch_bounds__(kPackThreads)
   // The next kernel begins to read the input, which by then is there.
   ptx::wait_for_previous_grid();
   ptx::let_next_grid_begin();
+  const int block_columns = units_in_block_n * kPackColumns;
   const int block_n = blockIdx.x / units_in_block_n, first_column = blockIdx.x % units_in_block_n * kPackColumns;
   const auto channel = [&](int column) {
-    const int in_group = block_n % order.blocks_n * units_in_block_n * kPackColumns + first_column + column;
+    const int in_group = block_n % order.blocks_n * block_columns + first_column + column;
     return static_cast<int64_t>(block_n / order.blocks_n) * out_channels + min(in_group, out_channels - 1);
   };
 
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kPackThreads)
   }
   if (lane == 0 && blockIdx.y == 0) {
     const float value = bias ? sign * static_cast<float>(bias[channel(warp) * bias_stride]) : 0.0f;
-    constants[blockIdx.x * kPackColumns + warp] = make_float2(sign * power_of_two(-exponent), value);
+    Order::put(constants + block_n * block_columns, block_columns, first_column + warp, sign * power_of_two(-exponent), value);
   }
 
   const int word = threadIdx.x % kUnitWords, column = Order::column(word), k = Order::k(word);
