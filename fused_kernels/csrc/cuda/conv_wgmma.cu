@@ -44,7 +44,7 @@ enum class Source { kTiles, kPlanes, kPixels };
 template <Source S>
 struct Roles {
   static constexpr int kThreads = kMathThreads + (S == Source::kTiles ? 128 : 256);
-  static constexpr int kMathRegisters = S == Source::kTiles ? 216 : 168, kOtherRegisters = S == Source::kTiles ? 72 : 88;
+  static constexpr int kMathRegisters = S == Source::kTiles ? 216 : 176, kOtherRegisters = S == Source::kTiles ? 72 : 80;
 };
 
 // Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels, and as many sums in registers; or twice as many, so that
@@ -61,9 +61,10 @@ struct Shape {
 struct CoreMatrixOrder {
   __device__ static int column(int word) { return word / 64 * 8 + word / 4 % 8; }
   __device__ static int k(int word) { return word / 32 % 2 * 8 + word % 4 * 2; }
-  // A thread's columns, which are 8 j + 2 (lane % 4) and the next, side by side: all biases, then all factors.
+  // First all biases, then all factors. A thread's columns are 8 j + 2 (lane % 4) and the next: of two j, side by side.
+  // NOTE: and neighbouring threads' beside them. Global loads, too, have bank conflicts, and the tensor cores feel each one.
   __device__ static void put(float2* block, int columns, int column, float factor, float bias) {
-    float* const at = reinterpret_cast<float*>(block) + column % 8 / 2 * (columns / 4) + column / 8 * 2 + column % 2;
+    float* const at = reinterpret_cast<float*>(block) + column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
     at[0] = bias, at[columns] = factor;
   }
 };
@@ -528,14 +529,14 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
 #pragma unroll
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
     }
-    const float4* const biases = reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N) +
-                                 thread % 4 * (C::BLOCK_N / 16);
+    const float4* const biases =
+        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N) + thread % 4;
     const float4* const factors = biases + C::BLOCK_N / 4;
     const float back = power_of_two(-done.exponent);
     const auto take = [&](auto scale_first) {
 #pragma unroll
       for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
-        const float4 bias4 = biases[pair], factor4 = kScaled ? factors[pair] : bias4;
+        const float4 bias4 = biases[pair * 4], factor4 = kScaled ? factors[pair * 4] : bias4;
         const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w}, factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
 #pragma unroll
         for (int i = 0; i < C::SUBTILES; ++i) {
