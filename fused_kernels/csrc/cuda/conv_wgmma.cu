@@ -7,11 +7,12 @@
 //   result      64 pixels x BLOCK_N channels of sums a warpgroup; bias, scale and min happen in those registers
 // Blocks are persistent. Where all channels fit in a row, a block walks down a strip of the image 64 pixels wide, and its input
 // is a ring of image rows: each is brought once and serves all filter rows. Else a tile's halo is brought for each 64 channels.
-// Warps have roles: two warpgroups multiply, one warp brings the weights, three bring the input.
+// Warps have roles: two warpgroups multiply, one warp brings the weights, one the input; where that must be converted, six do.
 // How a row reaches shared memory is all that differs between the inputs (Source):
 //   kTiles      16-bit channels_last: the copy engine writes operand A as it must lie
-//   kPixels     float32 channels_last: warps load four channels at once, convert and store them
-//   kPlanes     anything else, such as NCHW: warps load eight channels of neighbouring pixels, transpose and store them
+//   kPlanes     NCHW: the copy engine brings rows of pixels, eight channels at a time; warps transpose them
+//   kPixels     float32 channels_last: the copy engine brings pixels; warps convert them
+//   (anything else in the last two, such as rows that are no multiple of 16 bytes, comes through registers)
 // float32 is computed with float16 operands, as in conv_mma: a power of two for each run of rows keeps the largest values in
 // float16's range; where a row leaves it, a new run begins with another power, and the rows that it shares are read again.
 // Limit: the tensor cores; at full rate, the chip's power.
@@ -27,7 +28,6 @@
 
 #include <cuda_fp16.h>
 
-
 namespace fused_kernels {
 
 constexpr int kSubtile = 64;                           // M of one instruction
@@ -36,15 +36,16 @@ constexpr int kGroup = 8;                              // channels in 16 bytes o
 constexpr int kWarpgroups = 2, kMathThreads = kWarpgroups * 128;  // that multiply
 constexpr int kInputWarps = 6, kInputThreads = kInputWarps * kWarpSize;
 constexpr int kMostSlots = 16;                         // of a ring
-constexpr int kEvenUnits = 2, kOddUnits = 1;          // that a thread loads at once
+constexpr int kMostPlaces = 32;                        // for pieces of input
 
 enum class Source { kTiles, kPlanes, kPixels };
 
-// Who does what, and in how many registers. The copy engine is one thread's work.
+// Who does what, and in how many registers. The last two warps give orders to the copy engine.
 template <Source S>
 struct Roles {
   static constexpr int kThreads = kMathThreads + (S == Source::kTiles ? 128 : 256);
   static constexpr int kMathRegisters = S == Source::kTiles ? 216 : 176, kOtherRegisters = S == Source::kTiles ? 72 : 80;
+  static constexpr int kWeightWarp = kThreads / kWarpSize - 1, kCopyWarp = kWeightWarp - 1;
 };
 
 // Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels, and as many sums in registers; or twice as many, so that
@@ -80,15 +81,24 @@ struct Plan {
   // Its halo lies in slots of a ring: one slot, or where a strip slides, a slot a row, of which a tile keeps some from before.
   bool sliding;
   int slots, slot_bytes, slot_rows, pitch, kept, fresh;
-  uint32_t pitch_inverse;  // to divide by
+  uint32_t pitch_inverse, rows_inverse;  // 2^32 / pitch and / slot_rows, rounded up
   int image_subtiles, subtile_offset[4];  // unless sliding: of an image; bytes from the slot's begin
   // The weights of an item (a chunk of the channels) come in stages.
   int stage_taps, stages, weight_slots;
   bool resident;
-  int unit_bytes;  // of the table of units
-  bool near;  // 32 bits tell how far a slot's elements are apart
+  // Input that has to be transposed or converted lands in pieces first.
+  bool bulk;
+  int blocks, pieces, piece_bytes, places, lead, line, plane_stride;  // lead: staged pixels before a row's first
   float factor;
   bool scale_first;
+};
+
+// Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.
+struct Block {
+  int staged;         // where they begin in a piece, in elements
+  int16_t position;   // the first one's in the slot, in rows of operand A
+  int8_t first, end;  // those that the slot has
+  int16_t image, row, column;
 };
 
 // A block's place among the tiles: rows inside columns inside images.
@@ -117,21 +127,6 @@ struct Tile {
   }
   // Slots that this tile shares with the one before it.
   __device__ __forceinline__ int kept() const { return begins ? 0 : plan.kept; }
-};
-
-// Where a unit of input is in its slot. Neighbouring threads take neighbouring positions, or where channels lie side by side,
-// neighbouring groups of them.
-struct Place {
-  int group, position, image, row, column;
-
-  __device__ __forceinline__ Place(const Plan& plan, Source source, int unit) {
-    const int positions = plan.tile_images * plan.slot_rows * plan.pitch, groups = plan.chunk / kGroup;
-    group = source == Source::kPlanes ? unit / positions : unit % groups;
-    position = source == Source::kPlanes ? unit % positions : unit / groups;
-    column = position % plan.pitch;
-    row = position / plan.pitch % plan.slot_rows;
-    image = position / plan.pitch / plan.slot_rows;
-  }
 };
 
 // A place in a ring of slots, each with two mbarriers: one says that it is full, one that it is empty again.
@@ -193,9 +188,7 @@ struct Cursor {
 
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-// Division of a number below 2^16 by one below 2^16: 2^32 / divisor, rounded up; nothing for 1.
-inline uint32_t inverse(int divisor) { return divisor == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / divisor + 1); }
-__device__ __forceinline__ int divide(int a, uint32_t inverse) { return inverse == 0 ? a : __umulhi(a, inverse); }
+__device__ __forceinline__ uint32_t divide(uint32_t a, uint32_t inverse) { return __umulhi(a, inverse); }
 
 // Where 16 bytes of eight channels lie in operand A's row: swizzled by the row's address.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, int group) { return row + (((row >> 7 & 7) ^ group) << 4); }
@@ -212,8 +205,10 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
   const uint32_t stages = halos + plan.slots * plan.slot_bytes;
   const int steps_a_tap = plan.chunk / kStepDepth;
   const int stage_bytes = plan.stage_taps * steps_a_tap * C::kStepBytes;
-  int2* const unit_table = reinterpret_cast<int2*>(shared + plan.slots * plan.slot_bytes + plan.weight_slots * stage_bytes);
-  __shared__ alignas(8) uint64_t barriers[4 * kMostSlots];  // of the input's ring, of the weights'
+  const int staging_offset = plan.slots * plan.slot_bytes + plan.weight_slots * stage_bytes;
+  Block* const block_table = reinterpret_cast<Block*>(shared + staging_offset + plan.places * plan.piece_bytes);
+  __shared__ alignas(8) uint64_t barriers[4 * kMostSlots + 2 * kMostPlaces];
+  __shared__ alignas(128) char trash[128];             // for pixels that no slot has
   __shared__ uint32_t largest[kMostSlots][kInputWarps];  // of a slot's values, scaled, as float16
   __shared__ float finite[kInputWarps];
   __shared__ int exponents[kMostSlots];
@@ -224,6 +219,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
   const uint32_t first_barrier = ptx::shared_address(barriers);
   Ring halo_ring(first_barrier, plan.slots);
   Ring weight_ring(first_barrier + kMostSlots * 16, plan.weight_slots);
+  Ring staging_ring(first_barrier + kMostSlots * 32, plan.places);
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.slots; ++i) {
       ptx::mbarrier_init((halo_ring + i).full(), S == Source::kTiles ? 1 : kInputThreads);
@@ -233,16 +229,23 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
       ptx::mbarrier_init((weight_ring + i).full(), 1);
       ptx::mbarrier_init((weight_ring + i).empty(), kMathThreads);
     }
+    for (int i = 0; i < plan.places; ++i) {
+      ptx::mbarrier_init((staging_ring + i).full(), 1);
+      ptx::mbarrier_init((staging_ring + i).empty(), kWarpSize);
+    }
     ptx::mbarrier_init_fence();
   }
-  // What a unit of input (eight channels of a position) is: how far its first element is from the slot's, where it is stored.
   if (S != Source::kTiles) {
-    const int positions = plan.tile_images * plan.slot_rows * plan.pitch, groups = plan.chunk / kGroup;
-    for (int unit = threadIdx.x; unit < positions * groups; unit += kThreads) {
-      const Place place(plan, S, unit);
-      unit_table[unit] = {static_cast<int>(place.image * plan.input_strides[0] + place.row * plan.input_strides[2] +
-                                           place.column * plan.input_strides[3] + place.group * kGroup * plan.input_strides[1]),
-                          place.position * kRowBytes + place.group};
+    const int across = plan.blocks / (plan.tile_images * plan.slot_rows);
+    for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
+      const int column = i % across * kGroup, row = i / across % plan.slot_rows, image = i / across / plan.slot_rows;
+      Block block;
+      block.staged = image * kGroup * plan.plane_stride + row * plan.line + column;
+      block.position = (image * plan.slot_rows + row) * plan.pitch + column - plan.lead;
+      block.first = max(plan.lead - column, 0);
+      block.end = min(plan.lead + plan.pitch - column, kGroup);
+      block.image = image, block.row = row, block.column = column;
+      block_table[i] = block;
     }
   }
   __syncthreads();
@@ -256,7 +259,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     ptx::fewer_registers<Roles<S>::kOtherRegisters>();
     const int thread = threadIdx.x - kMathThreads;
 
-    if (warp == kThreads / kWarpSize - 1) {
+    if (warp == Roles<S>::kWeightWarp) {
       // The weights' warp.
       if (threadIdx.x % kWarpSize > 0) return;
       ptx::wait_for_previous_grid();
@@ -279,102 +282,159 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
       return;
     }
 
-    if constexpr (S == Source::kTiles) {
-      // One thread has the copy engine fill slot after slot.
-      if (thread > 0) return;
+    if (warp == Roles<S>::kCopyWarp) {
+      // The input's: slot after slot, or piece after piece.
+      if (threadIdx.x % kWarpSize > 0 || (S != Source::kTiles && !plan.bulk)) return;
       ptx::prefetch_tensor_map(&map);
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
-        const int image_bytes = plan.slot_rows * plan.pitch * kRowBytes;
-        halo_ring.wait_empty();
-        ptx::mbarrier_arrive_expect_bytes(halo_ring.full(), plan.tile_images * image_bytes);
-        for (int i = 0; i < plan.tile_images; ++i) {
-          ptx::tensor_copy(halos + halo_ring.slot * plan.slot_bytes + i * image_bytes, &map, cursor.channel(), cursor.x(),
-                           cursor.y(), cursor.image() + i, halo_ring.full());
+        if constexpr (S == Source::kTiles) {
+          const int image_bytes = plan.slot_rows * plan.pitch * kRowBytes;
+          halo_ring.wait_empty();
+          ptx::mbarrier_arrive_expect_bytes(halo_ring.full(), plan.tile_images * image_bytes);
+          for (int i = 0; i < plan.tile_images; ++i) {
+            ptx::tensor_copy(halos + halo_ring.slot * plan.slot_bytes + i * image_bytes, &map, cursor.channel(), cursor.x(),
+                             cursor.y(), cursor.image() + i, halo_ring.full());
+          }
+          halo_ring.advance();
+        } else {
+          for (int piece = 0; piece < plan.pieces; ++piece) {
+            const uint32_t target = halos + staging_offset + staging_ring.slot * plan.piece_bytes, full = staging_ring.full();
+            staging_ring.wait_empty();
+            ptx::mbarrier_arrive_expect_bytes(full, plan.piece_bytes);
+            if constexpr (S == Source::kPlanes) {
+              const int image_bytes = plan.piece_bytes / plan.tile_images;
+              for (int i = 0; i < plan.tile_images; ++i) {
+                ptx::tensor_copy(target + i * image_bytes, &map, cursor.x() - plan.lead, cursor.y(),
+                                 cursor.channel() + piece * kGroup, cursor.image() + i, full);
+              }
+            } else {
+              const Block& block = block_table[piece];
+              ptx::tensor_copy(target, &map, cursor.channel(), cursor.x() + block.column, cursor.y() + block.row,
+                               cursor.image() + block.image, full);
+            }
+            staging_ring.advance();
+          }
         }
-        halo_ring.advance();
       }
       return;
-    } else {
-      // The input's warps read it into registers, convert it or transpose it there, and store operand A: a unit is eight channels
-      // of a position. While one batch of units is stored, another is on its way.
+    }
+
+    if constexpr (S != Source::kTiles) {
+      // The input's warps take pieces in turn, convert or transpose them, and store operand A.
       // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may
       // hold what was there before.
-      if (thread >= kInputThreads) return;
       __threadfence();
       const int lane = thread % kWarpSize, my_warp = thread / kWarpSize;
-      const int units = plan.tile_images * plan.slot_rows * plan.pitch * (plan.chunk / kGroup);
-      using Unit = Raw<T>[kGroup];
-
-      const auto first_of = [&](const Cursor& at) {
-        return input + at.image() * plan.input_strides[0] + at.channel() * plan.input_strides[1] +
-               at.y() * plan.input_strides[2] + at.x() * plan.input_strides[3];
-      };
-      // WHOLE: no padding, as many channels as a chunk has, and all near enough. The row is the window's; the cursor's, if whole.
-      const auto load = [&](Unit& values, const Cursor& at, int row, int unit, auto whole) {
-        constexpr bool WHOLE = decltype(whole)::value;
-        const int some_unit = unit < units ? unit : 0;
-        const Raw<T>* source;
-        int channels = kGroup;
-        if constexpr (WHOLE) {
-          source = first_of(at) + unit_table[some_unit].x;
-        } else {
-          const Place place(plan, S, some_unit);
-          const int n = at.image() + place.image, y = at.y() - at.row + row + place.row, x = at.x() + place.column;
-          const int channel = at.channel() + place.group * kGroup;
-          const bool inside = n < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
-                              static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
-          channels = inside ? plan.in_channels - channel : 0;
-          source = input + n * plan.input_strides[0] + channel * plan.input_strides[1] + y * plan.input_strides[2] +
-                   x * plan.input_strides[3];
-        }
-        if constexpr (S == Source::kPixels) {
-          const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          const float4* const four = reinterpret_cast<const float4*>(source);
-          reinterpret_cast<float4*>(values)[0] = channels > 0 ? __ldg(four) : zero;
-          reinterpret_cast<float4*>(values)[1] = channels > 4 ? __ldg(four + 1) : zero;
-        } else {
-#pragma unroll
-          for (int j = 0; j < kGroup; ++j) {
-            values[j] = j < channels ? __ldg(source) : Raw<T>(0);
-            source += plan.input_strides[1];
-          }
-        }
-      };
-      const auto load_batch = [&](auto& batch, const Cursor& at, int first, auto whole) {
-#pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(batch) / sizeof(Unit)); ++i) load(batch[i], at, at.row, first + i * kInputThreads + thread, whole);
-      };
-
       int exponent = kScaled ? kFirstExponent : 0;
       uint32_t most = 0;  // of two float16
-      const auto store = [&](const Unit& values, uint32_t slot, int unit) {
-        if (unit >= units) return;
-        uint32_t packed[kGroup / 2];
+      const auto pack = [&](float low, float high) {
+        const float factor = power_of_two(exponent);
+        const uint32_t packed = ptx::pack_f16(low * factor, high * factor);
+        most = ptx::max_magnitudes_f16(most, packed);
+        return packed;
+      };
+
+      // Four blocks are a quad, which one instruction stores; so many quads at once hide shared memory's latency. Where a piece
+      // has no more, what the table says of them stays in registers.
+      constexpr int kQuads = 3;
+      struct {
+        int staged[4];  // where the quad's blocks begin, or of 16-bit pixels, this lane's row of them in the first
+        int target;     // this lane's row in the slot, or -1
+      } quads[kQuads];
+      const auto look_up = [&](int first) {
 #pragma unroll
-        for (int j = 0; j < kGroup / 2; ++j) {
+        for (int q = 0; q < kQuads; ++q) {
+          const int mine = first + q * 4 + lane / 8;
+          const Block block = block_table[min(mine, plan.blocks - 1)];
+          const bool valid = mine < plan.blocks && lane % 8 >= block.first && lane % 8 < block.end;
+          quads[q].target = valid ? (block.position + lane % 8) * kRowBytes : -1;
           if constexpr (kScaled) {
-            const float factor = power_of_two(exponent);
-            packed[j] = ptx::pack_f16(values[2 * j] * factor, values[2 * j + 1] * factor);
-            most = ptx::max_magnitudes_f16(most, packed[j]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int staged = block_table[min(first + q * 4 + j, plan.blocks - 1)].staged;
+              quads[q].staged[j] = (staged + lane / 4 * plan.plane_stride + lane % 4 * 2) * 4;
+            }
           } else {
-            packed[j] = values[2 * j] | static_cast<uint32_t>(values[2 * j + 1]) << 16;
+            quads[q].staged[0] = (block.staged + lane % 8 * plan.plane_stride) * 2;
           }
         }
-        const int target = unit_table[unit].y;
-        const uint32_t address = swizzled(slot + target / kRowBytes * kRowBytes, target % kRowBytes);
-        *reinterpret_cast<uint4*>(shared + (address - halos)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       };
-      const auto store_batch = [&](const auto& batch, uint32_t slot, int first) {
+      if (S == Source::kPlanes && plan.bulk) look_up(0);
+
+      // A piece from where it was laid into its slot.
+      const auto convert = [&](int source, uint32_t slot, int piece) {
+        if constexpr (S == Source::kPlanes) {
+#pragma unroll 1
+          for (int i = 0; i < plan.blocks; i += kQuads * 4) {
+            if (plan.blocks > kQuads * 4) look_up(i);
+            uint32_t matrices[kQuads][4];
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(batch) / sizeof(Unit)); ++i) store(batch[i], slot, first + i * kInputThreads + thread);
+            for (int q = 0; q < kQuads; ++q) {
+              if constexpr (kScaled) {
+                // Of a channel two pixels, in each of four blocks.
+                float2 two[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) two[j] = *reinterpret_cast<const float2*>(shared + source + quads[q].staged[j]);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) matrices[q][j] = pack(two[j].x, two[j].y);
+              } else {
+                ptx::ldmatrix_x4(matrices[q], halos + source + quads[q].staged[0]);
+              }
+            }
+#pragma unroll
+            for (int q = 0; q < kQuads; ++q) {
+              const uint32_t row = swizzled(slot + quads[q].target, piece);
+              ptx::stmatrix_x4_transposed(quads[q].target < 0 ? ptx::shared_address(trash) : row, matrices[q]);
+            }
+          }
+        } else {
+          const Block block = block_table[piece];
+#pragma unroll
+          for (int i = 0; i < kGroup / 2; ++i) {
+            const int pixel = 2 * i + lane / 16;
+            const float4 four = reinterpret_cast<const float4*>(shared + source)[pixel * (kRowChannels / 4) + lane % 16];
+            const uint2 packed = make_uint2(pack(four.x, four.y), pack(four.z, four.w));
+            const uint32_t address = swizzled(slot + (block.position + pixel) * kRowBytes, lane % 16 / 2) + lane % 2 * 8;
+            if (pixel < block.end) *reinterpret_cast<uint2*>(shared + (address - halos)) = packed;
+          }
+        }
       };
-      // The window's row (or the whole halo) once more, into a slot.
-      const auto fill = [&](const Cursor& at, uint32_t slot, int row) {
+
+      // A unit is eight channels of a position.
+      const int positions = plan.tile_images * plan.slot_rows * plan.pitch, units = positions * (plan.chunk / kGroup);
+      const auto load = [&](const Cursor& cursor, int unit, int row, Raw<T>(&values)[kGroup]) {
+        const int group = unit / positions, position = unit % positions;
+        const int line = divide(position, plan.pitch_inverse), image = divide(line, plan.rows_inverse);
+        const int n = cursor.image() + image, x = cursor.x() + position - line * plan.pitch;
+        const int y = cursor.y() - cursor.row + row + line - image * plan.slot_rows, channel = cursor.channel() + group * kGroup;
+        const bool inside = unit < units && n < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
+                            static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
+        const int channels = inside ? plan.in_channels - channel : 0;
+        const Raw<T>* source = input + n * plan.input_strides[0] + channel * plan.input_strides[1] +
+                               y * plan.input_strides[2] + x * plan.input_strides[3];
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          values[j] = j < channels ? __ldg(source) : Raw<T>(0);
+          source += plan.input_strides[1];
+        }
+      };
+      // The window's row (or the whole halo) into a slot, through registers.
+      const auto fill = [&](const Cursor& cursor, uint32_t slot, int row) {
 #pragma unroll 1
         for (int unit = thread; unit < units; unit += kInputThreads) {
-          Unit values;
-          load(values, at, row, unit, std::false_type());
-          store(values, slot, unit);
+          Raw<T> values[kGroup];
+          load(cursor, unit, row, values);
+          uint32_t packed[kGroup / 2];
+#pragma unroll
+          for (int j = 0; j < kGroup / 2; ++j) {
+            if constexpr (kScaled) {
+              packed[j] = pack(values[2 * j], values[2 * j + 1]);
+            } else {
+              packed[j] = values[2 * j] | static_cast<uint32_t>(values[2 * j + 1]) << 16;
+            }
+          }
+          const uint32_t address = swizzled(slot + unit % positions * kRowBytes, unit / positions);
+          *reinterpret_cast<uint4*>(shared + (address - halos)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
         }
       };
       const auto slot_address = [&](const Ring& at) { return halos + at.slot * plan.slot_bytes; };
@@ -388,45 +448,27 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
         if (lane == 0) largest[at.slot][my_warp] = all;
         most = 0;
       };
+
       const auto fits = [&](float most) {
         const float scaled = most * power_of_two(exponent);
         return most == 0.0f || (scaled >= kSmallMaximum && scaled <= kLargestF16);
       };
-
-      // A slot's units come in pairs of batches: while one batch is stored, the other is on its way.
-      Unit even[kEvenUnits], odd[kOddUnits];
-      Cursor ahead(plan, end_n - first_n);
-      int ahead_first = 0;
-      constexpr int kPair = (kEvenUnits + kOddUnits) * kInputThreads;
-      // NOTE: all that is known beforehand is decided out here. A branch between two loads makes ptxas share a scoreboard between
-      // them, and so wait for the first before it issues the second.
-      const auto load_next = [&](auto& batch, int offset) {
-        if (!ahead.exists()) return;
-        const bool whole = plan.near && ahead.image() + plan.tile_images <= plan.images && ahead.y() >= 0 &&
-                           ahead.y() + plan.slot_rows <= plan.input[0] && ahead.x() >= 0 &&
-                           ahead.x() + plan.pitch <= plan.input[1] && ahead.channel() + plan.chunk <= plan.in_channels;
-        const int first = ahead_first + offset;
-        whole ? load_batch(batch, ahead, first, std::true_type()) : load_batch(batch, ahead, first, std::false_type());
-      };
-      const auto load_even = [&] { load_next(even, 0); };
-      const auto load_odd = [&] {
-        load_next(odd, kEvenUnits * kInputThreads);
-        ahead_first += kPair;
-        if (ahead_first >= units) ahead_first = 0, ahead.advance();
-      };
-      load_even();
-      load_odd();
-
       int unpublished = 0;          // slots before halo_ring's
       float largest_summed = 0.0f;  // of the chunks before this one
+      Ring place = staging_ring + min(my_warp, plan.places);
+      int piece = my_warp;
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
         halo_ring.wait_empty();
-#pragma unroll 1
-        for (int first = 0; first < units; first += kPair) {
-          store_batch(even, slot_address(halo_ring), first);
-          load_even();
-          store_batch(odd, slot_address(halo_ring), first + kEvenUnits * kInputThreads);
-          load_odd();
+        if (plan.bulk) {
+          for (; piece < plan.pieces; piece += kInputWarps) {
+            place.wait_full();
+            convert(staging_offset + place.slot * plan.piece_bytes, slot_address(halo_ring), piece);
+            place.release();
+            place = place + kInputWarps;
+          }
+          piece -= plan.pieces;
+        } else {
+          fill(cursor, slot_address(halo_ring), cursor.row);
         }
         if constexpr (!kScaled) {
           publish(halo_ring, 0);
@@ -454,8 +496,8 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
             for (int row = 0; row < window; ++row) {
 #pragma unroll 1
               for (int unit = thread; unit < units; unit += kInputThreads) {
-                Unit values;
-                load(values, cursor, row, unit, std::false_type());
+                Raw<T> values[kGroup];
+                load(cursor, unit, row, values);
 #pragma unroll
                 for (float value : values) finite_most = fmaxf(finite_most, fabsf(value) < kInfinity<float> ? fabsf(value) : 0.0f);
               }
@@ -771,7 +813,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
 }
 
 // What a block takes besides the plan's buffers: static memory, and what the system keeps.
-constexpr int kOtherBytes = 2 * 1024 + 512;
+constexpr int kOtherBytes = 3 * 1024;
 
 struct Planned {
   Plan plan;
@@ -779,11 +821,30 @@ struct Planned {
   int shared_bytes = 0;
 };
 
-// Lays out shared memory for a tile's shape: the ring of input, the weights. False where it does not fit.
+// Lays out shared memory for a tile's shape: the ring of input, the weights, the staging. False where it does not fit.
 template <class C>
-bool lay_out(Plan& p, const Device& device, int& shared_bytes) {
+bool lay_out(Plan& p, Source source, int element_size, const Device& device, int& shared_bytes) {
   const int taps = p.kernel[0] * p.kernel[1], tap_bytes = p.chunk / kStepDepth * C::kStepBytes;
-  const int window = p.kept + p.fresh, room = device.shared_bytes - kOtherBytes - p.unit_bytes;
+  const int window = p.kept + p.fresh;
+  int room = device.shared_bytes - kOtherBytes;
+
+  // Staging: as many pieces ahead as hide the memory's latency.
+  p.blocks = p.pieces = p.piece_bytes = p.places = p.lead = p.line = p.plane_stride = 0;
+  if (source != Source::kTiles) {
+    // NOTE: the copy engine faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
+    const int dense = 16 / element_size;
+    p.lead = source == Source::kPlanes ? (dense - p.padding[1] % dense) % dense : 0;
+    const int across = static_cast<int>(ceil_div(p.lead + p.pitch, kGroup));
+    p.blocks = p.tile_images * p.slot_rows * across;
+    p.line = across * kGroup;
+    p.plane_stride = p.slot_rows * p.line;
+    const int image_bytes = kGroup * p.plane_stride * element_size;
+    p.pieces = source == Source::kPlanes ? p.chunk / kGroup : p.blocks;
+    p.piece_bytes = source == Source::kPlanes ? p.tile_images * image_bytes : kGroup * kRowChannels * 4;
+    if (source == Source::kPlanes && (p.line > 256 || p.slot_rows > 256)) p.bulk = false;
+    p.places = p.bulk ? static_cast<int>(std::clamp<int64_t>(27 * 1024 / p.piece_bytes, kInputWarps, kMostPlaces)) : 0;
+    room -= p.blocks * static_cast<int>(sizeof(Block)) + p.places * p.piece_bytes;
+  }
   // What the last subtile reads past its slot must be there, too.
   const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
 
@@ -807,14 +868,15 @@ bool lay_out(Plan& p, const Device& device, int& shared_bytes) {
     p.weight_slots = left > 0 ? std::min(left / (p.stage_taps * tap_bytes), 8) : 0;
     if (p.weight_slots < 2) return false;
   }
-  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes + p.unit_bytes;
+  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes + p.places * p.piece_bytes +
+                 p.blocks * static_cast<int>(sizeof(Block));
   shared_bytes = std::max(shared_bytes, p.slots * p.slot_bytes + reach);
   return shared_bytes + kOtherBytes <= device.shared_bytes;
 }
 
 // Cuts the work; takes the cheapest way that fits.
 template <class C>
-Planned make_plan(const ConvShape& shape, Source source, const Device& device) {
+Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_size, const Device& device) {
   Planned best;
   Plan p{};
   p.images = static_cast<int>(shape.images);
@@ -845,12 +907,8 @@ Planned make_plan(const ConvShape& shape, Source source, const Device& device) {
     const int64_t positions = static_cast<int64_t>(p.tile_images) * p.slot_rows * p.pitch;
     if (positions > 4096) return;
     p.slot_bytes = static_cast<int>(positions) * kRowBytes;
-    int64_t reach_in_slot = 0;
-    const int64_t extents[4] = {p.tile_images, p.chunk, p.slot_rows, p.pitch};
-    for (int d = 0; d < 4; ++d) reach_in_slot += std::abs(p.input_strides[d]) * extents[d];
-    p.near = reach_in_slot <= INT32_MAX;
-    p.pitch_inverse = inverse(p.pitch);
-    p.unit_bytes = source == Source::kTiles ? 0 : static_cast<int>(positions) * p.chunk / kGroup * 8;
+    p.pitch_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.pitch + 1);
+    p.rows_inverse = p.slot_rows > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / p.slot_rows + 1) : 0;
     p.tiles_down = static_cast<int>(ceil_div(p.output[0], p.tile_rows));
     p.tiles_across = static_cast<int>(ceil_div(p.output[1], p.tile_columns));
     const int64_t tiles = ceil_div(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
@@ -860,14 +918,16 @@ Planned make_plan(const ConvShape& shape, Source source, const Device& device) {
       p.blocks_a_split = static_cast<int>(ceil_div(p.blocks_n, split));
       p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_a_split));
       if (p.splits != split || split > device.multiprocessors) continue;
+      p.bulk = bulk;
       int shared_bytes = 0;
-      if (!lay_out<C>(p, device, shared_bytes)) continue;
+      if (!lay_out<C>(p, source, element_size, device, shared_bytes)) continue;
+      if (source == Source::kTiles && !p.bulk) continue;
       const int64_t steps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.chunk / kStepDepth * p.blocks_a_split;
       const int64_t arithmetic = steps * C::kSubtiles * (C::BLOCK_N == 128 ? 68 : 40);
       const int64_t stream = p.resident ? 0 : steps * C::kStepBytes / 24;
       const int64_t loads = p.chunks == 1 ? 1 : p.blocks_a_split;
       const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
-      const int64_t input_cycles = fresh_positions * (source == Source::kTiles ? 3 : 16);
+      const int64_t input_cycles = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
       const int64_t tile_cost = std::max({arithmetic, stream, input_cycles}) + p.blocks_a_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
       const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
       const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
@@ -923,29 +983,41 @@ static decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 
 // A map of the tensor for the copy engine.
 template <typename T>
-bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, const Plan& plan) {
+bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Source source, const Plan& plan) {
   using torch::headeronly::ScalarType;
-  // From the innermost dimension out: channels, columns, rows, images.
-  constexpr int order[4] = {1, 3, 2, 0};
+  const bool planes = source == Source::kPlanes;
+  // From the innermost dimension out: channels, columns, rows; or columns, rows, channels. Then images.
+  const int order[4] = {planes ? 3 : 1, planes ? 2 : 3, planes ? 1 : 2, 0};
   cuuint64_t sizes[4], strides[3];
+  cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
   for (int i = 0; i < 4; ++i) {
     sizes[i] = input.size(order[i]);
     if (i > 0) strides[i - 1] = shape.input_strides[order[i]] * sizeof(T);
   }
-  const cuuint32_t box[4] = {kRowChannels, static_cast<cuuint32_t>(plan.pitch), static_cast<cuuint32_t>(plan.slot_rows), 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const auto type = input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  box[3] = 1;
+  if (source == Source::kTiles) {
+    box[0] = kRowChannels, box[1] = plan.pitch, box[2] = plan.slot_rows;
+  } else if (planes) {
+    box[0] = plan.line, box[1] = plan.slot_rows, box[2] = kGroup;
+  } else {
+    box[0] = kRowChannels, box[1] = kGroup, box[2] = 1;
+  }
+  const auto type = sizeof(T) == 4                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return tensor_map_encoder()(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                  source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                  CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Whether channels lie side by side and all else is a multiple of 16 bytes apart: what the copy engine and wide loads need.
-bool is_aligned_channels_last(const Tensor& input, const ConvShape& shape) {
-  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0 || shape.input_strides[1] != 1) return false;
-  for (int d : {0, 2, 3}) {
-    const int64_t bytes = shape.input_strides[d] * input.element_size();
-    if (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) return false;
+// Whether the copy engine can bring it: the innermost dimension dense, all else multiples of 16 bytes apart.
+bool is_bulk(const Tensor& input, const ConvShape& shape, int innermost) {
+  const int64_t size = input.element_size();
+  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
+  if (shape.input_strides[innermost] != 1 && input.size(innermost) > 1) return false;
+  for (int d = 0; d < 4; ++d) {
+    const int64_t bytes = shape.input_strides[d] * size;
+    if (d != innermost && (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40)) return false;
   }
   return true;
 }
@@ -966,7 +1038,7 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
   pack_weights<T, CoreMatrixOrder>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
 
   CUtensorMap map{};
-  if (S == Source::kTiles) STD_TORCH_CHECK(encode<T>(map, input, shape, plan), "input: conv_wgmma found no map for its strides");
+  if (plan.bulk) STD_TORCH_CHECK(encode<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
   const auto kernel = conv_wgmma_kernel<T, S, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
@@ -980,7 +1052,7 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
 }
 
 template <typename T, Source S>
-void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
          double scale, Tensor& output) {
   const int index = input.get_device_index();
   const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
@@ -990,7 +1062,7 @@ void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, cons
                       Tensor&, const Device&) = nullptr;
   const auto consider = [&](auto block) {
     using C = decltype(block);
-    const Planned planned = make_plan<C>(shape, S, device);
+    const Planned planned = make_plan<C>(shape, S, bulk, sizeof(T), device);
     if (C::OVERLAPS && Scale(scale).first) return;
     if (planned.cost < best.cost) best = planned, launch_best = launch<T, S, C>;
   };
@@ -1007,10 +1079,10 @@ template <typename T>
 void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
          Tensor& output) {
   constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
-  if (is_aligned_channels_last(input, shape)) {
-    run<T, kChannelsLast>(shape, input, weight, bias, scale, output);
+  if (is_bulk(input, shape, 1)) {
+    run<T, kChannelsLast>(shape, true, input, weight, bias, scale, output);
   } else {
-    run<T, Source::kPlanes>(shape, input, weight, bias, scale, output);
+    run<T, Source::kPlanes>(shape, is_bulk(input, shape, 3), input, weight, bias, scale, output);
   }
 }
 
