@@ -535,8 +535,8 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
           }
         }
       }
-      return;
     }
+    return;
   }
 
   // The warps that multiply.
