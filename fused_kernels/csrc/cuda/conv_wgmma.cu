@@ -36,7 +36,7 @@ constexpr int kGroup = 8;                              // channels in 16 bytes o
 constexpr int kWarpgroups = 2, kMathThreads = kWarpgroups * 128;  // that multiply
 constexpr int kInputWarps = 6, kInputThreads = kInputWarps * kWarpSize;
 constexpr int kMostSlots = 16;                         // of a ring
-constexpr int kMostPlaces = 32;                        // for pieces of input
+constexpr int kStagingBytes = 27 * 1024, kMostPlaces = 32;  // for pieces of input
 
 enum class Source { kTiles, kPlanes, kPixels };
 
@@ -86,9 +86,9 @@ struct Plan {
   // The weights of an item (a chunk of the channels) come in stages.
   int stage_taps, stages, weight_slots;
   bool resident;
-  // Input that has to be transposed or converted lands in pieces first.
+  // Input that has to be transposed or converted lands in pieces first; a part is eight channels or eight pixels.
   bool bulk;
-  int blocks, pieces, piece_bytes, places, lead, line, plane_stride;  // lead: staged pixels before a row's first
+  int blocks, pieces, parts, part_bytes, piece_bytes, places, lead, line, plane_stride;  // lead: staged pixels before a row's first
   float factor;
   bool scale_first;
 };
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     }
     for (int i = 0; i < plan.places; ++i) {
       ptx::mbarrier_init((staging_ring + i).full(), 1);
-      ptx::mbarrier_init((staging_ring + i).empty(), kWarpSize);
+      ptx::mbarrier_init((staging_ring + i).empty(), plan.parts * kWarpSize);
     }
     ptx::mbarrier_init_fence();
   }
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
       const int column = i % across * kGroup, row = i / across % plan.slot_rows, image = i / across / plan.slot_rows;
       Block block;
-      block.staged = image * kGroup * plan.plane_stride + row * plan.line + column;
+      block.staged = image * plan.parts * kGroup * plan.plane_stride + row * plan.line + column;
       block.position = (image * plan.slot_rows + row) * plan.pitch + column - plan.lead;
       block.first = max(plan.lead - column, 0);
       block.end = min(plan.lead + plan.pitch - column, kGroup);
@@ -305,10 +305,10 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
               const int image_bytes = plan.piece_bytes / plan.tile_images;
               for (int i = 0; i < plan.tile_images; ++i) {
                 ptx::tensor_copy(target + i * image_bytes, &map, cursor.x() - plan.lead, cursor.y(),
-                                 cursor.channel() + piece * kGroup, cursor.image() + i, full);
+                                 cursor.channel() + piece * plan.parts * kGroup, cursor.image() + i, full);
               }
             } else {
-              const Block& block = block_table[piece];
+              const Block& block = block_table[piece * plan.parts];
               ptx::tensor_copy(target, &map, cursor.channel(), cursor.x() + block.column, cursor.y() + block.row,
                                cursor.image() + block.image, full);
             }
@@ -361,8 +361,8 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
       };
       if (S == Source::kPlanes && plan.bulk) look_up(0);
 
-      // A piece from where it was laid into its slot.
-      const auto convert = [&](int source, uint32_t slot, int piece) {
+      // A part of a piece from where it was laid into its slot.
+      const auto convert = [&](int source, uint32_t slot, int part) {
         if constexpr (S == Source::kPlanes) {
 #pragma unroll 1
           for (int i = 0; i < plan.blocks; i += kQuads * 4) {
@@ -383,12 +383,12 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
             }
 #pragma unroll
             for (int q = 0; q < kQuads; ++q) {
-              const uint32_t row = swizzled(slot + quads[q].target, piece);
+              const uint32_t row = swizzled(slot + quads[q].target, part);
               ptx::stmatrix_x4_transposed(quads[q].target < 0 ? ptx::shared_address(trash) : row, matrices[q]);
             }
           }
         } else {
-          const Block block = block_table[piece];
+          const Block block = block_table[part];
 #pragma unroll
           for (int i = 0; i < kGroup / 2; ++i) {
             const int pixel = 2 * i + lane / 16;
@@ -455,18 +455,20 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
       };
       int unpublished = 0;          // slots before halo_ring's
       float largest_summed = 0.0f;  // of the chunks before this one
-      Ring place = staging_ring + min(my_warp, plan.places);
-      int piece = my_warp;
+      const int parts = plan.pieces * plan.parts, part_bytes = plan.part_bytes;  // of a slot
+      Ring place = staging_ring;
+      int part = my_warp, part_of_piece = my_warp;
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
         halo_ring.wait_empty();
         if (plan.bulk) {
-          for (; piece < plan.pieces; piece += kInputWarps) {
+          for (; part < parts; part += kInputWarps) {
+            for (; part_of_piece >= plan.parts; part_of_piece -= plan.parts) place.advance();
             place.wait_full();
-            convert(staging_offset + place.slot * plan.piece_bytes, slot_address(halo_ring), piece);
+            convert(staging_offset + place.slot * plan.piece_bytes + part_of_piece * part_bytes, slot_address(halo_ring), part);
             place.release();
-            place = place + kInputWarps;
+            part_of_piece += kInputWarps;
           }
-          piece -= plan.pieces;
+          part -= parts;
         } else {
           fill(cursor, slot_address(halo_ring), cursor.row);
         }
@@ -829,20 +831,32 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
   int room = device.shared_bytes - kOtherBytes;
 
   // Staging: as many pieces ahead as hide the memory's latency.
-  p.blocks = p.pieces = p.piece_bytes = p.places = p.lead = p.line = p.plane_stride = 0;
+  p.blocks = p.pieces = p.parts = p.part_bytes = p.piece_bytes = p.places = p.lead = p.line = p.plane_stride = 0;
   if (source != Source::kTiles) {
     // NOTE: the copy engine faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
     const int dense = 16 / element_size;
     p.lead = source == Source::kPlanes ? (dense - p.padding[1] % dense) % dense : 0;
-    const int across = static_cast<int>(ceil_div(p.lead + p.pitch, kGroup));
+    int across = static_cast<int>(ceil_div(p.lead + p.pitch, kGroup));
+    // NOTE: the copy engine takes long over each order: pieces as large as leave a few of them on their way.
+    const int groups = p.chunk / kGroup;
+    if (source == Source::kPlanes) {
+      p.line = across * kGroup;
+      p.plane_stride = p.slot_rows * p.line;
+      p.part_bytes = kGroup * p.plane_stride * element_size;
+      p.parts = groups;
+      while (p.parts > 1 && (groups % p.parts != 0 || p.parts * p.tile_images * p.part_bytes > kStagingBytes / 6)) --p.parts;
+      p.pieces = groups / p.parts;
+      p.piece_bytes = p.parts * p.tile_images * p.part_bytes;
+      if (p.line > 256 || p.slot_rows > 256) p.bulk = false;
+    } else {
+      p.parts = std::min(across, 3);
+      across = static_cast<int>(ceil_div(across, p.parts)) * p.parts;
+      p.part_bytes = kGroup * kRowChannels * 4;
+      p.piece_bytes = p.parts * p.part_bytes;
+      p.pieces = p.tile_images * p.slot_rows * across / p.parts;
+    }
     p.blocks = p.tile_images * p.slot_rows * across;
-    p.line = across * kGroup;
-    p.plane_stride = p.slot_rows * p.line;
-    const int image_bytes = kGroup * p.plane_stride * element_size;
-    p.pieces = source == Source::kPlanes ? p.chunk / kGroup : p.blocks;
-    p.piece_bytes = source == Source::kPlanes ? p.tile_images * image_bytes : kGroup * kRowChannels * 4;
-    if (source == Source::kPlanes && (p.line > 256 || p.slot_rows > 256)) p.bulk = false;
-    p.places = p.bulk ? static_cast<int>(std::clamp<int64_t>(27 * 1024 / p.piece_bytes, kInputWarps, kMostPlaces)) : 0;
+    p.places = p.bulk ? std::clamp(kStagingBytes / p.piece_bytes, 2, kMostPlaces) : 0;
     room -= p.blocks * static_cast<int>(sizeof(Block)) + p.places * p.piece_bytes;
   }
   // What the last subtile reads past its slot must be there, too.
@@ -998,9 +1012,9 @@ bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Sourc
   if (source == Source::kTiles) {
     box[0] = kRowChannels, box[1] = plan.pitch, box[2] = plan.slot_rows;
   } else if (planes) {
-    box[0] = plan.line, box[1] = plan.slot_rows, box[2] = kGroup;
+    box[0] = plan.line, box[1] = plan.slot_rows, box[2] = kGroup * plan.parts;
   } else {
-    box[0] = kRowChannels, box[1] = kGroup, box[2] = 1;
+    box[0] = kRowChannels, box[1] = kGroup * plan.parts, box[2] = 1;
   }
   const auto type = sizeof(T) == 4                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
