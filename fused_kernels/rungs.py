@@ -27,10 +27,14 @@ class Rung:
         Where it runs; None for rungs made of PyTorch's own operations, which run anywhere.
     min_capability : tuple of int
         The oldest GPU that it runs on.
+    only_capability : tuple of int, optional
+        The only compute capability that it runs on, where its instructions exist on no other.
     dtypes : tuple of torch.dtype
         What it takes.
     float32_precisions : tuple of str
         The precisions whose promise it keeps for float32.
+    strides_and_groups : bool
+        Whether it takes a convolution with a stride or groups other than one.
     namespace : str
         The namespace of its operator in ``torch.ops``.
     """
@@ -40,8 +44,10 @@ class Rung:
     idea: str
     device: Literal["cpu", "cuda"] | None = None
     min_capability: tuple[int, int] = (8, 0)
+    only_capability: tuple[int, int] | None = None
     dtypes: tuple[torch.dtype, ...] = arguments.DTYPES
     float32_precisions: tuple[str, ...] = ("ieee", "tf32")
+    strides_and_groups: bool = True
     namespace: str = build.NAMESPACE
     edited_source: str | None = None
 
@@ -62,18 +68,25 @@ class Rung:
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU on this machine"
         capability = torch.cuda.get_device_capability(device)
-        if capability < self.min_capability:
-            need, have = (".".join(map(str, pair)) for pair in (self.min_capability, capability))
-            return f"{self.name} needs a GPU of compute capability {need} or newer, this one has {have}"
+        if not self.runs_on(capability):
+            need, have = (".".join(map(str, pair)) for pair in (self.only_capability or self.min_capability, capability))
+            newer = "" if self.only_capability else " or newer"
+            return f"{self.name} needs a GPU of compute capability {need}{newer}, this one has {have}"
         return build.why_no_nvcc(capability)
 
-    def why_not(self, dtype, precision="ieee"):
+    def runs_on(self, capability):
+        """Tell whether a GPU of this compute capability has the instructions that it needs."""
+        return capability == self.only_capability if self.only_capability else capability >= self.min_capability
+
+    def why_not(self, dtype, precision="ieee", stride=1, groups=1):
         """Say in one sentence why this rung doesn't take such an input, or None; ``precision`` matters for float32 alone."""
         name = str(dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             return f"{self.name} does not take {name}"
         if dtype == torch.float32 and precision not in self.float32_precisions:
             return f"{self.name} computes {name} at the precision {' or '.join(self.float32_precisions)}, not {precision}"
+        if not self.strides_and_groups and (groups != 1 or stride not in (1, (1, 1))):
+            return f"{self.name} takes a stride of 1 and one group, not a stride of {stride} and {groups} groups"
         return None
 
     @property
@@ -110,6 +123,8 @@ class Rung:
             missing = [self.why_unavailable(device) for device in devices or (None,)]
             if all(missing):
                 raise RuntimeError(f"{self.name} cannot run here: {missing[0]}")
+            if self.only_capability:
+                arch = build.architecture(self.only_capability)
         build.load(self.name, self.source, device=self.device, namespace=self.namespace, arch=arch)
 
     def __call__(self, *args, **kwargs):
@@ -139,7 +154,9 @@ class Rung:
         if self.device:
             precision = arguments.resolve_precision(input, precision)
             # A tensor on another device is refused by the operator.
-            if input.device.type == self.device and (reason := self.why_not(input.dtype, precision)):
+            if input.device.type == self.device and (
+                reason := self.why_not(input.dtype, precision, geometry.stride, geometry.groups)
+            ):
                 raise RuntimeError(reason)
         return self._operator(input, weight, bias, arguments.as_scale(scale), *geometry, precision)
 
@@ -176,10 +193,12 @@ LADDER = (
     Rung(
         "conv_wgmma",
         "conv2d_scale_min",
-        "Hopper: the weights stay, rows stream through a ring, warps have roles",
+        "Hopper's own tensor-core instructions: the weights stay, rows stream past, warps have roles",
         "cuda",
+        only_capability=(9, 0),
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         float32_precisions=("tf32",),
+        strides_and_groups=False,
     ),
     Rung(
         "composite",

@@ -325,7 +325,7 @@ def cuda_jobs():
     toolkit = build.cuda_toolkit()
     for rung in CUDA_RUNGS:
         for arch, capability in ARCHITECTURES.items():
-            if capability >= rung.min_capability and capability[0] * 10 + capability[1] in toolkit.architectures:
+            if rung.runs_on(capability) and capability[0] * 10 + capability[1] in toolkit.architectures:
                 namespace = f"fused_kernels_test_sm_{arch}"
                 yield {"name": rung.name, "source": rung.source, "device": "cuda", "namespace": namespace, "arch": arch}
 

@@ -42,6 +42,11 @@ def rms_error(result, expected):
 
 def check(function, input, weight, bias, scale, precision=None, **conv):
     precision = precision_for(function, precision)
+    if isinstance(function, Rung):
+        stride = conv.get("stride", 1)
+        stride = stride[0] if stride in ([1], (1, 1)) else stride
+        if reason := function.why_not(input.dtype, precision, stride, conv.get("groups", 1)):
+            pytest.skip(reason)
     before = [t if t is None else t.clone() for t in (input, weight, bias)]
     result = function(input, weight, bias, scale, precision=precision, **conv)
     for now, then in zip((input, weight, bias), before, strict=True):
@@ -140,6 +145,8 @@ def test_drawn(function, device, drawn, scale):
     torch.manual_seed(0)
     tensors, conv = drawn
     assume(not isinstance(function, Rung) or tensors[3] in function.dtypes)
+    plain = conv["stride"] == (1, 1) and conv["groups"] == 1
+    assume(not isinstance(function, Rung) or plain or function.strides_and_groups)
     check(function, *problem(device, *tensors), scale, **conv)
 
 
