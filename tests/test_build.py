@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import os
+import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -339,6 +341,29 @@ def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
     libraries = load_all(jobs)
     assert len(set(libraries)) == len(jobs) >= len(CUDA_RUNGS)
     assert all(library.exists() for library in libraries)
+
+
+@pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_wgmma_is_not_serialised():
+    """Where ptxas cannot follow which sums are under way, it makes the tensor cores wait, and says so in a remark alone."""
+    (job,) = (job for job in cuda_jobs() if job["name"] == "conv_wgmma")
+    directory = build.load(**job).parent
+    ninja = Path(pytest.importorskip("ninja").BIN_DIR) / "ninja"
+    commands = subprocess.run([ninja, "-C", directory, "-t", "commands"], capture_output=True, text=True, check=True).stdout
+    (compile_it,) = (line for line in commands.splitlines() if "nvcc" in line and " -c " in line)
+    said = subprocess.run(
+        compile_it,
+        shell=True,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NVCC_APPEND_FLAGS": "-Xptxas=-v"},
+    )
+    assert said.returncode == 0, said.stderr
+    remarks = said.stdout + said.stderr
+    assert "conv_wgmma_kernel" in remarks
+    assert not re.findall(r".*serialized.*", remarks)
 
 
 def test_one_library_serves_every_visible_gpu(monkeypatch):
