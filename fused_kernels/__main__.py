@@ -1,4 +1,4 @@
-"""``python -m fused_kernels doctor | bench | figures``."""
+"""``python -m fused_kernels doctor | bench | figures | export``."""
 
 import argparse
 import os
@@ -70,10 +70,17 @@ def figures(options):
         print(readme)
 
 
+def run_export(options):
+    """Print a rung as one file in KernelBench's form."""
+    from . import export
+
+    print(export.kernelbench(options.rung), end="")
+
+
 def main(arguments=None):
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m fused_kernels", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="doctor | bench | figures")
+    commands = parser.add_subparsers(required=True, metavar="doctor | bench | figures | export")
     commands.add_parser("doctor", help=doctor.__doc__).set_defaults(command=doctor)
 
     parser_bench = commands.add_parser("bench", help=run_bench.__doc__)
@@ -90,6 +97,11 @@ def main(arguments=None):
     parser_figures.add_argument("--out", type=Path, help="folder of the pictures, by default figures")
     parser_figures.add_argument("--data", type=Path, help="folder of the records, by default figures/data")
     parser_figures.set_defaults(command=figures)
+
+    parser_export = commands.add_parser("export", help=run_export.__doc__)
+    convolutions = [rung.name for rung in LADDER if rung.operator == "conv2d_scale_min" and rung.device == "cuda"]
+    parser_export.add_argument("rung", nargs="?", choices=convolutions, default="conv_wgmma", help="by default conv_wgmma")
+    parser_export.set_defaults(command=run_export)
 
     options = parser.parse_args(arguments)
     options.command(options)

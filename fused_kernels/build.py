@@ -183,7 +183,7 @@ def _compile_and_load(name, unique, source, device, flags, directory):
             extra_cflags=flags if device == "cpu" else None,
             extra_cuda_cflags=flags if device == "cuda" else None,
             extra_ldflags=_cxx_runtime(),
-            extra_include_paths=[str(path) for path in _include_paths(device)],
+            extrainclude_paths=[str(path) for path in include_paths(device)],
             build_directory=str(directory),
             is_python_module=False,
             no_implicit_headers=True,
@@ -260,7 +260,8 @@ def _cxx_runtime():
         return [shlex.quote(mapped[0])] if mapped else None
 
 
-def _include_paths(device):
+def include_paths(device):
+    """Name the folders of our own headers."""
     return [CSRC / device / "include", CSRC / "include"]
 
 
@@ -282,7 +283,7 @@ def _flags(device, namespace, archs):
 
 def _key(source, device, flags):
     """Name a library by all that shapes it, so that a change of any of it builds anew."""
-    headers = sorted(path for folder in _include_paths(device) for path in folder.rglob("*") if path.is_file())
+    headers = sorted(path for folder in include_paths(device) for path in folder.rglob("*") if path.is_file())
     parts = [source, *flags, torch.__version__, _compiler_version()]
     parts += [path.read_text() for path in headers]
     parts.append(_cpu_features() if device == "cpu" else str(cuda_toolkit()))
