@@ -526,6 +526,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
                 unpublished = 0;
               } else {
                 fill(cursor, slot_address(next), 0);
+                most = 0;  // known already, and no part of the next slot
                 change = cursor.chunk > 0 ? exponent - before : 0;
               }
             }
