@@ -183,7 +183,7 @@ def _compile_and_load(name, unique, source, device, flags, directory):
             extra_cflags=flags if device == "cpu" else None,
             extra_cuda_cflags=flags if device == "cuda" else None,
             extra_ldflags=_cxx_runtime(),
-            extrainclude_paths=[str(path) for path in include_paths(device)],
+            extra_include_paths=[str(path) for path in include_paths(device)],
             build_directory=str(directory),
             is_python_module=False,
             no_implicit_headers=True,

@@ -164,6 +164,29 @@ def test_precision_at_any_magnitude(function, device, precision, magnitude):
     check(function, input * magnitude, weight, bias * magnitude, 2.0, precision)
 
 
+MAGNITUDES = {
+    "down the rows": lambda n, c, y, x: 2.0 ** (y - 30),
+    "up the rows": lambda n, c, y, x: 2.0 ** (30 - y),
+    "along the columns": lambda n, c, y, x: 2.0 ** (x // 4 - 9),
+    "from image to image": lambda n, c, y, x: 1e9 ** (n - 1),
+    "from channel to channel": lambda n, c, y, x: 2.0 ** (c // 8 - 9),
+    "spikes": lambda n, c, y, x: torch.where((7 * y + x) % 41 == 0, 1e7, 1.0),
+    "nothing but a spike": lambda n, c, y, x: torch.where((y == 33) & (x == 40), 3e5, 0.0),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("channels", [32, 144])
+@pytest.mark.parametrize("kind", MAGNITUDES)
+def test_magnitudes_that_change(function, device, layout, channels, kind):
+    """The range of float16, which some kernels use inside, ends and begins anew all over the input."""
+    input, weight, _ = problem(device, (3, channels, 60, 72), 24, (3, 3))
+    axes = torch.meshgrid(*(torch.arange(size, device=device) for size in input.shape), indexing="ij")
+    input = LAYOUTS[layout](input * MAGNITUDES[kind](*axes))
+    check(function, input, weight, None, 2.0, "tf32")
+
+
 @EVERY
 @pytest.mark.parametrize("largest", [2.0**18, 0.3, 2.0**-20])
 def test_small_values_keep_their_digits_beside_a_large_one(function, device, largest):
