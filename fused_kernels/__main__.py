@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, bench, build
+from . import __version__, bench, build, export
 from .check import DTYPES
 from .rungs import LADDER
 
@@ -72,8 +72,6 @@ def figures(options):
 
 def run_export(options):
     """Print a rung as one file in KernelBench's form."""
-    from . import export
-
     print(export.kernelbench(options.rung), end="")
 
 
@@ -99,8 +97,7 @@ def main(arguments=None):
     parser_figures.set_defaults(command=figures)
 
     parser_export = commands.add_parser("export", help=run_export.__doc__)
-    convolutions = [rung.name for rung in LADDER if rung.operator == "conv2d_scale_min" and rung.device == "cuda"]
-    parser_export.add_argument("rung", nargs="?", choices=convolutions, default="conv_wgmma", help="by default conv_wgmma")
+    parser_export.add_argument("rung", nargs="?", choices=export.EXPORTABLE, default="conv_wgmma", help="by default conv_wgmma")
     parser_export.set_defaults(command=run_export)
 
     options = parser.parse_args(arguments)

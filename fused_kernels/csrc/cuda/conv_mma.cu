@@ -818,29 +818,10 @@ void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, cons
 Tensor conv_mma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                 std::string precision) {
-  using torch::headeronly::ScalarType;
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
-  const ScalarType dtype = input.scalar_type();
-  for (int axis = 0; axis < 2; ++axis) {
-    const int64_t reach = shape.output[axis] * shape.stride[axis] + shape.kernel[axis] * shape.dilation[axis];
-    STD_TORCH_CHECK(reach < 1 << 30, "input: conv_mma expected a padded height and width below 2^30, got ", reach);
-  }
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "input: conv_mma expected float32, float16 or bfloat16");
-  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == "tf32", "precision: conv_mma expected tf32 for float32, got ",
-                  precision);
-  Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
-  if (output.numel() == 0) return output;
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  if (dtype == ScalarType::Float) {
-    run<float>(shape, input, weight, bias, scale, output);
-  } else if (dtype == ScalarType::Half) {
-    run<torch::headeronly::Half>(shape, input, weight, bias, scale, output);
-  } else {
-    run<torch::headeronly::BFloat16>(shape, input, weight, bias, scale, output);
-  }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  return convolve("conv_mma", input, shape, precision, [&](auto type, Tensor& output) {
+    run<decltype(type)>(shape, input, weight, bias, scale, output);
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("conv_mma", TORCH_BOX(&conv_mma)); }

@@ -10,9 +10,9 @@
 // Warps have roles: two warpgroups multiply, one warp brings the weights, one the input; where that must be converted, six do.
 // How a row reaches shared memory is all that differs between the inputs (Source):
 //   kTiles      16-bit channels_last: the copy engine writes operand A as it must lie
-//   kPlanes     NCHW: the copy engine brings rows of pixels, eight channels at a time; warps transpose them
 //   kPixels     float32 channels_last: the copy engine brings pixels; warps convert them
-//   (anything else in the last two, such as rows that are no multiple of 16 bytes, comes through registers)
+//   kPlanes     NCHW and all else: the copy engine brings rows of pixels of some channels; warps transpose them;
+//               what it cannot bring, such as rows that are no multiple of 16 bytes, they load themselves
 // float32 is computed with float16 operands, as in conv_mma: a power of two for each run of rows keeps the largest values in
 // float16's range; where a row leaves it, a new run begins with another power, and the rows that it shares are read again.
 // Limit: the tensor cores; at full rate, the chip's power.
@@ -84,7 +84,7 @@ struct Plan {
   uint32_t pitch_inverse, rows_inverse;  // 2^32 / pitch and / slot_rows, rounded up
   int image_subtiles, subtile_offset[4];  // unless sliding: of an image; bytes from the slot's begin
   // The weights of an item (a chunk of the channels) come in stages.
-  int stage_taps, stages, weight_slots;
+  int stage_taps, weight_slots;
   bool resident;
   // Input that has to be transposed or converted lands in pieces first; a part is eight channels or eight pixels.
   bool bulk;
@@ -94,7 +94,7 @@ struct Plan {
 };
 
 // Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.
-struct Block {
+struct PixelBlock {
   int staged;         // where they begin in a piece, in elements
   int16_t position;   // the first one's in the slot, in rows of operand A
   int8_t first, end;  // those that the slot has
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
   const int steps_a_tap = plan.chunk / kStepDepth;
   const int stage_bytes = plan.stage_taps * steps_a_tap * C::kStepBytes;
   const int staging_offset = plan.slots * plan.slot_bytes + plan.weight_slots * stage_bytes;
-  Block* const block_table = reinterpret_cast<Block*>(shared + staging_offset + plan.places * plan.piece_bytes);
+  PixelBlock* const block_table = reinterpret_cast<PixelBlock*>(shared + staging_offset + plan.places * plan.piece_bytes);
   __shared__ alignas(8) uint64_t barriers[4 * kMostSlots + 2 * kMostPlaces];
   __shared__ alignas(128) char trash[128];             // for pixels that no slot has
   __shared__ uint32_t largest[kMostSlots][kInputWarps];  // of a slot's values, scaled, as float16
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     const int across = plan.blocks / (plan.tile_images * plan.slot_rows);
     for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
       const int column = i % across * kGroup, row = i / across % plan.slot_rows, image = i / across / plan.slot_rows;
-      Block block;
+      PixelBlock block;
       block.staged = image * plan.parts * kGroup * plan.plane_stride + row * plan.line + column;
       block.position = (image * plan.slot_rows + row) * plan.pitch + column - plan.lead;
       block.first = max(plan.lead - column, 0);
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
                                  cursor.channel() + piece * plan.parts * kGroup, cursor.image() + i, full);
               }
             } else {
-              const Block& block = block_table[piece * plan.parts];
+              const PixelBlock& block = block_table[piece * plan.parts];
               ptx::tensor_copy(target, &map, cursor.channel(), cursor.x() + block.column, cursor.y() + block.row,
                                cursor.image() + block.image, full);
             }
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           const int mine = first + q * 4 + lane / 8;
-          const Block block = block_table[min(mine, plan.blocks - 1)];
+          const PixelBlock block = block_table[min(mine, plan.blocks - 1)];
           const bool valid = mine < plan.blocks && lane % 8 >= block.first && lane % 8 < block.end;
           quads[q].target = valid ? (block.position + lane % 8) * kRowBytes : -1;
           if constexpr (kScaled) {
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
             }
           }
         } else {
-          const Block block = block_table[part];
+          const PixelBlock block = block_table[part];
 #pragma unroll
           for (int i = 0; i < kGroup / 2; ++i) {
             const int pixel = 2 * i + lane / 16;
@@ -858,7 +858,7 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
     }
     p.blocks = p.tile_images * p.slot_rows * across;
     p.places = p.bulk ? std::clamp(kStagingBytes / p.piece_bytes, 2, kMostPlaces) : 0;
-    room -= p.blocks * static_cast<int>(sizeof(Block)) + p.places * p.piece_bytes;
+    room -= p.blocks * static_cast<int>(sizeof(PixelBlock)) + p.places * p.piece_bytes;
   }
   // What the last subtile reads past its slot must be there, too.
   const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
@@ -868,8 +868,7 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
   p.resident = p.blocks_a_split == 1 && all_stages_bytes + least_slots * p.slot_bytes <= room;
   if (p.resident) {
     p.stage_taps = std::max<int>(p.kernel[1], static_cast<int>(ceil_div(taps * p.chunks, kMostSlots)));
-    p.stages = static_cast<int>(ceil_div(taps, p.stage_taps));
-    p.weight_slots = p.stages * p.chunks;
+    p.weight_slots = static_cast<int>(ceil_div(taps, p.stage_taps)) * p.chunks;
     if (p.weight_slots > kMostSlots) return false;
     p.slots = std::min<int>((room - p.weight_slots * p.stage_taps * tap_bytes) / p.slot_bytes, p.sliding ? kMostSlots : 4);
     if (p.slots < least_slots) p.resident = false;
@@ -879,12 +878,11 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
     const int left = room - p.slots * p.slot_bytes;
     p.stage_taps = std::clamp<int>(16384 / tap_bytes, 1, taps);
     while (p.stage_taps > 1 && left / (p.stage_taps * tap_bytes) < 3) --p.stage_taps;
-    p.stages = static_cast<int>(ceil_div(taps, p.stage_taps));
     p.weight_slots = left > 0 ? std::min(left / (p.stage_taps * tap_bytes), 8) : 0;
     if (p.weight_slots < 2) return false;
   }
   shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes + p.places * p.piece_bytes +
-                 p.blocks * static_cast<int>(sizeof(Block));
+                 p.blocks * static_cast<int>(sizeof(PixelBlock));
   shared_bytes = std::max(shared_bytes, p.slots * p.slot_bytes + reach);
   return shared_bytes + kOtherBytes <= device.shared_bytes;
 }
@@ -1017,12 +1015,12 @@ bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Sourc
   } else {
     box[0] = kRowChannels, box[1] = kGroup * plan.parts, box[2] = 1;
   }
-  const auto type = sizeof(T) == 4                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+  const auto type = sizeof(T) == 4                            ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return tensor_map_encoder()(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                  CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                              source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // Whether the copy engine can bring it: the innermost dimension dense, all else multiples of 16 bytes apart.
@@ -1104,31 +1102,12 @@ void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, cons
 Tensor conv_wgmma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                   std::string precision) {
-  using torch::headeronly::ScalarType;
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
-  const ScalarType dtype = input.scalar_type();
-  for (int axis = 0; axis < 2; ++axis) {
-    const int64_t reach = shape.output[axis] + shape.kernel[axis] * shape.dilation[axis];
-    STD_TORCH_CHECK(reach < 1 << 30, "input: conv_wgmma expected a padded height and width below 2^30, got ", reach);
-    STD_TORCH_CHECK(shape.stride[axis] == 1, "stride: conv_wgmma expected 1, got ", shape.stride[axis]);
-  }
+  for (int64_t s : shape.stride) STD_TORCH_CHECK(s == 1, "stride: conv_wgmma expected 1, got ", s);
   STD_TORCH_CHECK(groups == 1, "groups: conv_wgmma expected 1, got ", groups);
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "input: conv_wgmma expected float32, float16 or bfloat16");
-  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == "tf32", "precision: conv_wgmma expected tf32 for float32, got ",
-                  precision);
-  Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
-  if (output.numel() == 0) return output;
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  if (dtype == ScalarType::Float) {
-    run<float>(shape, input, weight, bias, scale, output);
-  } else if (dtype == ScalarType::Half) {
-    run<torch::headeronly::Half>(shape, input, weight, bias, scale, output);
-  } else {
-    run<torch::headeronly::BFloat16>(shape, input, weight, bias, scale, output);
-  }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  return convolve("conv_wgmma", input, shape, precision, [&](auto type, Tensor& output) {
+    run<decltype(type)>(shape, input, weight, bias, scale, output);
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("conv_wgmma", TORCH_BOX(&conv_wgmma)); }

@@ -8,6 +8,7 @@
 #include "ptx/mma.cuh"
 
 #include <cmath>
+#include <string>
 
 namespace fused_kernels {
 
@@ -206,6 +207,33 @@ void pack_weights(const WeightOrder& order, const ConvShape& shape, int block_n,
                static_cast<const T*>(weight.data_ptr()), Strides4(shape.weight_strides), rows_are_dense(shape),
                bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, bias ? bias->stride(0) : 0, shape.out_channels,
                block_n / kPackColumns, scale.sign, workspace.packed, workspace.constants, order);
+}
+
+// What the rungs' operators do around their kernels: checks, the result's memory, the device, and run(T(), output).
+template <typename Run>
+Tensor convolve(const char* rung, const Tensor& input, const ConvShape& shape, const std::string& precision, const Run& run) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = input.scalar_type();
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t reach = shape.output[axis] * shape.stride[axis] + shape.kernel[axis] * shape.dilation[axis];
+    STD_TORCH_CHECK(reach < 1 << 30, "input: ", rung, " expected a padded height and width below 2^30, got ", reach);
+  }
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "input: ", rung,
+                  " expected float32, float16 or bfloat16");
+  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == "tf32", "precision: ", rung, " expected tf32 for float32, got ",
+                  precision);
+  Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
+  if (output.numel() == 0) return output;
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  if (dtype == ScalarType::Float) {
+    run(float(), output);
+  } else if (dtype == ScalarType::Half) {
+    run(torch::headeronly::Half(), output);
+  } else {
+    run(torch::headeronly::BFloat16(), output);
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
 }
 
 }  // namespace fused_kernels
