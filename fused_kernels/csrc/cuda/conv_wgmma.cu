@@ -449,9 +449,10 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
         most = 0;
       };
 
+      // With the largest of exponents, what is zero in float16 is zero.
       const auto fits = [&](float most) {
         const float scaled = most * power_of_two(exponent);
-        return most == 0.0f || (scaled >= kSmallMaximum && scaled <= kLargestF16);
+        return (scaled >= kSmallMaximum || exponent == kLargestExponent) && scaled <= kLargestF16;
       };
       int unpublished = 0;          // slots before halo_ring's
       float largest_summed = 0.0f;  // of the chunks before this one

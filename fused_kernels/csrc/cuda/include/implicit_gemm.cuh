@@ -25,9 +25,10 @@ using Operand = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // The exponent that brings x into [2^13, 2^14): a factor of four below float16's end. A power of two that float32 has.
+constexpr int kLargestExponent = 126;
 __device__ __forceinline__ int exponent_for(float x) {
   const int exponent = x >= 1.17549435e-38f ? (__float_as_int(x) >> 23) - 127 : -127;
-  return min(13 - exponent, 126);
+  return min(13 - exponent, kLargestExponent);
 }
 
 constexpr float kLargestF16 = 65504.0f;
