@@ -7,7 +7,7 @@
 //   result      64 pixels x BLOCK_N channels of sums a warpgroup; bias, scale and min happen in those registers
 // Blocks are persistent. Where all channels fit in a row, a block walks down a strip of the image 64 pixels wide, and its input
 // is a ring of image rows: each is brought once and serves all filter rows. Else a tile's halo is brought for each 64 channels.
-// Warps have roles: two warpgroups multiply, one warp brings the weights, one the input; where that must be converted, eight do.
+// Warps have roles: two warpgroups multiply, one warp brings the weights, one the input; where that must be converted, six do.
 // How a row reaches shared memory is all that differs between the inputs (Source):
 //   kTiles      16-bit channels_last: the copy engine writes operand A as it must lie
 //   kPixels     float32 channels_last: the copy engine brings pixels; warps convert them
@@ -34,19 +34,17 @@ constexpr int kSubtile = 64;                           // M of one instruction
 constexpr int kRowChannels = 64, kRowBytes = 128;      // of operand A
 constexpr int kGroup = 8;                              // channels in 16 bytes of operand A, pixels in a block
 constexpr int kWarpgroups = 2, kMathThreads = kWarpgroups * 128;  // that multiply
-constexpr int kInputWarps = 8, kInputThreads = kInputWarps * kWarpSize;
-constexpr int kMostSlots = 16;                              // of a ring
-constexpr int kStagingBytes = 20 * 1024, kMostPlaces = 16;  // for pieces of input
+constexpr int kInputWarps = 6, kInputThreads = kInputWarps * kWarpSize;
+constexpr int kMostSlots = 16;                         // of a ring
+constexpr int kStagingBytes = 27 * 1024, kMostPlaces = 32;  // for pieces of input
 
 enum class Source { kTiles, kPlanes, kPixels };
 
-// Who does what, and in how many registers. The last two warps give orders to the copy engine; warps beside them idle, since
-// registers move between groups of four warps.
+// Who does what, and in how many registers. The last two warps give orders to the copy engine.
 template <Source S>
 struct Roles {
-  static constexpr int kThreads = kMathThreads + (S == Source::kTiles ? 128 : 384);
-  static constexpr int kMathRegisters = S == Source::kTiles ? 216 : 176, kInputRegisters = 48;
-  static constexpr int kOrderRegisters = S == Source::kTiles ? 72 : 32;
+  static constexpr int kThreads = kMathThreads + (S == Source::kTiles ? 128 : 256);
+  static constexpr int kMathRegisters = S == Source::kTiles ? 216 : 176, kOtherRegisters = S == Source::kTiles ? 72 : 80;
   static constexpr int kWeightWarp = kThreads / kWarpSize - 1, kCopyWarp = kWeightWarp - 1;
 };
 
@@ -98,6 +96,7 @@ struct Plan {
 
 // Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.
 struct PixelBlock {
+  int staged;         // where they begin in a piece, in elements
   int16_t position;   // the first one's in the slot, in rows of operand A
   int8_t first, end;  // those that the slot has
   int16_t image, row, column;
@@ -242,6 +241,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
       const int column = i % across * kGroup, row = i / across % plan.slot_rows, image = i / across / plan.slot_rows;
       PixelBlock block;
+      block.staged = image * plan.parts * kGroup * plan.plane_stride + row * plan.line + column;
       block.position = (image * plan.slot_rows + row) * plan.pitch + column - plan.lead;
       block.first = max(plan.lead - column, 0);
       block.end = min(plan.lead + plan.pitch - column, kGroup);
@@ -257,65 +257,63 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
   const int taps = plan.kernel[0] * plan.kernel[1];
 
   if (warp >= kMathThreads / kWarpSize) {
+    ptx::fewer_registers<Roles<S>::kOtherRegisters>();
     const int thread = threadIdx.x - kMathThreads;
-    if (S == Source::kTiles || warp >= (kMathThreads + kInputThreads) / kWarpSize) {
-      ptx::fewer_registers<Roles<S>::kOrderRegisters>();
+
+    if (warp == Roles<S>::kWeightWarp) {
+      // The weights' warp.
       if (threadIdx.x % kWarpSize > 0) return;
-
-      if (warp == Roles<S>::kWeightWarp) {
-        // The weights' warp.
-        ptx::wait_for_previous_grid();
-        const int64_t item_bytes = static_cast<int64_t>(taps) * steps_a_tap * C::kStepBytes;
-        const char* const first = weights + first_n * plan.chunks * item_bytes;
-        for (Tile tile(plan); tile.exists(); tile.advance()) {
-          const char* source = first;
-          for (int item = 0; item < (end_n - first_n) * plan.chunks; ++item) {
-            for (int left = taps; left > 0; left -= plan.stage_taps) {
-              const int bytes = min(left, plan.stage_taps) * steps_a_tap * C::kStepBytes;
-              weight_ring.wait_empty();
-              ptx::mbarrier_arrive_expect_bytes(weight_ring.full(), bytes);
-              ptx::bulk_copy(stages + weight_ring.slot * stage_bytes, source, bytes, weight_ring.full());
-              weight_ring.advance();
-              source += bytes;
-            }
+      ptx::wait_for_previous_grid();
+      const int64_t item_bytes = static_cast<int64_t>(taps) * steps_a_tap * C::kStepBytes;
+      const char* const first = weights + first_n * plan.chunks * item_bytes;
+      for (Tile tile(plan); tile.exists(); tile.advance()) {
+        const char* source = first;
+        for (int item = 0; item < (end_n - first_n) * plan.chunks; ++item) {
+          for (int left = taps; left > 0; left -= plan.stage_taps) {
+            const int bytes = min(left, plan.stage_taps) * steps_a_tap * C::kStepBytes;
+            weight_ring.wait_empty();
+            ptx::mbarrier_arrive_expect_bytes(weight_ring.full(), bytes);
+            ptx::bulk_copy(stages + weight_ring.slot * stage_bytes, source, bytes, weight_ring.full());
+            weight_ring.advance();
+            source += bytes;
           }
-          if (plan.resident) break;
         }
-        return;
+        if (plan.resident) break;
       }
+      return;
+    }
 
-      if (warp == Roles<S>::kCopyWarp) {
-        // The input's: slot after slot, or piece after piece.
-        if (S != Source::kTiles && !plan.bulk) return;
-        ptx::prefetch_tensor_map(&map);
-        for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
-          if constexpr (S == Source::kTiles) {
-            const int image_bytes = plan.slot_rows * plan.pitch * kRowBytes;
-            halo_ring.wait_empty();
-            ptx::mbarrier_arrive_expect_bytes(halo_ring.full(), plan.tile_images * image_bytes);
-            for (int i = 0; i < plan.tile_images; ++i) {
-              ptx::tensor_copy(halos + halo_ring.slot * plan.slot_bytes + i * image_bytes, &map, cursor.channel(), cursor.x(),
-                               cursor.y(), cursor.image() + i, halo_ring.full());
-            }
-            halo_ring.advance();
-          } else {
-            for (int piece = 0; piece < plan.pieces; ++piece) {
-              const uint32_t target = halos + staging_offset + staging_ring.slot * plan.piece_bytes, full = staging_ring.full();
-              staging_ring.wait_empty();
-              ptx::mbarrier_arrive_expect_bytes(full, plan.piece_bytes);
-              if constexpr (S == Source::kPlanes) {
-                const int image_bytes = plan.piece_bytes / plan.tile_images;
-                for (int i = 0; i < plan.tile_images; ++i) {
-                  ptx::tensor_copy(target + i * image_bytes, &map, cursor.x() - plan.lead, cursor.y(),
-                                   cursor.channel() + piece * plan.parts * kGroup, cursor.image() + i, full);
-                }
-              } else {
-                const PixelBlock& block = block_table[piece * plan.parts];
-                ptx::tensor_copy(target, &map, cursor.channel(), cursor.x() + block.column, cursor.y() + block.row,
-                                 cursor.image() + block.image, full);
+    if (warp == Roles<S>::kCopyWarp) {
+      // The input's: slot after slot, or piece after piece.
+      if (threadIdx.x % kWarpSize > 0 || (S != Source::kTiles && !plan.bulk)) return;
+      ptx::prefetch_tensor_map(&map);
+      for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
+        if constexpr (S == Source::kTiles) {
+          const int image_bytes = plan.slot_rows * plan.pitch * kRowBytes;
+          halo_ring.wait_empty();
+          ptx::mbarrier_arrive_expect_bytes(halo_ring.full(), plan.tile_images * image_bytes);
+          for (int i = 0; i < plan.tile_images; ++i) {
+            ptx::tensor_copy(halos + halo_ring.slot * plan.slot_bytes + i * image_bytes, &map, cursor.channel(), cursor.x(),
+                             cursor.y(), cursor.image() + i, halo_ring.full());
+          }
+          halo_ring.advance();
+        } else {
+          for (int piece = 0; piece < plan.pieces; ++piece) {
+            const uint32_t target = halos + staging_offset + staging_ring.slot * plan.piece_bytes, full = staging_ring.full();
+            staging_ring.wait_empty();
+            ptx::mbarrier_arrive_expect_bytes(full, plan.piece_bytes);
+            if constexpr (S == Source::kPlanes) {
+              const int image_bytes = plan.piece_bytes / plan.tile_images;
+              for (int i = 0; i < plan.tile_images; ++i) {
+                ptx::tensor_copy(target + i * image_bytes, &map, cursor.x() - plan.lead, cursor.y(),
+                                 cursor.channel() + piece * plan.parts * kGroup, cursor.image() + i, full);
               }
-              staging_ring.advance();
+            } else {
+              const PixelBlock& block = block_table[piece * plan.parts];
+              ptx::tensor_copy(target, &map, cursor.channel(), cursor.x() + block.column, cursor.y() + block.row,
+                               cursor.image() + block.image, full);
             }
+            staging_ring.advance();
           }
         }
       }
@@ -323,12 +321,11 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     }
 
     if constexpr (S != Source::kTiles) {
-      ptx::fewer_registers<Roles<S>::kInputRegisters>();
       // The input's warps take pieces in turn, convert or transpose them, and store operand A.
       // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may
       // hold what was there before.
       __threadfence();
-      const int lane = thread % kWarpSize, my_warp = warp - kMathThreads / kWarpSize;
+      const int lane = thread % kWarpSize, my_warp = thread / kWarpSize;
       int exponent = kScaled ? kFirstExponent : 0;
       uint32_t most = 0;  // of two float16
       const auto pack = [&](float low, float high) {
@@ -338,54 +335,58 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
         return packed;
       };
 
-      // Four blocks are a quad, which one instruction stores; so many quads at once hide shared memory's latency. Where there are no
-      // more, this lane's rows in the slot stay in registers; -1 is none.
+      // Four blocks are a quad, which one instruction stores; so many quads at once hide shared memory's latency. Where a piece
+      // has no more, what the table says of them stays in registers.
       constexpr int kQuads = 3;
-      int targets[kQuads];
-      const auto look_up = [&](int first, int end) {
+      struct {
+        int staged[4];  // where the quad's blocks begin, or of 16-bit pixels, this lane's row of them in the first
+        int target;     // this lane's row in the slot, or -1
+      } quads[kQuads];
+      const auto look_up = [&](int first) {
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           const int mine = first + q * 4 + lane / 8;
           const PixelBlock block = block_table[min(mine, plan.blocks - 1)];
-          const bool valid = mine < end && lane % 8 >= block.first && lane % 8 < block.end;
-          targets[q] = valid ? (block.position + lane % 8) * kRowBytes : -1;
+          const bool valid = mine < plan.blocks && lane % 8 >= block.first && lane % 8 < block.end;
+          quads[q].target = valid ? (block.position + lane % 8) * kRowBytes : -1;
+          if constexpr (kScaled) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int staged = block_table[min(first + q * 4 + j, plan.blocks - 1)].staged;
+              quads[q].staged[j] = (staged + lane / 4 * plan.plane_stride + lane % 4 * 2) * 4;
+            }
+          } else {
+            quads[q].staged[0] = (block.staged + lane % 8 * plan.plane_stride) * 2;
+          }
         }
       };
-      if (S == Source::kPlanes && plan.bulk) look_up(0, plan.blocks);
+      if (S == Source::kPlanes && plan.bulk) look_up(0);
 
       // A share of a part from where it was laid into its slot.
       const auto convert = [&](int source, uint32_t slot, int part, int share) {
         if constexpr (S == Source::kPlanes) {
-          // This lane's: of a block of float32 two pixels of a channel, of 16 bits a channel's row.
-          source += kScaled ? (lane / 4 * plan.plane_stride + lane % 4 * 2) * 4 : lane % 8 * plan.plane_stride * 2;
-          const int blocks = plan.blocks / plan.tile_images;
 #pragma unroll 1
-          for (int image = 0; image < plan.tile_images; ++image) {
-#pragma unroll 1
-            for (int i = share * (kQuads * 4); i < blocks; i += plan.shares * (kQuads * 4)) {
-              if (plan.blocks > kQuads * 4) look_up(image * blocks + i, image * blocks + blocks);
-              uint32_t matrices[kQuads][4];
+          for (int i = share * (kQuads * 4); i < plan.blocks; i += plan.shares * (kQuads * 4)) {
+            if (plan.blocks > kQuads * 4) look_up(i);
+            uint32_t matrices[kQuads][4];
 #pragma unroll
-              for (int q = 0; q < kQuads; ++q) {
-                if constexpr (kScaled) {
-                  float2 two[4];
+            for (int q = 0; q < kQuads; ++q) {
+              if constexpr (kScaled) {
+                // Of a channel two pixels, in each of four blocks.
+                float2 two[4];
 #pragma unroll
-                  for (int j = 0; j < 4; ++j) {
-                    two[j] = *reinterpret_cast<const float2*>(shared + source + min(i + q * 4 + j, blocks - 1) * (kGroup * 4));
-                  }
+                for (int j = 0; j < 4; ++j) two[j] = *reinterpret_cast<const float2*>(shared + source + quads[q].staged[j]);
 #pragma unroll
-                  for (int j = 0; j < 4; ++j) matrices[q][j] = pack(two[j].x, two[j].y);
-                } else {
-                  ptx::ldmatrix_x4(matrices[q], halos + source + min(i + q * 4 + lane / 8, blocks - 1) * (kGroup * 2));
-                }
-              }
-#pragma unroll
-              for (int q = 0; q < kQuads; ++q) {
-                const uint32_t row = swizzled(slot + targets[q], part);
-                ptx::stmatrix_x4_transposed(targets[q] < 0 ? ptx::shared_address(trash) : row, matrices[q]);
+                for (int j = 0; j < 4; ++j) matrices[q][j] = pack(two[j].x, two[j].y);
+              } else {
+                ptx::ldmatrix_x4(matrices[q], halos + source + quads[q].staged[0]);
               }
             }
-            source += plan.piece_bytes / plan.tile_images;
+#pragma unroll
+            for (int q = 0; q < kQuads; ++q) {
+              const uint32_t row = swizzled(slot + quads[q].target, part);
+              ptx::stmatrix_x4_transposed(quads[q].target < 0 ? ptx::shared_address(trash) : row, matrices[q]);
+            }
           }
         } else {
           const PixelBlock block = block_table[part];
@@ -459,20 +460,18 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
       // NOTE: a ring's phase is known by its parity alone. A warp has its shares at the same places each time round (places x
       // units is a multiple of the warps), and so sees every phase of those; else it could take the phase after the next for this.
       const int units_of_piece = plan.parts * plan.shares, units_of_slot = plan.pieces * units_of_piece;
-      const int pieces_on = kInputWarps / units_of_piece, units_on = kInputWarps % units_of_piece;
-      Ring place = staging_ring + my_warp / units_of_piece;
-      int unit_of_slot = my_warp, unit_of_piece = my_warp % units_of_piece;
+      Ring place = staging_ring;
+      int unit_of_slot = my_warp, unit_of_piece = my_warp;
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
         halo_ring.wait_empty();
         if (plan.bulk) {
           for (; unit_of_slot < units_of_slot; unit_of_slot += kInputWarps) {
+            for (; unit_of_piece >= units_of_piece; unit_of_piece -= units_of_piece) place.advance();
             place.wait_full();
             const int source = staging_offset + place.slot * plan.piece_bytes + unit_of_piece / plan.shares * plan.part_bytes;
             convert(source, slot_address(halo_ring), unit_of_slot / plan.shares, unit_of_piece % plan.shares);
             place.release();
-            unit_of_piece += units_on;
-            place = place + (pieces_on + (unit_of_piece >= units_of_piece));
-            if (unit_of_piece >= units_of_piece) unit_of_piece -= units_of_piece;
+            unit_of_piece += kInputWarps;
           }
           unit_of_slot -= units_of_slot;
         } else {
@@ -616,16 +615,19 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
         smallest = min_nan(smallest, __shfl_xor_sync(0xffffffffu, smallest, 2));
         if (!plan.scale_first) smallest *= plan.factor;
         const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
-        int image = 0, row = subtile, column = m;  // in the tile
+        int image = done.image, row = done.row, column = done.column;
         bool inside = thread % 4 == 0;
-        if (!plan.sliding) {
-          const int in_image = subtile % plan.image_subtiles * kSubtile + m;
-          image = subtile / plan.image_subtiles;
-          row = divide(in_image, plan.pitch_inverse);
-          column = in_image - row * plan.pitch;
-          inside &= subtile < plan.tile_images * plan.image_subtiles && row < plan.tile_rows && column < plan.tile_columns;
+        if (plan.sliding) {
+          row += subtile;
+          column += m;
+        } else {
+          const int in_image = subtile % plan.image_subtiles * kSubtile + m, line = divide(in_image, plan.pitch_inverse);
+          const int in_line = in_image - line * plan.pitch;
+          image += subtile / plan.image_subtiles;
+          row += line;
+          column += in_line;
+          inside &= subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
         }
-        image += done.image, row += done.row, column += done.column;
         if (inside && image < plan.images && row < plan.output[0] && column < plan.output[1]) {
           const int64_t pixel = (static_cast<int64_t>(image) * plan.output[0] + row) * plan.output[1] + column;
           if (plan.splits == 1) {
@@ -848,12 +850,12 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
       p.plane_stride = p.slot_rows * p.line;
       p.part_bytes = kGroup * p.plane_stride * element_size;
       p.parts = groups;
-      while (p.parts > 1 && (groups % p.parts != 0 || p.parts * p.tile_images * p.part_bytes > kStagingBytes / 4)) --p.parts;
+      while (p.parts > 1 && (groups % p.parts != 0 || p.parts * p.tile_images * p.part_bytes > kStagingBytes / 6)) --p.parts;
       p.pieces = groups / p.parts;
       p.piece_bytes = p.parts * p.tile_images * p.part_bytes;
       if (p.line > 256 || p.slot_rows > 256) p.bulk = false;
     } else {
-      p.parts = std::min(across, 2);
+      p.parts = std::min(across, 3);
       across = static_cast<int>(ceil_div(across, p.parts)) * p.parts;
       p.part_bytes = kGroup * kRowChannels * 4;
       p.piece_bytes = p.parts * p.part_bytes;
@@ -862,11 +864,10 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
     p.blocks = p.tile_images * p.slot_rows * across;
     if (p.bulk) {
       const int most = std::clamp(kStagingBytes / p.piece_bytes, 2, kMostPlaces);
-      for (p.shares = 1; p.places == 0; p.shares *= 2) {
-        for (int places = most; places >= std::max(most / 2, 2) && p.places == 0; --places) {
-          if (places * p.parts * p.shares % kInputWarps == 0) p.places = places;
-        }
-        if (p.places > 0) break;
+      for (p.shares = 1; p.places == 0; ++p.shares) {
+        for (p.places = most; p.places >= 2 && p.places * p.parts * p.shares % kInputWarps != 0;) --p.places;
+        if (p.places * 2 > most) break;
+        p.places = 0;
       }
     }
     room -= p.blocks * static_cast<int>(sizeof(PixelBlock)) + p.places * p.piece_bytes;
