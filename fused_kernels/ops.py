@@ -137,7 +137,7 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
 
 # What runs where it can.
 _SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
-_CONV2D_SCALE_MIN = {"cpu": ("conv2d_scale_min",), "cuda": ("conv_mma", "conv_direct")}
+_CONV2D_SCALE_MIN = {"cpu": ("conv2d_scale_min",), "cuda": ("conv_wgmma", "conv_mma", "conv_direct")}
 
 
 class Decision(NamedTuple):
@@ -235,7 +235,7 @@ def _choose_cpu(input, weight, geometry):
 
 def _choose_cuda(input, weight, geometry, precision):
     """Choose by what was measured on an H200, the fused kernels against each other and the composite, on 30 shapes."""
-    mma, direct = _CONV2D_SCALE_MIN["cuda"]
+    wgmma, mma, direct = _CONV2D_SCALE_MIN["cuda"]
     if input.dtype == torch.float64:
         return "composite", "no fused kernel takes float64"
     if max(*input.shape, *geometry.stride, *geometry.padding, *geometry.dilation) >= 2**28:
@@ -264,8 +264,18 @@ def _choose_cuda(input, weight, geometry, precision):
         return "composite", f"{mma} is slower on a 1 x 1 kernel that makes no more channels than it gets"
     if products < 2**8:
         return "composite", f"{mma} is slower where an output has products so few"
-    # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
     is_channels_last = input.stride(1) == 1
+    # Fewer channels leave rows of its operands empty, and fewer pixels much of the chip. It reads 16-bit channels_last as they
+    # lie; what it must convert pays from some filter taps on. A long reach does not fit in shared memory.
+    copies = is_channels_last and not is_float32
+    fills = (min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)) and pixels >= 2**12
+    fits = max(d * (k - 1) for d, k in zip(geometry.dilation, (kernel_h, kernel_w), strict=True)) <= 12
+    takes = geometry.stride == (1, 1) and geometry.groups == 1 and _is_hopper(input.device.index)
+    if fills and fits and takes and (taps > 1 or copies):
+        if copies and products >= 2**18:
+            return "composite", f"{wgmma} is slower than the library where an output has products so many"
+        return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"
+    # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
     # With wgmma it multiplies faster than mma.sync can, unless its tiles stay empty or it has much to write.
     hampered = geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels
     hampered |= not _library_has_wgmma(input.device.index)
@@ -285,8 +295,13 @@ def _library_has_wgmma(device_index):
     return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
 
 
-# A constant of the device, which the compiler need not trace.
+def _is_hopper(device_index):
+    return torch.cuda.get_device_capability(device_index) == (9, 0)
+
+
+# Constants of the device, which the compiler need not trace.
 _library_has_wgmma._dynamo_marked_constant = True
+_is_hopper._dynamo_marked_constant = True
 
 
 def _why_unavailable(name, device_index):

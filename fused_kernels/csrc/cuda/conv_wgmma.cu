@@ -128,14 +128,6 @@ struct Tile {
     column = 0;
     ++image;
   }
-  // To where it was.
-  __device__ __forceinline__ void go_back() {
-    if (--row >= 0) return;
-    row = plan.tiles_down - 1;
-    if (--column >= 0) return;
-    column = plan.tiles_across - 1;
-    --image;
-  }
   // Slots that this tile shares with the one before it.
   __device__ __forceinline__ int kept() const { return begins ? 0 : plan.kept; }
 };
@@ -579,22 +571,35 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     }
   };
 
-  Tile tile(plan);
+  // Where all output channels have the same power of two, as they mostly do, it joins the input's: one multiplication less.
+  float common_factor = 0.0f;
+  if constexpr (kScaled && C::OVERLAPS) {
+    const float* const factors = reinterpret_cast<const float*>(constants + first_n * C::BLOCK_N) + C::BLOCK_N;
+    bool same = true;
+    for (int column = thread % kWarpSize; column < C::BLOCK_N; column += kWarpSize) same &= factors[column] == factors[0];
+    if (__all_sync(0xffffffffu, same)) common_factor = factors[0];
+  }
+
   float low[C::SUBTILES][2];
-  // The epilogue: bias, scale and min where the sums are. Where it overlaps, they are those of the tile before.
-  const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2], int block_n, int exponent) {
-    if (C::OVERLAPS || block_n == first_n) {
+  // What the sums of a tile need besides, when they are complete.
+  struct Done {
+    int block_n, exponent, image, row, column;
+  };
+  // The epilogue: bias, scale and min where the sums are.
+  const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2], const Done& done) {
+    if (C::OVERLAPS || done.block_n == first_n) {
 #pragma unroll
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
     }
     const float4* const biases =
-        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(block_n) * C::BLOCK_N) + thread % 4;
+        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N) + thread % 4;
     const float4* const factors = biases + C::BLOCK_N / 4;
-    const float back = power_of_two(-exponent);
-    const auto take = [&](auto scale_first) {
+    const float back = power_of_two(-done.exponent);
+    const float joined = common_factor * back;
+    const auto take = [&](auto scale_first, auto joins) {
 #pragma unroll
       for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
-        const float4 bias4 = biases[pair * 4], factor4 = kScaled ? factors[pair * 4] : bias4;
+        const float4 bias4 = biases[pair * 4], factor4 = kScaled && !decltype(joins)::value ? factors[pair * 4] : bias4;
         const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w}, factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
 #pragma unroll
         for (int i = 0; i < C::SUBTILES; ++i) {
@@ -602,20 +607,25 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
           for (int k = 0; k < 8; ++k) {
             const float sum = sums[i][pair * 8 + k];
             const int column = k / 4 * 2 + k % 2;
-            // The powers of two one by one: together they may leave float32's range.
-            float value = kScaled ? fmaf(sum * back, factor[column], bias[column]) : sum + bias[column];
+            float value = sum + bias[column];
+            // The powers of two one by one where together they may leave float32's range.
+            if (kScaled) value = decltype(joins)::value ? fmaf(sum, joined, bias[column]) : fmaf(sum * back, factor[column], bias[column]);
             if (decltype(scale_first)::value) value *= plan.factor;
             low[i][k / 2 % 2] = min_nan(low[i][k / 2 % 2], value);
           }
         }
       }
     };
-    // A scale that makes NaN of some channels multiplies each by itself.
-    !C::OVERLAPS && plan.scale_first ? take(std::true_type()) : take(std::false_type());
-    if (!C::OVERLAPS && block_n + 1 < end_n) return;
+    if (kScaled && C::OVERLAPS && fabsf(joined) >= kSmallestNormal && fabsf(joined) < kInfinity<float>) {
+      take(std::false_type(), std::true_type());
+    } else if (!C::OVERLAPS && plan.scale_first) {
+      // A scale that makes NaN of some channels multiplies each by itself.
+      take(std::true_type(), std::false_type());
+    } else {
+      take(std::false_type(), std::false_type());
+    }
+    if (!C::OVERLAPS && done.block_n + 1 < end_n) return;
 
-    Tile done = tile;
-    if (C::OVERLAPS) done.go_back();
     // Four lanes share a pixel.
 #pragma unroll
     for (int i = 0; i < C::SUBTILES; ++i) {
@@ -625,7 +635,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
         smallest = min_nan(smallest, __shfl_xor_sync(0xffffffffu, smallest, 2));
         if (!plan.scale_first) smallest *= plan.factor;
         const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
-        int image = done.image * plan.tile_images, row = done.row * plan.tile_rows, column = done.column * plan.tile_columns;
+        int image = done.image, row = done.row, column = done.column;
         bool inside = thread % 4 == 0;
         if (plan.sliding) {
           row += subtile;
@@ -776,6 +786,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     return exponent;
   };
 
+  Tile tile(plan);
   while (tile.exists()) {
     // A run of tiles: a strip's, each of which keeps rows of the one before; or any, with halos of their own.
     // NOTE: the shuffles tell the compiler that all lanes go the same way; else it makes all that follows ready for divergence.
@@ -799,6 +810,11 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
         }
       }
     };
+    const auto place = [&](int block_n, int exponent) {
+      const Done done{block_n, exponent, tile.image * plan.tile_images, tile.row * plan.tile_rows, tile.column * plan.tile_columns};
+      return done;
+    };
+
     float sums[C::SUBTILES][C::BLOCK_N / 2];
     if constexpr (!C::OVERLAPS) {
 #pragma unroll 1
@@ -808,32 +824,35 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
         for (int block_n = first_n; block_n < end_n; ++block_n) {
           const int exponent = multiply(sums, block_n + 1 == end_n, [] {});
           ptx::wgmma_wait<0>();
-          finish(sums, block_n, exponent);
+          finish(sums, place(block_n, exponent));
         }
         tile.advance();
       }
     } else {
       // Two sets of sums: the epilogue of one tile runs while the tensor cores work on the next.
       float others[C::SUBTILES][C::BLOCK_N / 2];
-      int exponent = multiply(sums, true, [] {}), others_exponent = 0;
+      int exponent = multiply(sums, true, [] {});
+      Done done = place(first_n, exponent);
 #pragma unroll 1
       for (int t = 1;; t += 2) {
         tile.advance();
         if (t == run) {
           ptx::wgmma_wait<0>();
-          finish(sums, first_n, exponent);
+          finish(sums, done);
           break;
         }
         begin_tile(t);
-        others_exponent = multiply(others, true, [&] { finish(sums, first_n, exponent); });
+        exponent = multiply(others, true, [&] { finish(sums, done); });
+        done = place(first_n, exponent);
         tile.advance();
         if (t + 1 == run) {
           ptx::wgmma_wait<0>();
-          finish(others, first_n, others_exponent);
+          finish(others, done);
           break;
         }
         begin_tile(t + 1);
-        exponent = multiply(sums, true, [&] { finish(others, first_n, others_exponent); });
+        exponent = multiply(sums, true, [&] { finish(others, done); });
+        done = place(first_n, exponent);
       }
     }
     if (plan.sliding) {
@@ -973,13 +992,17 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
       if (!lay_out<C>(p, source, element_size, device, shared_bytes)) continue;
       if (source == Source::kTiles && !p.bulk) continue;
       if (C::OVERLAPS && (!p.resident || p.stage_taps % C::kRowTaps != 0)) continue;
-      const int64_t steps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.chunk / kStepDepth * p.blocks_a_split;
-      const int64_t arithmetic = steps * C::kSubtiles * (C::BLOCK_N == 128 ? 68 : 40);
-      const int64_t stream = p.resident ? 0 : steps * C::kStepBytes / 24;
+      // Cycles, from times on an H200: of the tensor cores, or of the warp that gives them a tap's work; of the weights' way from
+      // L2; of the input's. They overlap, but not for nothing.
+      const int64_t taps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.blocks_a_split;
+      const int64_t steps_a_tap = p.chunk / kStepDepth;
+      const int64_t arithmetic = taps * std::max<int64_t>(steps_a_tap * C::kSubtiles * (C::BLOCK_N == 128 ? 68 : 40), 250);
+      const int64_t stream = p.resident ? 0 : taps * steps_a_tap * C::kStepBytes / 24;
       const int64_t loads = p.chunks == 1 ? 1 : p.blocks_a_split;
       const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
-      const int64_t input_cycles = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
-      const int64_t tile_cost = std::max({arithmetic, stream, input_cycles}) + p.blocks_a_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
+      const int64_t loading = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
+      const int64_t epilogues = p.blocks_a_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
+      const int64_t tile_cost = std::max({arithmetic, stream, loading}) + (arithmetic + stream + loading) / 8 + epilogues;
       const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
       const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
       const int64_t cost = ceil_div(tiles, blocks) * tile_cost + start;
