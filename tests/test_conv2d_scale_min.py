@@ -436,7 +436,7 @@ def test_transforms_differentiate_by_the_bias(device, transform):
 SHAPES = {
     "the reference's": ((64, 64, 256, 256), 128, 3, {}, [("wgmma",) * 2, ("direct",) * 2, ("wgmma",) * 2]),
     "large kernel": ((8, 32, 512, 512), 256, 5, {}, [("wgmma",) * 2, ("direct",) * 2, ("wgmma",) * 2]),
-    "images of 14 x 14": ((64, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, ("composite",) * 2, ("wgmma", "composite")]),
+    "14 x 14": ((64, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, ("composite",) * 2, ("wgmma", "composite")]),
     "few channels": ((16, 32, 112, 112), 32, 3, {}, [("mma",) * 2, ("direct",) * 2, ("mma", "composite")]),
     "few products": ((128, 3, 32, 32), 16, 3, {}, [("direct",) * 2, ("direct",) * 2, ("mma",) * 2]),
     "stem": ((32, 3, 224, 224), 64, 7, {"stride": 2, "padding": 3}, [("mma",) * 2, ("direct",) * 2, ("mma",) * 2]),

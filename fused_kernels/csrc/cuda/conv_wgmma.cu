@@ -558,7 +558,8 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
   const int warpgroup = warp / 4, thread = threadIdx.x % 128;
   const int window = plan.kept + plan.fresh;
   int oldest = 0;        // slot that this warpgroup has not released
-  int released = 0;      // of the window's slots; below zero: so many before it are not
+  int to_release = 0;    // as soon as the sums under way are complete
+  int released = 0;      // of a strip's window
   int stages_begun = 0;  // unless the weights are resident
   // NOTE: a slot may be released unread once a later one was seen full: it was filled before.
   const auto release = [&](int slots) {
@@ -668,10 +669,14 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     // Once a filter row's first multiplications are under way, all before them are done.
     const auto begin_filter_row = [&](int dy) {
       ptx::wgmma_wait<1>();
-      // This tile's rows from here on, and the next one's, are still needed.
-      const int unneeded = plan.sliding ? min(warpgroup * C::SUBTILES + dy * plan.dilation[0], plan.fresh) : 0;
-      release(unneeded - released);
-      released = max(unneeded, released);
+      if (plan.sliding) {
+        // This tile's rows from here on, and the next one's, are still needed.
+        const int unneeded = min(warpgroup * C::SUBTILES + dy * plan.dilation[0], plan.fresh);
+        to_release += max(unneeded - released, 0);
+        released = max(unneeded, released);
+      }
+      release(to_release);
+      to_release = 0;
     };
     int add = 0, exponent = 0;
     if (plan.resident) weight_ring.slot = weight_ring.phase = 0;  // their first phase is over for good
@@ -780,7 +785,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
       if constexpr (kScaled) exponent = uniform(exponents[halo_ring.slot]);
       if (!plan.sliding && (chunks > 1 || last_n)) {
         halo_ring.advance();
-        released = -1;
+        to_release = 1;
       }
     }
     return exponent;
@@ -796,7 +801,8 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     const auto begin_tile = [&](int t) {
       if (!plan.sliding || t == 0) return;
       halo_ring = halo_ring + plan.fresh;
-      released -= plan.fresh;
+      to_release = plan.fresh - released;
+      released = 0;
       if constexpr (kScaled) {
         // Does another power of two begin here? Then the tile keeps nothing.
         const Ring first_new = halo_ring + plan.kept;
@@ -806,7 +812,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
           const int held = first_new.slot - oldest;
           release(held < 0 ? held + plan.slots : held);
           halo_ring = first_new;
-          released = 0;
+          to_release = released = 0;
         }
       }
     };
