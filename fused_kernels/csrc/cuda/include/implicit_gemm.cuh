@@ -24,9 +24,10 @@ using Operand = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16
 // float32 is multiplied by a power of two before it becomes float16, so that the largest values land just inside its range.
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// The exponent that brings x into [2^13, 2^14): a factor of four below float16's end. A power of two that float32 has.
 constexpr int kLargestExponent = 126;
 constexpr float kSmallestNormal = 1.17549435e-38f;
+
+// The exponent that brings x into [2^13, 2^14): a factor of four below float16's end. A power of two that float32 has.
 __device__ __forceinline__ int exponent_for(float x) {
   const int exponent = x >= kSmallestNormal ? (__float_as_int(x) >> 23) - 127 : -127;
   return min(13 - exponent, kLargestExponent);
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kPackThreads)
     }
     most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
     if (most > 0.0f) exponent = exponent_for(most);
-    // One of few: so most channels have the same, and kSmallMaximum is reached still.
+    // In steps of eight, that most channels have the same: the largest weight is at least kSmallMaximum still.
     if (exponent < kLargestExponent / 8 * 8) exponent &= ~7;
     if (lane == 0) exponents[warp] = exponent;
     __syncthreads();
