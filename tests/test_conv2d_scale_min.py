@@ -150,6 +150,15 @@ def test_drawn(function, device, data, scale):
     check(function, *problem(device, *tensors), scale, **conv)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(("function", "device"), [p for p in implementations("conv2d_scale_min") if "conv_wgmma" in p.id])
+def test_rows_stay_for_all_blocks_of_channels(function, device, dtype, layout, poisoned):
+    """A strip so long that its rows come in the place of earlier ones, each read once for every block of output channels."""
+    check(function, *problem(device, (3, 32, 120, 260), 130, (5, 5), dtype, layout=layout), 1.5)
+
+
 @EVERY
 def test_empty_batch(function, device):
     weight, bias = torch.randn(5, 3, 3, 3, device=device), torch.randn(5, device=device)

@@ -669,7 +669,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
     // Once a filter row's first multiplications are under way, all before them are done.
     const auto begin_filter_row = [&](int dy) {
       ptx::wgmma_wait<1>();
-      if (plan.sliding) {
+      if (plan.sliding && last_n) {
         // This tile's rows from here on, and the next one's, are still needed.
         const int unneeded = min(warpgroup * C::SUBTILES + dy * plan.dilation[0], plan.fresh);
         to_release += max(unneeded - released, 0);
