@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
       // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may
       // hold what was there before.
       __threadfence();
-      // NOTE: `warp` is in a uniform register, and so is all that follows from it: 4 % faster than thread / kWarpSize (on an H200).
+      // NOTE: `warp` is in a uniform register, and so is all that follows from it. Faster than thread / kWarpSize (on an H200).
       const int lane = thread % kWarpSize, my_warp = warp - kMathThreads / kWarpSize;
       int exponent = kScaled ? kFirstExponent : 0;
       uint32_t most = 0;  // of two float16
@@ -782,7 +782,11 @@ __global__ void __launch_bounds__(Roles<S>::kThreads, 1)
           if (dx == 0 && (plan.sliding || dy == 0)) begin_filter_row(dy);
         }
       }
-      if constexpr (kScaled) exponent = uniform(exponents[halo_ring.slot]);
+      if constexpr (kScaled) {
+        // From a slot that this warpgroup has seen full and still holds: a strip's earlier ones may be in use again.
+        const Ring held = halo_ring + (plan.sliding ? warpgroup * C::SUBTILES + plan.kept : 0);
+        exponent = uniform(exponents[held.slot]);
+      }
       if (!plan.sliding && (chunks > 1 || last_n)) {
         halo_ring.advance();
         to_release = 1;
@@ -913,6 +917,8 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
     }
     p.blocks = p.tile_images * p.slot_rows * across;
     if (p.bulk) {
+      // As many places as fit, but such that a warp has the same ones each time round; where that would cost half of them, warps
+      // share the parts.
       const int most = std::clamp(kStagingBytes / p.piece_bytes, 2, kMostPlaces);
       for (p.shares = 1; p.places == 0; ++p.shares) {
         for (p.places = most; p.places >= 2 && p.places * p.parts * p.shares % kInputWarps != 0;) --p.places;
