@@ -139,7 +139,7 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
 
 # What runs where it can.
 _SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
-_CONV2D_SCALE_MIN = {"cpu": ("conv2d_scale_min",), "cuda": ("conv_wgmma", "conv_mma", "conv_direct")}
+_CONV2D_SCALE_MIN = {"cpu": ("conv2d_scale_min",), "cuda": ("conv_wgmma_ieee", "conv_wgmma", "conv_mma", "conv_direct")}
 
 
 class Decision(NamedTuple):
@@ -237,7 +237,7 @@ def _choose_cpu(input, weight, geometry):
 
 def _choose_cuda(input, weight, geometry, precision):
     """Choose by what was measured on an H200, the fused kernels against each other and the composite, on 30 shapes."""
-    wgmma, mma, direct = _CONV2D_SCALE_MIN["cuda"]
+    wgmma_ieee, wgmma, mma, direct = _CONV2D_SCALE_MIN["cuda"]
     if input.dtype == torch.float64:
         return "composite", "no fused kernel takes float64"
     if max(*input.shape, *geometry.stride, *geometry.padding, *geometry.dilation) >= 2**28:
@@ -253,7 +253,14 @@ def _choose_cuda(input, weight, geometry, precision):
     if is_float32 and products < 2**11:
         return direct, "all in one kernel; products so few are not worth tensor cores"
 
+    # Fewer channels leave rows of wgmma's operands empty, and fewer pixels much of the chip. A long reach does not fit in shared
+    # memory.
+    fills = (min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)) and pixels >= 2**12
+    fits = max(d * (k - 1) for d, k in zip(geometry.dilation, (kernel_h, kernel_w), strict=True)) <= 12
+    takes = geometry.stride == (1, 1) and geometry.groups == 1 and _is_hopper(input.device.index)
     if is_float32 and precision == "ieee":
+        if fills and fits and takes:
+            return wgmma_ieee, "all in one kernel, float32's accuracy from Hopper's tensor cores"
         # 8 rows by 32 columns are what a warp of conv_direct owns; too few of them leave most of the chip idle.
         strips = images * -(-height // 8) * -(-width // 32)
         if taps == 1 and in_channels > 64:
@@ -267,12 +274,8 @@ def _choose_cuda(input, weight, geometry, precision):
     if products < 2**8:
         return "composite", f"{mma} is slower where an output has products so few"
     is_channels_last = input.stride(1) == 1
-    # Fewer channels leave rows of its operands empty, and fewer pixels much of the chip. It reads 16-bit channels_last as they
-    # lie; what it must convert pays from some filter taps on. A long reach does not fit in shared memory.
+    # wgmma reads 16-bit channels_last as they lie; what must be converted pays from some filter taps on.
     copies = is_channels_last and not is_float32
-    fills = (min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)) and pixels >= 2**12
-    fits = max(d * (k - 1) for d, k in zip(geometry.dilation, (kernel_h, kernel_w), strict=True)) <= 12
-    takes = geometry.stride == (1, 1) and geometry.groups == 1 and _is_hopper(input.device.index)
     if fills and fits and takes and (taps > 1 or copies):
         if copies and products >= 2**18:
             return "composite", f"{wgmma} is slower than the library where an output has products so many"

@@ -201,6 +201,16 @@ LADDER = (
         strides_and_groups=False,
     ),
     Rung(
+        "conv_wgmma_ieee",
+        "conv2d_scale_min",
+        "float32's accuracy from tensor cores: split operands, three products for one, sums rounded outside",
+        "cuda",
+        only_capability=(9, 0),
+        dtypes=(torch.float32,),
+        float32_precisions=("ieee",),
+        strides_and_groups=False,
+    ),
+    Rung(
         "composite",
         "conv2d_scale_min",
         "the library's convolution in the layout for tensor cores, then scale_min, bias and all",

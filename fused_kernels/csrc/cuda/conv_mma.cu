@@ -626,6 +626,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
 
 // A lane of mma.sync holds four registers of a pair of operand B's matrices: a column and two neighbouring k in each.
 struct LaneOrder {
+  static constexpr int kParts = 1;
   __device__ static int column(int word) { return word % 4 / 2 * 8 + word / 16; }
   __device__ static int k(int word) { return word % 2 * 8 + word / 4 % 4 * 2; }
   __device__ static void put(float2* block, int, int column, float factor, float bias) { block[column] = {factor, bias}; }
@@ -819,7 +820,7 @@ Tensor conv_mma(const Tensor& input, const Tensor& weight, const std::optional<T
                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                 std::string precision) {
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
-  return convolve("conv_mma", input, shape, precision, [&](auto type, Tensor& output) {
+  return convolve("conv_mma", "tf32", input, shape, precision, [&](auto type, Tensor& output) {
     run<decltype(type)>(shape, input, weight, bias, scale, output);
   });
 }

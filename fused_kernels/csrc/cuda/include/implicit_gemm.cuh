@@ -8,6 +8,7 @@
 #include "ptx/mma.cuh"
 
 #include <cmath>
+#include <cuda_fp16.h>
 #include <string>
 
 namespace fused_kernels {
@@ -40,6 +41,18 @@ constexpr float kSmallMaximum = 64.0f;
 constexpr int kFirstExponent = 8;
 // Powers of two up to this multiply those of the weights without leaving float32's range.
 constexpr int kExactExponent = 12;
+
+// Two numbers as sums of two float16 each: high parts and low parts.
+// NOTE: an infinity's high part is the largest number, of its sign, and only its low part is infinite. As low parts meet high parts
+// alone, and no finite number's is zero, that is what its products are.
+__device__ __forceinline__ void split_f16(float first, float second, uint32_t& high, uint32_t& low) {
+  high = ptx::pack_finite_f16(first, second);
+  const float2 kept = __half22float2(reinterpret_cast<const __half2&>(high));
+  low = ptx::pack_f16(first - kept.x, second - kept.y);
+}
+// Split: below this the largest value leaves too little room for small ones' low parts, and the first guess is another.
+constexpr float kSmallSplitMaximum = 2048.0f;
+constexpr int kFirstSplitExponent = 12;
 
 // A scale's part in the minimum. Below zero the smallest product is the largest sum's: turn all signs. Zero and infinity turn
 // sums into NaN, each by itself, and must multiply first.
@@ -121,7 +134,7 @@ __global__ void __launch_bounds__(kPackThreads)
     most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
     if (most > 0.0f) exponent = exponent_for(most);
     // In steps of eight, that most channels have the same: the largest weight is at least kSmallMaximum still.
-    if (exponent < kLargestExponent / 8 * 8) exponent &= ~7;
+    if (Order::kParts == 1 && exponent < kLargestExponent / 8 * 8) exponent &= ~7;
     if (lane == 0) exponents[warp] = exponent;
     __syncthreads();
   }
@@ -140,15 +153,19 @@ __global__ void __launch_bounds__(kPackThreads)
     const T* const source = row + c * strides.of[1] + y * strides.of[2];
 #pragma unroll 3
     for (int x = 0; x < order.kernel[1]; ++x) {
-      uint32_t bits[2] = {0, 0};
+      uint32_t bits[2] = {0, 0}, low_bits[2] = {0, 0};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const T value = c + j < order.in_channels ? source[j * strides.of[1] + x * strides.of[3]] : T(0);
         if constexpr (sizeof(T) == 4) {
-          bits[j] = ptx::pack_f16(value * factor, 0.0f);
+          if constexpr (Order::kParts == 2) {
+            split_f16(value * factor, 0.0f, bits[j], low_bits[j]);
+          } else {
+            bits[j] = ptx::pack_f16(value * factor, 0.0f);
+          }
           // Not to zero: its product with an infinity is one.
           if (bits[j] << 17 == 0 && value != 0.0f) bits[j] |= 1;
-          bits[j] &= 0xffff;
+          bits[j] &= 0xffff, low_bits[j] &= 0xffff;
         } else {
           bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (sign < 0.0f ? 0x8000u : 0u);
         }
@@ -157,7 +174,9 @@ __global__ void __launch_bounds__(kPackThreads)
       const int tap = y % order.piece[0] * order.piece[1] + x % order.piece[1];
       const int item = (block_n * order.pieces + piece) * order.chunks + block_c / steps_a_tap;
       const int64_t step = static_cast<int64_t>(item) * order.steps + tap * steps_a_tap + block_c % steps_a_tap;
-      packed[(step * units_in_block_n + first_column / kPackColumns) * kUnitWords + word] = bits[0] | bits[1] << 16;
+      const int64_t first_unit = step * units_in_block_n * Order::kParts + first_column / kPackColumns;
+      packed[first_unit * kUnitWords + word] = bits[0] | bits[1] << 16;
+      if constexpr (Order::kParts == 2) packed[(first_unit + units_in_block_n) * kUnitWords + word] = low_bits[0] | low_bits[1] << 16;
     }
   }
 }
@@ -216,7 +235,8 @@ void pack_weights(const WeightOrder& order, const ConvShape& shape, int block_n,
 
 // What the rungs' operators do around their kernels: checks, the result's memory, the device, and run(T(), output).
 template <typename Run>
-Tensor convolve(const char* rung, const Tensor& input, const ConvShape& shape, const std::string& precision, const Run& run) {
+Tensor convolve(const char* rung, const char* float32_precision, const Tensor& input, const ConvShape& shape,
+                const std::string& precision, const Run& run) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = input.scalar_type();
   for (int axis = 0; axis < 2; ++axis) {
@@ -225,8 +245,8 @@ Tensor convolve(const char* rung, const Tensor& input, const ConvShape& shape, c
   }
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "input: ", rung,
                   " expected float32, float16 or bfloat16");
-  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == "tf32", "precision: ", rung, " expected tf32 for float32, got ",
-                  precision);
+  STD_TORCH_CHECK(dtype != ScalarType::Float || precision == float32_precision, "precision: ", rung, " expected ",
+                  float32_precision, " for float32, got ", precision);
   Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
   if (output.numel() == 0) return output;
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());

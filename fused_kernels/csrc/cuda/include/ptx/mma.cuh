@@ -46,6 +46,13 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return packed;
 }
 
+// The same, but what is too large becomes the largest finite number; NaN stays.
+__device__ __forceinline__ uint32_t pack_finite_f16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // "abs" and "max" of two float16 each; NaN loses.
 __device__ __forceinline__ uint32_t max_magnitudes_f16(uint32_t a, uint32_t b) {
   uint32_t result;

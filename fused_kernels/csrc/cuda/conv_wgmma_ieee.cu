@@ -1,0 +1,35 @@
+// conv_wgmma_ieee: float32's accuracy at the rate of tensor cores.
+//
+// conv_wgmma's kernel with split operands: float32 as a sum of two float16, a high part (the nearest float16) and a low part (what
+// that lost, again rounded). Together they hold 22 bits. Of the four products of parts three are computed, the low parts' being
+// smaller than what float32 keeps:
+//   low weights x high pixels + high weights x low pixels + high weights x high pixels
+// Tensor cores cut off what does not fit beside a sum's leading bits, where a processor would round: over all 576 products of the
+// benchmark that alone would cost more than TF32's operands do. So no sum stays in the tensor cores longer than a filter tap; then
+// it is added to another, in float32.
+// The weights' parts do not fit in shared memory and stream, unless they are few.
+// Limit: the tensor cores, at three times conv_wgmma's work.
+// Previous rung: conv_wgmma.
+// After Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
+// performance", 2022: splitting, which products count, and adding outside.
+
+#include "conv_wgmma.cuh"
+
+namespace fused_kernels {
+
+Tensor conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                       std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                       std::string precision) {
+  const ConvShape shape = check_plain_conv("conv_wgmma_ieee", input, weight, bias, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_wgmma_ieee expected float32");
+  return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 4) {
+      run<T, Shape<128, 1, false, true>, Shape<64, 1, false, true>>(shape, input, weight, bias, scale, output);
+    }
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("conv_wgmma_ieee", TORCH_BOX(&conv_wgmma_ieee)); }
+
+}  // namespace fused_kernels

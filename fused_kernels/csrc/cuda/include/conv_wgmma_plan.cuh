@@ -1,0 +1,259 @@
+#pragma once
+// How conv_wgmma cuts its work: tiles, strips, and what lies in shared memory.
+
+#include "implicit_gemm.cuh"
+
+namespace fused_kernels {
+
+constexpr int kSubtile = 64;                                                              // M of one instruction
+constexpr int kRowChannels = 64, kRowBytes = 128, kRowSteps = kRowChannels / kStepDepth;  // of operand A
+constexpr int kGroup = 8;  // channels in 16 bytes of operand A, pixels in a block
+constexpr int kWarpgroups = 2, kMathThreads = kWarpgroups * 128;  // that multiply
+constexpr int kInputWarps = 6, kInputThreads = kInputWarps * kWarpSize;
+constexpr int kMostSlots = 16;                         // of a ring
+constexpr int kStagingBytes = 27 * 1024, kMostPlaces = 32;  // for pieces of input
+
+enum class Source { kTiles, kPlanes, kPixels };
+
+// Who does what, and in how many registers. The last two warps give orders to the copy engine.
+template <Source S, bool SPLIT>
+struct Roles {
+  static constexpr int kThreads = kMathThreads + (S == Source::kTiles ? 128 : 256);
+  static constexpr int kMathRegisters = S == Source::kTiles ? 216 : SPLIT ? 184 : 176;
+  static constexpr int kOtherRegisters = S != Source::kTiles && !SPLIT ? 80 : 72;
+  static constexpr int kWeightWarp = kThreads / kWarpSize - 1, kCopyWarp = kWeightWarp - 1;
+};
+
+// Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels, and as many sums in registers; or twice as many, so that
+// the epilogue of one tile overlaps with the work on the next. The latter for what is most frequent alone: filters three wide,
+// full rows of channels, and weights that stay. Split: float32 as a sum of two float16, a high and a low part, in operand A (a
+// slot has all high parts first) and in operand B (a step has them first); three products of parts make one.
+template <int BLOCK_N_, int SUBTILES_, bool OVERLAPS_, bool SPLIT_ = false>
+struct Shape {
+  static constexpr int BLOCK_N = BLOCK_N_, SUBTILES = SUBTILES_;
+  static constexpr bool OVERLAPS = OVERLAPS_, SPLIT = SPLIT_;
+  static constexpr int kParts = SPLIT ? 2 : 1;
+  static constexpr int kRowTaps = 3;  // where it overlaps
+  // Of the tensor cores, for a subtile's step; of the warp that orders a tap. From times on an H200.
+  static constexpr int kCycles = (BLOCK_N == 128 ? 68 : 40) * (SPLIT ? 3 : 1), kLeastCycles = 250 * (SPLIT ? 3 : 1);
+  static constexpr int kSubtiles = kWarpgroups * SUBTILES, BLOCK_M = kSubtiles * kSubtile;
+  static constexpr int kPartBytes = kStepDepth * BLOCK_N * 2, kStepBytes = kParts * kPartBytes;  // of weights
+};
+
+// How the work is cut; the same for every block.
+struct Plan {
+  int images, input[2], output[2], padding[2], dilation[2], kernel[2];
+  int64_t input_strides[4];
+  int in_channels, chunk, chunks;     // channels at once
+  int blocks_n, splits, blocks_a_split;  // of output channels; how they are cut, blockIdx.y
+  // A tile, and how many there are.
+  int tile_images, tile_rows, tile_columns, tiles_down, tiles_across, tiles;
+  // Its halo lies in slots of a ring: one slot, or where a strip slides, a slot a row, of which a tile keeps some from before.
+  bool sliding;
+  int slots, slot_bytes, slot_rows, pitch, kept, fresh;
+  uint32_t pitch_inverse, rows_inverse;  // 2^32 / pitch and / slot_rows, rounded up
+  int image_subtiles, subtile_offset[4];  // unless sliding: of an image; bytes from the slot's begin
+  // The weights of an item (a chunk of the channels) come in stages.
+  int stage_taps, weight_slots;
+  bool resident;
+  // Input that has to be transposed or converted lands in pieces first. A part is eight channels or eight pixels; warps share it.
+  bool bulk;
+  int blocks, pieces, parts, shares, part_bytes, piece_bytes, places;
+  int lead, line, plane_stride;  // lead: staged pixels before a row's first
+  float factor;
+  bool scale_first;
+};
+
+// Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.
+struct PixelBlock {
+  int staged;         // where they begin in a piece, in elements
+  int16_t position;   // the first one's in the slot, in rows of operand A
+  int8_t first, end;  // those that the slot has
+  int16_t image, row, column;
+};
+
+// What a block takes besides the plan's buffers: static memory, and what the system keeps.
+constexpr int kOtherBytes = 3 * 1024;
+
+struct Planned {
+  Plan plan;
+  int64_t cost = INT64_MAX;  // in cycles of the busiest multiprocessor
+  int shared_bytes = 0;
+};
+
+// Lays out shared memory for a tile's shape: the ring of input, the weights, the staging. False where it does not fit.
+template <class C>
+bool lay_out(Plan& p, Source source, int element_size, const Device& device, int& shared_bytes) {
+  const int taps = p.kernel[0] * p.kernel[1], tap_bytes = p.chunk / kStepDepth * C::kStepBytes;
+  const int window = p.kept + p.fresh;
+  int room = device.shared_bytes - kOtherBytes;
+
+  // Staging: as many pieces ahead as hide the memory's latency.
+  p.blocks = p.pieces = p.parts = p.shares = p.part_bytes = p.piece_bytes = p.places = p.lead = p.line = p.plane_stride = 0;
+  if (source != Source::kTiles) {
+    // NOTE: the copy engine faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
+    const int dense = 16 / element_size;
+    p.lead = source == Source::kPlanes ? (dense - p.padding[1] % dense) % dense : 0;
+    int across = static_cast<int>(ceil_div(p.lead + p.pitch, kGroup));
+    // NOTE: the copy engine takes long over each order: pieces as large as leave a few of them on their way.
+    const int groups = p.chunk / kGroup;
+    if (source == Source::kPlanes) {
+      p.line = across * kGroup;
+      p.plane_stride = p.slot_rows * p.line;
+      p.part_bytes = kGroup * p.plane_stride * element_size;
+      p.parts = groups;
+      while (p.parts > 1 && (groups % p.parts != 0 || p.parts * p.tile_images * p.part_bytes > kStagingBytes / 6)) --p.parts;
+      p.pieces = groups / p.parts;
+      p.piece_bytes = p.parts * p.tile_images * p.part_bytes;
+      if (p.line > 256 || p.slot_rows > 256) p.bulk = false;
+    } else {
+      p.parts = std::min(across, 3);
+      across = static_cast<int>(ceil_div(across, p.parts)) * p.parts;
+      p.part_bytes = kGroup * kRowChannels * 4;
+      p.piece_bytes = p.parts * p.part_bytes;
+      p.pieces = p.tile_images * p.slot_rows * across / p.parts;
+    }
+    p.blocks = p.tile_images * p.slot_rows * across;
+    if (p.bulk) {
+      // As many places as fit, but such that a warp has the same ones each time round; where that would cost half of them, warps
+      // share the parts.
+      const int most = std::clamp(kStagingBytes / p.piece_bytes, 2, kMostPlaces);
+      for (p.shares = 1; p.places == 0; ++p.shares) {
+        for (p.places = most; p.places >= 2 && p.places * p.parts * p.shares % kInputWarps != 0;) --p.places;
+        if (p.places * 2 > most) break;
+        p.places = 0;
+      }
+    }
+    room -= p.blocks * static_cast<int>(sizeof(PixelBlock)) + p.places * p.piece_bytes;
+  }
+  // What the last subtile reads past its slot must be there, too.
+  const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
+
+  // The weights stay if all of them fit beside the ring.
+  const int all_stages_bytes = taps * p.chunks * tap_bytes, least_slots = p.sliding ? window + p.fresh : 2;
+  p.resident = p.blocks_a_split == 1 && all_stages_bytes + least_slots * p.slot_bytes <= room;
+  if (p.resident) {
+    p.stage_taps = std::max<int>(p.kernel[1], static_cast<int>(ceil_div(taps * p.chunks, kMostSlots)));
+    p.weight_slots = static_cast<int>(ceil_div(taps, p.stage_taps)) * p.chunks;
+    if (p.weight_slots > kMostSlots) return false;
+    p.slots = std::min<int>((room - p.weight_slots * p.stage_taps * tap_bytes) / p.slot_bytes, p.sliding ? kMostSlots : 4);
+    if (p.slots < least_slots) p.resident = false;
+  }
+  if (!p.resident) {
+    p.slots = p.sliding ? window + p.fresh : 2;
+    const int left = room - p.slots * p.slot_bytes;
+    p.stage_taps = std::clamp<int>(16384 / tap_bytes, 1, taps);
+    while (p.stage_taps > 1 && left / (p.stage_taps * tap_bytes) < 3) --p.stage_taps;
+    p.weight_slots = left > 0 ? std::min(left / (p.stage_taps * tap_bytes), 8) : 0;
+    if (p.weight_slots < 2) return false;
+  }
+  shared_bytes = p.slots * p.slot_bytes + p.weight_slots * p.stage_taps * tap_bytes + p.places * p.piece_bytes +
+                 p.blocks * static_cast<int>(sizeof(PixelBlock));
+  shared_bytes = std::max(shared_bytes, p.slots * p.slot_bytes + reach);
+  return shared_bytes + kOtherBytes <= device.shared_bytes;
+}
+
+// Cuts the work; takes the cheapest way that fits.
+template <class C>
+Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_size, const Device& device) {
+  Planned best;
+  Plan p{};
+  p.images = static_cast<int>(shape.images);
+  p.in_channels = static_cast<int>(shape.in_channels);
+  p.blocks_n = static_cast<int>(ceil_div(shape.out_channels, C::BLOCK_N));
+  for (int axis = 0; axis < 2; ++axis) {
+    p.input[axis] = static_cast<int>(shape.input[axis]);
+    p.output[axis] = static_cast<int>(shape.output[axis]);
+    p.padding[axis] = static_cast<int>(shape.padding[axis]);
+    p.dilation[axis] = static_cast<int>(shape.dilation[axis]);
+    p.kernel[axis] = static_cast<int>(shape.kernel[axis]);
+  }
+  for (int d = 0; d < 4; ++d) p.input_strides[d] = shape.input_strides[d];
+  // Channels in equal chunks, multiples of what an instruction sums over.
+  const int64_t channel_steps = ceil_div(p.in_channels, kStepDepth);
+  p.chunks = static_cast<int>(ceil_div(channel_steps, kRowSteps));
+  p.chunk = static_cast<int>(ceil_div(channel_steps, p.chunks)) * kStepDepth;
+  if (C::OVERLAPS && (p.chunks > 1 || p.chunk != kRowChannels || p.kernel[1] != C::kRowTaps)) return best;
+
+  const int64_t reach[2] = {(shape.kernel[0] - 1) * shape.dilation[0], (shape.kernel[1] - 1) * shape.dilation[1]};
+  const auto consider = [&] {
+    const int64_t pitch = p.tile_columns + reach[1], rows = p.sliding ? 1 : p.tile_rows + reach[0];
+    if (pitch > 256 || rows > 256) return;
+    p.pitch = static_cast<int>(std::max<int64_t>(pitch, 2));
+    p.slot_rows = static_cast<int>(rows);
+    p.kept = p.sliding ? static_cast<int>(reach[0]) : 0;
+    p.fresh = p.sliding ? p.tile_rows : 1;
+    const int64_t positions = static_cast<int64_t>(p.tile_images) * p.slot_rows * p.pitch;
+    if (positions > 4096) return;
+    p.slot_bytes = static_cast<int>(positions) * kRowBytes * C::kParts;
+    p.pitch_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / p.pitch + 1);
+    p.rows_inverse = p.slot_rows > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / p.slot_rows + 1) : 0;
+    p.tiles_down = static_cast<int>(ceil_div(p.output[0], p.tile_rows));
+    p.tiles_across = static_cast<int>(ceil_div(p.output[1], p.tile_columns));
+    const int64_t tiles = ceil_div(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
+    if (tiles > INT32_MAX / 2) return;
+    p.tiles = static_cast<int>(tiles);
+    for (int split = C::OVERLAPS ? p.blocks_n : 1; split <= p.blocks_n; ++split) {
+      p.blocks_a_split = static_cast<int>(ceil_div(p.blocks_n, split));
+      p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_a_split));
+      if (p.splits != split || split > device.multiprocessors) continue;
+      p.bulk = bulk;
+      int shared_bytes = 0;
+      if (!lay_out<C>(p, source, element_size, device, shared_bytes)) continue;
+      if (source == Source::kTiles && !p.bulk) continue;
+      if (C::OVERLAPS && (!p.resident || p.stage_taps % C::kRowTaps != 0)) continue;
+      // Cycles, from times on an H200: of the tensor cores, or of the warp that gives them a tap's work; of the weights' way from
+      // L2; of the input's. They overlap, but not for nothing.
+      const int64_t taps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.blocks_a_split;
+      const int64_t steps_a_tap = p.chunk / kStepDepth;
+      const int64_t arithmetic = taps * std::max<int64_t>(steps_a_tap * C::kSubtiles * C::kCycles, C::kLeastCycles);
+      const int64_t stream = p.resident ? 0 : taps * steps_a_tap * C::kStepBytes / 24;
+      const int64_t loads = p.chunks == 1 ? 1 : p.blocks_a_split;
+      const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
+      const int64_t loading = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
+      const int64_t epilogues = p.blocks_a_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
+      const int64_t tile_cost = std::max({arithmetic, stream, loading}) + (arithmetic + stream + loading) / 8 + epilogues;
+      const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
+      const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
+      const int64_t cost = ceil_div(tiles, blocks) * tile_cost + start;
+      if (cost < best.cost) best = {p, cost, shared_bytes};
+    }
+  };
+
+  // A strip slides where a row of it has all channels.
+  if (p.chunks == 1) {
+    p.sliding = true;
+    p.tile_images = p.image_subtiles = 1;
+    p.tile_rows = C::kSubtiles;
+    p.tile_columns = kSubtile;
+    consider();
+  }
+  // Else (or where the image is small) tiles, of rows that are whole or cut evenly.
+  p.sliding = false;
+  for (int64_t cuts = 1;; ++cuts) {
+    p.tile_columns = static_cast<int>(ceil_div(p.output[1], cuts));
+    if (cuts > 1) p.tile_columns = static_cast<int>(ceil_div(p.tile_columns, kGroup)) * kGroup;
+    if (p.tile_columns > C::BLOCK_M) continue;
+    const int64_t pitch = std::max<int64_t>(p.tile_columns + reach[1], 2);
+    for (int images = 1; images <= C::kSubtiles; ++images) {
+      p.image_subtiles = C::kSubtiles / images;
+      // The last row needs no more than its outputs.
+      const int64_t rows = (p.image_subtiles * kSubtile - p.tile_columns) / pitch + 1;
+      if (p.image_subtiles * kSubtile < p.tile_columns) break;
+      if (images > 1 && rows < p.output[0]) break;
+      p.tile_images = images;
+      for (int64_t r = std::min<int64_t>(rows, p.output[0]); r >= 1; r = r > 2 ? (r + 1) / 2 : r - 1) {
+        p.tile_rows = static_cast<int>(r);
+        for (int i = 0; i < C::kSubtiles; ++i) {
+          const int64_t first = static_cast<int64_t>(std::min(i / p.image_subtiles, images - 1)) * (r + reach[0]) * pitch;
+          p.subtile_offset[i] = static_cast<int>(first + i % p.image_subtiles * kSubtile) * kRowBytes;
+        }
+        if (images == 1 || r == p.output[0]) consider();
+      }
+    }
+    if (p.tile_columns <= 8) break;
+  }
+  return best;
+}
+
+}  // namespace fused_kernels
