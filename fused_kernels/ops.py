@@ -253,7 +253,7 @@ def _choose_cuda(input, weight, geometry, precision):
     if is_float32 and products < 2**11:
         return direct, "all in one kernel; products so few are not worth tensor cores"
 
-    # Fewer channels leave rows of wgmma's operands empty, and fewer pixels much of the chip. A long reach does not fit in shared
+    # Fewer channels leave rows of wgmma's operands empty, fewer pixels much of the chip. A long reach does not fit in shared
     # memory.
     fills = (min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)) and pixels >= 2**12
     fits = max(d * (k - 1) for d, k in zip(geometry.dilation, (kernel_h, kernel_w), strict=True)) <= 12

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kernels import conv2d_scale_min, edit, explain, ops, rungs
+from fused_kernels import conv2d_scale_min, edit, explain, export, ops, rungs
 from fused_kernels.rungs import Rung
 
 EVERY = pytest.mark.parametrize(("function", "device"), implementations("conv2d_scale_min"))
@@ -24,16 +24,22 @@ def problem(device, input_shape, out_channels, kernel, dtype=torch.float32, grou
     return LAYOUTS[layout](torch.randn(input_shape, device=device).to(dtype)), weight.to(dtype), bias
 
 
-def error_bound(input, weight, bias, scale, expected, precision, **conv):
+def error_bound(input, weight, bias, scale, expected, precision, roundings=2, **conv):
     """Bound a pixel's error: the sums' roundings, the operands' under TF32, the result's; |min a - min b| <= max |a - b|."""
     magnitudes = F.conv2d(*(t if t is None else t.detach().cpu().double().abs() for t in (input, weight, bias)), **conv)
-    terms = weight[0].numel() + 2
+    terms = weight[0].numel() + roundings
     unit = 2**-53 if input.dtype == torch.float64 else 2**-24
     operands = 2 * 2**-11 if precision == "tf32" and input.dtype == torch.float32 else 0
     result = 0 if input.dtype in (torch.float32, torch.float64) else 1.01 * torch.finfo(input.dtype).eps
     # cuDNN rounds a 16-bit convolution once before it adds the bias, too.
     rounded = expected.abs() + (0 if bias is None else abs(scale) * bias.detach().cpu().double().abs().max())
     return (terms * unit + operands) * abs(scale) * magnitudes.amax(1, keepdim=True) + result * rounded + 1e-30
+
+
+def call(function, *args):
+    """Call at the default precision, or at a rung's only one."""
+    only_ieee = isinstance(function, Rung) and "tf32" not in function.float32_precisions
+    return function(*args, precision="ieee" if only_ieee else "auto")
 
 
 def rms_error(result, expected):
@@ -54,7 +60,9 @@ def check(function, input, weight, bias, scale, precision=None, **conv):
     assert result.dtype == input.dtype
     assert result.device == input.device
     expected = exact(input, scale, weight, bias, **conv)
-    assert_within(result, expected, error_bound(input, weight, bias, scale, expected, precision, **conv))
+    # Split operands keep 22 bits, and leave a product out.
+    roundings = 10 if function is rungs["conv_wgmma_ieee"] else 2
+    assert_within(result, expected, error_bound(input, weight, bias, scale, expected, precision, roundings, **conv))
     return result
 
 
@@ -162,7 +170,7 @@ def test_rows_stay_for_all_blocks_of_channels(function, device, dtype, layout, p
 @EVERY
 def test_empty_batch(function, device):
     weight, bias = torch.randn(5, 3, 3, 3, device=device), torch.randn(5, device=device)
-    assert function(torch.empty(0, 3, 8, 9, device=device), weight, bias, 2.0).shape == (0, 1, 6, 7)
+    assert call(function, torch.empty(0, 3, 8, 9, device=device), weight, bias, 2.0).shape == (0, 1, 6, 7)
 
 
 @EVERY
@@ -194,6 +202,24 @@ def test_magnitudes_that_change(function, device, layout, channels, kind):
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in input.shape), indexing="ij")
     input = LAYOUTS[layout](input * MAGNITUDES[kind](*axes))
     check(function, input, weight, None, 2.0, "tf32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("channels", [32, 144])
+@pytest.mark.parametrize("kind", MAGNITUDES)
+@pytest.mark.parametrize(("function", "device"), [p for p in implementations("conv2d_scale_min") if "conv_wgmma_ieee" in p.id])
+def test_split_operands_at_magnitudes_that_change(function, device, kind, channels, layout):
+    """Beside much larger values in the same rows, small ones' low parts have fewer bits."""
+    input, weight, _ = problem(device, (3, channels, 60, 72), 24, (3, 3))
+    axes = torch.meshgrid(*(torch.arange(size, device=device) for size in input.shape), indexing="ij")
+    input = LAYOUTS[layout](input * MAGNITUDES[kind](*axes))
+    result, expected = function(input, weight, None, 2.0, precision="ieee"), exact(input, 2.0, weight)
+    # The largest value of each row's four neighbours on each side, in all columns: more than any tile has seen.
+    largest = F.max_pool2d(input.abs().amax(1, keepdim=True), (9, input.shape[3]), stride=1, padding=(4, 0))[:, :, 1:-1]
+    beside = 2.0 * 2**-36 * weight.abs().sum((1, 2, 3)).max() * largest
+    bound = error_bound(input, weight, None, 2.0, expected, "ieee", 10)
+    assert_within(result, expected, bound + beside.cpu().double())
 
 
 @EVERY
@@ -264,7 +290,7 @@ def test_overflowing_scale(function, device, scale):
     """No output is zero, so that none becomes NaN."""
     tensors = problem(device, (1, 5, 8, 9), 7, (3, 3))
     sign = torch.min(F.conv2d(*tensors) * (-1 if scale < 0 else 1), dim=1, keepdim=True).values.sign()
-    assert function(*tensors, scale).equal(sign * math.inf)
+    assert call(function, *tensors, scale).equal(sign * math.inf)
 
 
 @EVERY
@@ -275,7 +301,7 @@ def test_nan_and_infinities_reach_what_they_touch(function, device, dtype):
     input[0, 2, 9, 2] = math.inf
     input[0, 3, 8, 10] = -math.inf
     for scale in (2.0, -2.0):
-        result, expected = function(input, weight, bias, scale), exact(input, scale, weight, bias)
+        result, expected = call(function, input, weight, bias, scale), exact(input, scale, weight, bias)
         assert result.cpu().isnan().equal(expected.isnan())
         assert result.cpu().isinf().equal(expected.isinf())
         assert result.cpu()[expected.isinf()].double().equal(expected[expected.isinf()])
@@ -288,7 +314,7 @@ def test_nan_and_infinities_reach_what_they_touch(function, device, dtype):
 def test_one_special_bias_decides_every_pixel(function, device, value, scale, expected):
     input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3))
     bias[10] = value
-    result = function(input, weight, bias, scale)
+    result = call(function, input, weight, bias, scale)
     torch.testing.assert_close(result, torch.full_like(result, expected), equal_nan=True)
 
 
@@ -296,15 +322,44 @@ def test_one_special_bias_decides_every_pixel(function, device, value, scale, ex
 def test_nan_weight_makes_every_pixel_nan(function, device):
     input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3))
     weight[5, 2, 1, 1] = math.nan
-    assert function(input, weight, bias, -2.0).isnan().all()
+    assert call(function, input, weight, bias, -2.0).isnan().all()
+
+
+@pytest.fixture(scope="module", params=["conv_wgmma", "conv_wgmma_ieee"])
+def shaken(request):
+    """Give a rung and the same with pauses of any length wherever warps wait for each other or let each other go on."""
+    rung, text = rungs[request.param], export.flattened(rungs[request.param].source_file)
+    calls = ("ptx::mbarrier_wait(full(), phase);", "ptx::mbarrier_wait(empty(), phase ^ 1);", "ptx::mbarrier_arrive(empty());")
+    for line in (*calls, "ptx::mbarrier_arrive(at.full());"):
+        assert text.count(line) == 1
+        text = text.replace(line, f"shake(); {line}")
+    pause = "__device__ __forceinline__ void shake() { __nanosleep(clock() * 2654435761u >> 20); }"  # at most 4 microseconds
+    return rung, edit(rung.name, text.replace("struct Ring {", pause + "\n\nstruct Ring {"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 40, 150), (2, 32, 90, 40), (1, 144, 30, 24)], ids=str)
+def test_timing_decides_nothing(shaken, shape, dtype, layout):
+    """However warps drift apart, the bits are the same."""
+    rung, slowed = shaken
+    if reason := rung.why_unavailable() or rung.why_not(dtype, precision_for(rung)):
+        pytest.skip(reason)
+    input, weight, bias = problem("cuda", shape, 200, (3, 3), dtype)
+    rows = torch.arange(shape[2], device="cuda").view(-1, 1)
+    for values in (input, input * 2.0 ** (rows // 3 - 10)):
+        values = LAYOUTS[layout](values)
+        wanted = call(rung, values, weight, bias, 1.3)
+        assert all(call(slowed, values, weight, bias, 1.3).equal(wanted) for _ in range(3))
 
 
 @EVERY
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_same_bits_every_time(function, device, layout):
     tensors = problem(device, (2, 33, 30, 41), 37, (3, 3), layout=layout)
-    first = function(*tensors, 1.3)
-    assert all(function(*tensors, 1.3).equal(first) for _ in range(4))
+    first = call(function, *tensors, 1.3)
+    assert all(call(function, *tensors, 1.3).equal(first) for _ in range(4))
 
 
 @EVERY
@@ -322,7 +377,7 @@ class TestGpu:
         dtype = dtype_for(function, torch.bfloat16)
         input = torch.empty(3, 64, 4100, 2800, dtype=dtype, device=device).normal_()
         weight = torch.randn(8, 64, 3, 3, device=device).mul(0.04).to(dtype)
-        result = function(input, weight, None, 2.0)
+        result = call(function, input, weight, None, 2.0)
         for rows in (slice(0, 40), slice(-40, None)):
             part = input[2:, :, rows]
             expected = exact(part, 2.0, weight)
@@ -334,21 +389,21 @@ class TestGpu:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function(input, weight, bias, 2.0)
+            call(function, input, weight, bias, 2.0)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = function(input, weight, bias, 2.0)
+            result = call(function, input, weight, bias, 2.0)
         input.copy_(torch.randn_like(input))
         graph.replay()
-        torch.testing.assert_close(result, function(input, weight, bias, 2.0))
+        torch.testing.assert_close(result, call(function, input, weight, bias, 2.0))
 
     def test_does_not_synchronise(self, function, device):
         tensors = problem(device, (2, 16, 20, 24), 32, (3, 3))
-        function(*tensors, 2.0)
+        call(function, *tensors, 2.0)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            function(*tensors, 2.0)
+            call(function, *tensors, 2.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -443,9 +498,9 @@ def test_transforms_differentiate_by_the_bias(device, transform):
 
 # Name, then what is fastest on an H200 at tf32, at ieee, and for bfloat16, each as (NCHW, channels_last).
 SHAPES = {
-    "the reference's": ((64, 64, 256, 256), 128, 3, {}, [("wgmma",) * 2, ("direct",) * 2, ("wgmma",) * 2]),
-    "large kernel": ((8, 32, 512, 512), 256, 5, {}, [("wgmma",) * 2, ("direct",) * 2, ("wgmma",) * 2]),
-    "14 x 14": ((64, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, ("composite",) * 2, ("wgmma", "composite")]),
+    "the reference's": ((64, 64, 256, 256), 128, 3, {}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma",) * 2]),
+    "large kernel": ((8, 32, 512, 512), 256, 5, {}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma",) * 2]),
+    "14 x 14": ((64, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma", "composite")]),
     "few channels": ((16, 32, 112, 112), 32, 3, {}, [("mma",) * 2, ("direct",) * 2, ("mma", "composite")]),
     "few products": ((128, 3, 32, 32), 16, 3, {}, [("direct",) * 2, ("direct",) * 2, ("mma",) * 2]),
     "stem": ((32, 3, 224, 224), 64, 7, {"stride": 2, "padding": 3}, [("mma",) * 2, ("direct",) * 2, ("mma",) * 2]),
