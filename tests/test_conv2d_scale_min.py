@@ -349,7 +349,7 @@ def test_timing_decides_nothing(shaken, shape, dtype, layout):
     input, weight, bias = problem("cuda", shape, 200, (3, 3), dtype)
     rows = torch.arange(shape[2], device="cuda").view(-1, 1)
     for values in (input, input * 2.0 ** (rows // 3 - 10)):
-        values = LAYOUTS[layout](values)
+        values = LAYOUTS[layout](values.to(dtype))
         wanted = call(rung, values, weight, bias, 1.3)
         assert all(call(slowed, values, weight, bias, 1.3).equal(wanted) for _ in range(3))
 
