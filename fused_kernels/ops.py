@@ -255,7 +255,7 @@ def _choose_cuda(input, weight, geometry, precision):
 
     # Fewer channels leave rows of wgmma's operands empty, fewer pixels much of the chip. A long reach does not fit in shared
     # memory.
-    fills = (min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)) and pixels >= 2**12
+    fills = (min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)) and pixels >= 2**10
     fits = max(d * (k - 1) for d, k in zip(geometry.dilation, (kernel_h, kernel_w), strict=True)) <= 12
     takes = geometry.stride == (1, 1) and geometry.groups == 1 and _is_hopper(input.device.index)
     if is_float32 and precision == "ieee":
@@ -276,7 +276,7 @@ def _choose_cuda(input, weight, geometry, precision):
     is_channels_last = input.stride(1) == 1
     # wgmma reads 16-bit channels_last as they lie; what must be converted pays from some filter taps on.
     copies = is_channels_last and not is_float32
-    if fills and fits and takes and (taps > 1 or copies):
+    if fills and fits and takes and pixels >= 2**12 and (taps > 1 or copies):
         if copies and products >= 2**18:
             return "composite", f"{wgmma} is slower than the library where an output has products so many"
         return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"

@@ -504,8 +504,8 @@ SHAPES = {
     "few channels": ((16, 32, 112, 112), 32, 3, {}, [("mma",) * 2, ("direct",) * 2, ("mma", "composite")]),
     "few products": ((128, 3, 32, 32), 16, 3, {}, [("direct",) * 2, ("direct",) * 2, ("mma",) * 2]),
     "stem": ((32, 3, 224, 224), 64, 7, {"stride": 2, "padding": 3}, [("mma",) * 2, ("direct",) * 2, ("mma",) * 2]),
-    "small image": ((32, 512, 7, 7), 512, 3, {"padding": 1}, [("composite",) * 2] * 3),
-    "1 x 1": ((32, 256, 56, 56), 64, 1, {}, [("composite",) * 2] * 3),
+    "small image": ((32, 512, 7, 7), 512, 3, {"padding": 1}, [("composite",) * 2, ("wgmma_ieee",) * 2, ("composite",) * 2]),
+    "1 x 1": ((32, 256, 56, 56), 64, 1, {}, [("composite",) * 2, ("wgmma_ieee",) * 2, ("composite",) * 2]),
     "depthwise": ((32, 64, 56, 56), 64, 3, {"groups": 64}, [("composite",) * 2] * 3),
 }
 

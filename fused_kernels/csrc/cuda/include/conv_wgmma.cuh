@@ -9,6 +9,8 @@
 #include "ptx/tensor_copy.cuh"
 #include "ptx/wgmma.cuh"
 
+#include <map>
+
 namespace fused_kernels {
 
 // A block's place among the tiles: rows inside columns inside images.
@@ -873,12 +875,15 @@ struct CoreMatrixOrder {
 };
 
 // The driver's function, which the runtime finds: no library to link.
-static decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-  void* pointer = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found));
-  STD_TORCH_CHECK(pointer && found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(pointer);
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found));
+    STD_TORCH_CHECK(pointer && found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(pointer);
+  }();
+  return encoder;
 }
 
 // A map of the tensor for the copy engine.
@@ -911,7 +916,7 @@ bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Sourc
 }
 
 // Whether the copy engine can bring it: the innermost dimension dense, all else multiples of 16 bytes apart.
-bool is_bulk(const Tensor& input, const ConvShape& shape, int innermost) {
+inline bool is_bulk(const Tensor& input, const ConvShape& shape, int innermost) {
   const int64_t size = input.element_size();
   if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
   if (shape.input_strides[innermost] != 1 && input.size(innermost) > 1) return false;
@@ -951,25 +956,43 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
   }
 }
 
-// The cheapest of these shapes.
+// The cheapest of these shapes, remembered by all that the choice depends on: to choose takes longer than a small kernel.
 template <typename T, Source S, class... Shapes>
 void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
          double scale, Tensor& output) {
-  const int index = input.get_device_index();
-  const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
-                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
-  Planned best;
-  void (*launch_best)(const Planned&, const ConvShape&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double,
-                      Tensor&, const Device&) = nullptr;
-  const auto consider = [&](auto block) {
-    using C = decltype(block);
-    const Planned planned = make_plan<C>(shape, S, bulk, sizeof(T), device);
-    if (C::OVERLAPS && Scale(scale).first) return;
-    if (planned.cost < best.cost) best = planned, launch_best = launch<T, S, C>;
+  struct Choice {
+    Planned planned;
+    void (*launch)(const Planned&, const ConvShape&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, Tensor&,
+                   const Device&) = nullptr;
   };
-  (consider(Shapes()), ...);
-  STD_TORCH_CHECK(launch_best, "input: expected a shape that conv_wgmma can cut to fit in shared memory");
-  launch_best(best, shape, input, weight, bias, scale, output, device);
+  thread_local std::map<std::string, Choice> choices;
+  constexpr size_t kMostChoices = 1024;
+  struct Question {
+    ConvShape shape;
+    int64_t bulk, scale_first;
+    Device device;
+  };
+  static_assert(std::has_unique_object_representations_v<Question>);
+  const int index = input.get_device_index();
+  const Question question{shape, bulk, Scale(scale).first,
+                          {attribute(cudaDevAttrMultiProcessorCount, index),
+                           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)}};
+  const std::string key(reinterpret_cast<const char*>(&question), sizeof question);
+  auto found = choices.find(key);
+  if (found == choices.end()) {
+    Choice best;
+    const auto consider = [&](auto block) {
+      using C = decltype(block);
+      const Planned planned = make_plan<C>(shape, S, bulk, sizeof(T), question.device);
+      if (C::OVERLAPS && question.scale_first) return;
+      if (planned.cost < best.planned.cost) best = {planned, launch<T, S, C>};
+    };
+    (consider(Shapes()), ...);
+    STD_TORCH_CHECK(best.launch, "input: expected a shape that conv_wgmma can cut to fit in shared memory");
+    if (choices.size() >= kMostChoices) choices.clear();
+    found = choices.emplace(key, best).first;
+  }
+  found->second.launch(found->second.planned, shape, input, weight, bias, scale, output, question.device);
 }
 
 // From wherever the input lies.
