@@ -345,9 +345,10 @@ def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
 
 @pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
-def test_wgmma_is_not_serialised():
+@pytest.mark.parametrize("name", [rung.name for rung in CUDA_RUNGS if "wgmma" in rung.name])
+def test_wgmma_is_not_serialised(name):
     """Where ptxas cannot follow which sums are under way, it makes the tensor cores wait, and says so in a remark alone."""
-    (job,) = (job for job in cuda_jobs() if job["name"] == "conv_wgmma")
+    (job,) = (job for job in cuda_jobs() if job["name"] == name)
     directory = build.load(**job).parent
     ninja = Path(pytest.importorskip("ninja").BIN_DIR) / "ninja"
     commands = subprocess.run([ninja, "-C", directory, "-t", "commands"], capture_output=True, text=True, check=True).stdout
