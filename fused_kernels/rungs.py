@@ -151,6 +151,7 @@ class Rung:
     ):
         geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
         arguments.check_precision(precision)
+        scale = arguments.as_scale(scale)
         if self.device:
             precision = arguments.resolve_precision(input, precision)
             # A tensor on another device is refused by the operator.
@@ -158,7 +159,7 @@ class Rung:
                 reason := self.why_not(input.dtype, precision, geometry.stride, geometry.groups)
             ):
                 raise RuntimeError(reason)
-        return self._operator(input, weight, bias, arguments.as_scale(scale), *geometry, precision)
+        return self._operator(input, weight, bias, scale, *geometry, precision)
 
     @property
     def _operator(self):

@@ -51,8 +51,14 @@ def dtype_for(function, wanted):
     return function.dtypes[0] if isinstance(function, Rung) and wanted not in function.dtypes else wanted
 
 
-def skip_unless_takes(function, dtype, precision="ieee"):
-    if isinstance(function, Rung) and (reason := function.why_not(dtype, precision)):
+def call(function, *args):
+    """Call at the default precision, or at a rung's only one."""
+    only_ieee = isinstance(function, Rung) and function.float32_precisions == ("ieee",)
+    return function(*args, precision="ieee" if only_ieee else "auto")
+
+
+def skip_unless_takes(function, dtype, precision="ieee", stride=1, groups=1, **_):
+    if isinstance(function, Rung) and (reason := function.why_not(dtype, precision, stride, groups)):
         pytest.skip(reason)
 
 
@@ -66,7 +72,7 @@ def pytest_runtest_setup(item):
             pytest.skip(reason)
     given = item.callspec.params if hasattr(item, "callspec") else {}
     dtype = given.get("dtype", torch.float32)
-    precision = precision_for(given.get("function"), given.get("precision", given.get("setting")))
+    precision = precision_for(given.get("function", given.get("rung")), given.get("precision", given.get("setting")))
     for rung in takers:
         if reason := rung.why_not(dtype, precision):
             pytest.skip(reason)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICES, implementations, skip_unless_takes
+from conftest import DEVICES, call, implementations, precision_for, skip_unless_takes
 from torch.nn import functional as F
 
 import fused_kernels as fk
@@ -69,7 +69,7 @@ def test_scale_min_gradient_of_nan_goes_to_the_nan(function, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("conv", GEOMETRIES, ids=str)
 def test_conv_gradients(function, device, dtype, conv, set_conv_precision):
-    skip_unless_takes(function, dtype)
+    skip_unless_takes(function, dtype, **conv)
     inputs = tensors(device, dtype, **conv)
     set_conv_precision("ieee")
     found = gradients(function(*inputs, -1.3, **conv), inputs)
@@ -105,7 +105,7 @@ def test_gradient_of_some_arguments_alone(function, device, needed, set_conv_pre
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_gradient_where_none_is_wanted(function, device, mode):
     with mode():
-        assert not function(*tensors(device), 2.0).requires_grad
+        assert not call(function, *tensors(device), 2.0).requires_grad
 
 
 @ON
@@ -162,10 +162,11 @@ def test_opcheck(rung, device, requires_grad):
     if rung.operator == "scale_min":
         samples = [(input, 2.0), (input[:, :1, ::2], -1.0)]
     else:
-        geometry = [1, 1], [0, 0, 0, 0], [1, 1], 1
+        plain, precision = ([1, 1], [0, 0, 0, 0], [1, 1], 1), precision_for(rung)
+        stride = [2, 1] if rung.strides_and_groups else [1, 1]
         samples = [
-            (input, weight, bias, 2.0, *geometry, "ieee"),
-            (input, weight, None, -1.0, [2, 1], [1, 0, 2, 1], [1, 2], 1, "auto"),
+            (input, weight, bias, 2.0, *plain, precision),
+            (input, weight, None, -1.0, stride, [1, 0, 2, 1], [1, 2], 1, precision),
         ]
     for sample in samples:
         torch.library.opcheck(operator, sample)

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICES, DTYPES, LAYOUTS, assert_within, dtype_for, exact, far_apart, implementations, precision_for
+from conftest import (
+    DEVICES,
+    DTYPES,
+    LAYOUTS,
+    assert_within,
+    call,
+    dtype_for,
+    exact,
+    far_apart,
+    implementations,
+    precision_for,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -34,12 +45,6 @@ def error_bound(input, weight, bias, scale, expected, precision, roundings=2, **
     # cuDNN rounds a 16-bit convolution once before it adds the bias, too.
     rounded = expected.abs() + (0 if bias is None else abs(scale) * bias.detach().cpu().double().abs().max())
     return (terms * unit + operands) * abs(scale) * magnitudes.amax(1, keepdim=True) + result * rounded + 1e-30
-
-
-def call(function, *args):
-    """Call at the default precision, or at a rung's only one."""
-    only_ieee = isinstance(function, Rung) and "tf32" not in function.float32_precisions
-    return function(*args, precision="ieee" if only_ieee else "auto")
 
 
 def rms_error(result, expected):

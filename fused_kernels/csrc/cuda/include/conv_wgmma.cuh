@@ -10,6 +10,7 @@
 #include "ptx/wgmma.cuh"
 
 #include <map>
+#include <mutex>
 
 namespace fused_kernels {
 
@@ -957,15 +958,17 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
 }
 
 // The cheapest of these shapes, remembered by all that the choice depends on: to choose takes longer than a small kernel.
+// NOTE: static, as the variables in it would else be the same ones in all libraries built from this text, changed or not.
 template <typename T, Source S, class... Shapes>
-void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+static void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
          double scale, Tensor& output) {
   struct Choice {
     Planned planned;
     void (*launch)(const Planned&, const ConvShape&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, Tensor&,
                    const Device&) = nullptr;
   };
-  thread_local std::map<std::string, Choice> choices;
+  static std::map<std::string, Choice> choices;
+  static std::mutex mutex;
   constexpr size_t kMostChoices = 1024;
   struct Question {
     ConvShape shape;
@@ -978,9 +981,12 @@ void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& w
                           {attribute(cudaDevAttrMultiProcessorCount, index),
                            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)}};
   const std::string key(reinterpret_cast<const char*>(&question), sizeof question);
-  auto found = choices.find(key);
-  if (found == choices.end()) {
-    Choice best;
+  Choice best;
+  {
+    const std::lock_guard lock(mutex);
+    if (const auto found = choices.find(key); found != choices.end()) best = found->second;
+  }
+  if (!best.launch) {
     const auto consider = [&](auto block) {
       using C = decltype(block);
       const Planned planned = make_plan<C>(shape, S, bulk, sizeof(T), question.device);
@@ -989,15 +995,16 @@ void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& w
     };
     (consider(Shapes()), ...);
     STD_TORCH_CHECK(best.launch, "input: expected a shape that conv_wgmma can cut to fit in shared memory");
+    const std::lock_guard lock(mutex);
     if (choices.size() >= kMostChoices) choices.clear();
-    found = choices.emplace(key, best).first;
+    choices.emplace(key, best);
   }
-  found->second.launch(found->second.planned, shape, input, weight, bias, scale, output, question.device);
+  best.launch(best.planned, shape, input, weight, bias, scale, output, question.device);
 }
 
 // From wherever the input lies.
 template <typename T, class... Shapes>
-void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+static void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
          Tensor& output) {
   constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
   if (is_bulk(input, shape, 1)) {
