@@ -75,13 +75,14 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
     stride, padding, dilation, groups
         As for :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
     precision : {"auto", "ieee", "tf32"}
-        For float32: how exact the convolution must be. "ieee" is full float32; "tf32" allows operands of a 10-bit mantissa
-        with float32 accumulation, with an rms error over the result no larger than a TF32 convolution's, at any magnitude
-        (beside values a million times as large, in the same corner of an image, small ones may keep fewer digits). On tensor
-        cores the operands are float16 times a power of two for each output channel and each part of the image; where a
-        part's values leave float16's range, the GPU reads it again and takes another power, without asking the processor;
-        "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients are PyTorch's own and
-        follow that setting, whatever is asked here.
+        For float32: how exact the convolution must be, at any magnitude. "ieee": an rms error over the result no larger than
+        a float32 convolution's. "tf32": operands of a 10-bit mantissa with float32 accumulation are allowed, with an rms
+        error no larger than a TF32 convolution's. On tensor cores the operands are float16 times a power of two for each
+        output channel and each part of the image, at "ieee" sums of two such numbers; where a part's values leave float16's
+        range, the GPU reads it again and takes another power, without asking the processor. There small values may keep fewer
+        digits beside much larger ones in the same rows of an image: ten thousand times as large at "ieee", a million times
+        at "tf32". "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients are PyTorch's
+        own and follow that setting, whatever is asked here.
 
     Returns
     -------
