@@ -65,7 +65,7 @@ def check(function, input, weight, bias, scale, precision=None, **conv):
     assert result.dtype == input.dtype
     assert result.device == input.device
     expected = exact(input, scale, weight, bias, **conv)
-    # Split operands keep 22 bits, and leave a product out.
+    # Split operands keep 23 bits, and leave a product out.
     roundings = 10 if function is rungs["conv_wgmma_ieee"] else 2
     assert_within(result, expected, error_bound(input, weight, bias, scale, expected, precision, roundings, **conv))
     return result
@@ -338,7 +338,8 @@ def shaken(request):
     for line in (*calls, "ptx::mbarrier_arrive(at.full());"):
         assert text.count(line) == 1
         text = text.replace(line, f"shake(); {line}")
-    pause = "__device__ __forceinline__ void shake() { __nanosleep(clock() * 2654435761u >> 20); }"  # at most 4 microseconds
+    length = "static_cast<uint32_t>(clock()) * 2654435761u >> 20"  # at most 4 microseconds
+    pause = f"__device__ __forceinline__ void shake() {{ __nanosleep({length}); }}"
     return rung, edit(rung.name, text.replace("struct Ring {", pause + "\n\nstruct Ring {"))
 
 

@@ -25,6 +25,9 @@
 
 namespace fused_kernels {
 
+// Powers of two up to this multiply those of the weights without leaving float32's range.
+constexpr int kExactExponent = 12;
+
 constexpr int kHalos = 2;           // buffers of input
 constexpr int kResults = 3;         // and of results
 constexpr int kUnit = 8;            // channels that a thread moves at once: 16 bytes of operand

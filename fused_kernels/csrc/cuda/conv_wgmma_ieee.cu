@@ -1,12 +1,12 @@
 // conv_wgmma_ieee: float32's accuracy at the rate of tensor cores.
 //
-// conv_wgmma's kernel with split operands: float32 as a sum of two float16, a high part (the nearest float16) and a low part (what
-// that lost, again rounded). Together they hold 22 bits. Of the four products of parts three are computed, the low parts' being
-// smaller than what float32 keeps:
+// conv_wgmma's kernel with split operands: float32 as a sum of two float16, a high part (the nearest float16) and a low part
+// (what that lost, again rounded). Together they hold 23 bits. Of the four products of parts three are computed; that of the low
+// parts is at most 2^-22 of the whole:
 //   low weights x high pixels + high weights x low pixels + high weights x high pixels
-// Tensor cores cut off what does not fit beside a sum's leading bits, where a processor would round: over all 576 products of the
-// benchmark that alone would cost more than TF32's operands do. So no sum stays in the tensor cores longer than a filter tap; then
-// it is added to another, in float32.
+// Tensor cores cut off what does not fit beside a sum's leading bits, where a processor would round; over a long sum that alone
+// would cost more than float32's rounding does. So no sum stays in the tensor cores longer than a filter tap; then it is added to
+// another, in float32. Sums of few products are more exact without all this.
 // The weights' parts do not fit in shared memory and stream, unless they are few.
 // Limit: the tensor cores, at three times conv_wgmma's work.
 // Previous rung: conv_wgmma.

@@ -948,8 +948,8 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
   const auto kernel = conv_wgmma_kernel<T, S, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
-  launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, planned.shared_bytes, stream, map, static_cast<const Raw<T>*>(input.data_ptr()),
-               reinterpret_cast<const char*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
+  launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, planned.shared_bytes, stream, map,
+               static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
                workspace.partial, plan);
   if (plan.splits > 1) {
     launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, workspace.partial,

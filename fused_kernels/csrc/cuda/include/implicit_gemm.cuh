@@ -39,17 +39,16 @@ constexpr float kLargestF16 = 65504.0f;
 constexpr float kSmallMaximum = 64.0f;
 // The first guess suits largest values between 0.25 and 255.
 constexpr int kFirstExponent = 8;
-// Powers of two up to this multiply those of the weights without leaving float32's range.
-constexpr int kExactExponent = 12;
 
 // Two numbers as sums of two float16 each: high parts and low parts.
-// NOTE: an infinity's high part is the largest number, of its sign, and only its low part is infinite. As low parts meet high parts
-// alone, and no finite number's is zero, that is what its products are.
+// NOTE: an infinity's high part is the largest finite number, and only its low part is infinite: infinity minus infinity would be
+// NaN. A low part meets high parts alone, and a weight's is zero only where the weight is.
 __device__ __forceinline__ void split_f16(float first, float second, uint32_t& high, uint32_t& low) {
   high = ptx::pack_finite_f16(first, second);
   const float2 kept = __half22float2(reinterpret_cast<const __half2&>(high));
   low = ptx::pack_f16(first - kept.x, second - kept.y);
 }
+
 // Split: below this the largest value leaves too little room for small ones' low parts, and the first guess is another.
 constexpr float kSmallSplitMaximum = 2048.0f;
 constexpr int kFirstSplitExponent = 12;
