@@ -35,7 +35,7 @@ def measured(tmp_path_factory):
 
 @pytest.mark.parametrize(("rung", "device"), [p for o in check.DTYPES for p in implementations(o, public=False)])
 def test_verdict_of_every_rung(rung, device):
-    verdict = check.verdict(rung, device, nan=rung.name != "scale_min_naive", geometry=rung.strides_and_groups)
+    verdict = check.verdict(rung, device, nan=rung.name != "scale_min_naive")
     assert verdict.correct, str(verdict)
 
 
