@@ -48,7 +48,8 @@ class ModelNew(nn.Module):
 
     def forward(self, x):
         plain = [1, 1], [0, 0, 0, 0], [1, 1], 1
-        return torch.ops.{namespace}.{name}(x, self.conv.weight, self.conv.bias, self.scale_factor, *plain, "{precision}")
+        operator = torch.ops.{namespace}.{name}.default
+        return operator(x, self.conv.weight, self.conv.bias, self.scale_factor, *plain, "{precision}")
 
 
 def get_inputs():

@@ -163,7 +163,7 @@ class Rung:
 
     @property
     def _operator(self):
-        return getattr(getattr(torch.ops, self.namespace), self.name)
+        return getattr(getattr(torch.ops, self.namespace), self.name).default
 
 
 def is_transformed():
