@@ -280,12 +280,15 @@ def _choose_cuda(input, weight, geometry, precision):
     is_channels_last = input.stride(1) == 1
     # wgmma reads 16-bit channels_last as they lie; what must be converted pays from some filter taps on.
     copies = is_channels_last and not is_float32
-    enough = 2**13 if is_float32 and is_channels_last else 2**12
+    # The library is good at float32 channels_last with 3 x 3 kernels and channels not so many.
+    enough = 2**13 if is_float32 and is_channels_last and taps <= 9 and in_channels < 256 else 2**12
     if fills and fits and takes and pixels >= enough and (taps > 1 or copies):
-        if not is_float32 and in_channels > 64 and products >= 2**18:
+        if not is_float32 and in_channels > 64 and products >= (2**17 if taps == 1 else 2**18):
             return "composite", f"{wgmma} is slower than the library where an output has products so many"
+        if not is_float32 and out_channels <= 64 and 9 < taps <= 25 and (pixels < 2**13 or not is_channels_last):
+            return "composite", f"{wgmma} is slower than the library on a 5 x 5 kernel that makes channels so few"
         return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"
-    if taps == 1 and products >= 2**16 and not is_float32:
+    if taps == 1 and products >= (2**17 if is_float32 else 2**16):
         return "composite", f"{mma} is slower on a 1 x 1 kernel where an output has products so many"
     # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
     # With wgmma it multiplies faster than mma.sync can, unless its tiles stay empty or it has much to write.
@@ -393,8 +396,10 @@ def _in_fastest_layout(input, weight, geometry, precision):
         return unchanged
     outputs = input.shape[0] * weight.shape[0] * math.prod(geometry.output_size(input.shape, weight.shape))
     ours = is_nchw and _can_copy(input, weight)
-    # A 1 x 1 kernel is a product of matrices as they lie, but a slow one where 16-bit planes are no multiple of 16 bytes.
-    gains = kernel_h * kernel_w > 1 or (input.dtype != torch.float32 and math.prod(input.shape[2:]) % 8 != 0)
+    # A 1 x 1 kernel is a product of matrices as they lie, but a slow one where 16-bit planes are no multiple of 16 bytes, and
+    # where it makes more channels than it gets.
+    unaligned = input.dtype != torch.float32 and math.prod(input.shape[2:]) % 8 != 0
+    gains = kernel_h * kernel_w > 1 or unaligned or weight.shape[0] > in_channels
     # PyTorch's own copy is slower, and pays later.
     if outputs < 2**23 and not (ours and in_channels >= 16 and gains):
         return unchanged

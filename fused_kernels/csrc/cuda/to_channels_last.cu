@@ -40,9 +40,7 @@ struct Transposition {
     {
       const int lane = threadIdx.x % kPixels, unit = threadIdx.x / kPixels;
       const int64_t pixel = min(first_pixel + lane, pixels - 1), channel = first_channel + unit * kUnitChannels;
-      // NOTE: a division in 64 bits takes more instructions than all the rest.
-      const int64_t image = pixels <= UINT32_MAX ? static_cast<uint32_t>(pixel) / static_cast<uint32_t>(plane) : pixel / plane;
-      const T* from = source + (image * channels + channel) * plane + (pixel - image * plane);
+      const T* from = source + (pixel / plane * channels + channel) * plane + pixel % plane;
       alignas(16) T values[kUnitChannels];
 #pragma unroll
       for (int j = 0; j < kUnitChannels; ++j, from += plane) values[j] = channel + j < channels ? *from : T(0);
