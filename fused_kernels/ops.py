@@ -280,7 +280,7 @@ def _choose_cuda(input, weight, geometry, precision):
     is_channels_last = input.stride(1) == 1
     # wgmma reads 16-bit channels_last as they lie; what must be converted pays from some filter taps on.
     copies = is_channels_last and not is_float32
-    # The library is good at float32 channels_last with 3 x 3 kernels and channels not so many.
+    # On few pixels, float32 channels_last with 3 x 3 kernels is what the library is best at, unless channels are many.
     enough = 2**13 if is_float32 and is_channels_last and taps <= 9 and in_channels < 256 else 2**12
     if fills and fits and takes and pixels >= enough and (taps > 1 or copies):
         if not is_float32 and in_channels > 64 and products >= (2**17 if taps == 1 else 2**18):
@@ -288,12 +288,13 @@ def _choose_cuda(input, weight, geometry, precision):
         if not is_float32 and out_channels <= 64 and 9 < taps <= 25 and (pixels < 2**13 or not is_channels_last):
             return "composite", f"{wgmma} is slower than the library on a 5 x 5 kernel that makes channels so few"
         return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"
-    if taps == 1 and products >= (2**17 if is_float32 else 2**16):
-        return "composite", f"{mma} is slower on a 1 x 1 kernel where an output has products so many"
     # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
     # With wgmma it multiplies faster than mma.sync can, unless its tiles stay empty or it has much to write.
     hampered = geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels
-    hampered |= not _library_has_wgmma(input.device.index)
+    library_has_wgmma = _library_has_wgmma(input.device.index)
+    hampered |= not library_has_wgmma
+    if taps == 1 and geometry.groups == 1 and library_has_wgmma and products >= (2**17 if is_float32 else 2**16):
+        return "composite", f"{mma} is slower on a 1 x 1 kernel where an output has products so many"
     if is_float32:
         wins = products < (2**15 if is_channels_last else 2**16) or pixels >= 2**14
     elif is_channels_last and not hampered:
@@ -367,7 +368,7 @@ def _library_conv(input, weight, bias, stride, padding, dilation, groups, precis
     geometry = (stride, (top, left), dilation)
     if precision == "auto" or input.dtype != torch.float32 or input.device.type != "cuda":
         return F.conv2d(input, weight, bias, *geometry, groups)
-    return torch.ops.fused_kernels.library_conv2d(input, weight, bias, *geometry, groups, precision == "tf32")
+    return torch.ops.fused_kernels.library_conv2d.default(input, weight, bias, *geometry, groups, precision == "tf32")
 
 
 def _library_conv2d(input, weight, bias, stride, padding, dilation, groups, tf32):
@@ -406,7 +407,7 @@ def _in_fastest_layout(input, weight, geometry, precision):
     if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
         return unchanged
     if ours:
-        return torch.ops.fused_kernels.to_channels_last(input, weight)
+        return torch.ops.fused_kernels.to_channels_last.default(input, weight)
     return input.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kernels import conv2d_scale_min, edit, explain, export, ops, rungs
+from fused_kernels import arguments, conv2d_scale_min, edit, explain, export, ops, rungs
 from fused_kernels.rungs import Rung
 
 EVERY = pytest.mark.parametrize(("function", "device"), implementations("conv2d_scale_min"))
@@ -512,33 +512,52 @@ def test_transforms_differentiate_by_the_bias(device, transform):
     torch.testing.assert_close(found, transform(lambda *t: TestCompositeAddsBias.eager(*t, -1.5), 2)(*tensors))
 
 
-# Name, then what is fastest on an H200 at tf32, at ieee, and for bfloat16, each as (NCHW, channels_last).
+# Name, then what is fastest on an H200 at tf32, at ieee, and for bfloat16, as (NCHW, channels_last), or None: not measured.
 SHAPES = {
     "the reference's": ((64, 64, 256, 256), 128, 3, {}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma",) * 2]),
     "large kernel": ((8, 32, 512, 512), 256, 5, {}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma",) * 2]),
-    "14 x 14": ((64, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma", "composite")]),
+    "14 x 14": ((64, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("composite",) * 2]),
     "few channels": ((16, 32, 112, 112), 32, 3, {}, [("mma",) * 2, ("direct",) * 2, ("mma", "composite")]),
     "few products": ((128, 3, 32, 32), 16, 3, {}, [("direct",) * 2, ("direct",) * 2, ("mma",) * 2]),
     "stem": ((32, 3, 224, 224), 64, 7, {"stride": 2, "padding": 3}, [("mma",) * 2, ("direct",) * 2, ("mma",) * 2]),
     "small image": ((32, 512, 7, 7), 512, 3, {"padding": 1}, [("composite",) * 2, ("wgmma_ieee",) * 2, ("composite",) * 2]),
     "1 x 1": ((32, 256, 56, 56), 64, 1, {}, [("composite",) * 2, ("wgmma_ieee",) * 2, ("composite",) * 2]),
+    "many channels": ((8, 256, 56, 56), 256, 3, {}, [("wgmma",) * 2, None, ("composite",) * 2]),
+    "few pixels": ((32, 64, 14, 14), 64, 3, {"padding": 1}, [("wgmma", "composite"), None, ("wgmma",) * 2]),
+    "few pixels, many channels": ((32, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, None, ("composite",) * 2]),
+    "5 x 5": ((32, 64, 28, 28), 64, 5, {"padding": 2}, [("wgmma",) * 2, None, ("composite", "wgmma")]),
+    "1 x 1 to more": ((32, 128, 28, 28), 512, 1, {}, [("mma",) * 2, None, ("composite", "wgmma")]),
+    "1 x 1, many products": ((32, 256, 28, 28), 512, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
     "depthwise": ((32, 64, 56, 56), 64, 3, {"groups": 64}, [("composite",) * 2] * 3),
 }
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_explain_names_the_rung_that_was_measured_fastest(shape):
+def test_the_rung_that_was_measured_fastest_is_chosen(shape, device, monkeypatch):
+    """By the rules alone for a GPU that is not there; where one is, as :func:`explain` says it."""
     size, out_channels, kernel, conv, names = SHAPES[shape]
-    if torch.cuda.get_device_capability()[0] != 9:
+    if device == "meta":
+        monkeypatch.setattr(ops, "_is_hopper", lambda index: True)
+        monkeypatch.setattr(ops, "_library_has_wgmma", lambda index: True)
+    elif torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the choice depends on the GPU")
+
+    def choose(input, weight, precision):
+        if device == "cuda":
+            return explain(input, weight, precision=precision, **conv).rung
+        geometry = arguments.check_conv(input, weight, None, **{"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **conv})
+        return ops._choose_cuda(input, weight, geometry, precision)[0]
+
     for (dtype, precision), expected in zip(
         ((torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "auto")), names, strict=True
     ):
-        input = torch.empty(size, device="cuda", dtype=dtype)
-        weight = torch.empty(out_channels, size[1] // conv.get("groups", 1), kernel, kernel, device="cuda", dtype=dtype)
+        if expected is None:
+            continue
+        input = torch.empty(size, device=device, dtype=dtype)
+        weight = torch.empty(out_channels, size[1] // conv.get("groups", 1), kernel, kernel, device=device, dtype=dtype)
         layouts = (torch.contiguous_format, torch.channels_last)
-        chosen = [explain(input.contiguous(memory_format=m), weight, precision=precision, **conv).rung for m in layouts]
+        chosen = [choose(input.contiguous(memory_format=m), weight, precision) for m in layouts]
         assert tuple(name.removeprefix("conv_") for name in chosen) == expected
 
 

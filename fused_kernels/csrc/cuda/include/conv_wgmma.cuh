@@ -685,7 +685,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             ptx::wgmma_commit();
           };
           // Two taps keep the tensor cores busy while the epilogue of the tile before runs.
-          // NOTE: in no case slower than one or all three, and up to 3 % faster (on an H200).
+          // NOTE: up to 3 % faster than one or all three, and nowhere more than 0.5 % slower (on an H200).
           multiply_taps(0, C::kRowTaps - 1);
           begin_filter_row(dy);
           if (dy == 0) meanwhile();
@@ -954,8 +954,8 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
   launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, planned.shared_bytes, stream, map,
-               static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
-               workspace.partial, plan);
+               static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed),
+               workspace.constants, static_cast<T*>(output.data_ptr()), workspace.partial, plan);
   if (plan.splits > 1) {
     launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, workspace.partial,
                  static_cast<T*>(output.data_ptr()), shape.pixels(), plan.splits);
