@@ -211,7 +211,7 @@ _EXACT = {int, str}
 
 def _run(name, *args):
     """Call an operator. Its rule for gradients is Python, and to pass by it takes longer than a small kernel."""
-    # NOTE: an overload is called in half the time of the packet that holds it, which looks for more in Python.
+    # The overload: the packet that holds it looks at every argument in Python first.
     operator = getattr(torch.ops.fused_kernels, name).default
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return operator(*args)
