@@ -397,15 +397,17 @@ def _in_fastest_layout(input, weight, geometry, precision):
         return unchanged
     outputs = input.shape[0] * weight.shape[0] * math.prod(geometry.output_size(input.shape, weight.shape))
     ours = is_nchw and _can_copy(input, weight)
-    # A 1 x 1 kernel is a product of matrices as they lie, but a slow one where 16-bit planes are no multiple of 16 bytes, and
-    # where it makes more channels than it gets.
-    unaligned = input.dtype != torch.float32 and math.prod(input.shape[2:]) % 8 != 0
+    # A 1 x 1 kernel is a product of matrices as they lie, but a slow one where planes are no multiple of 16 bytes, and where it
+    # makes more channels than it gets. Its weights lie the same in both layouts.
+    unaligned = math.prod(input.shape[2:]) * input.element_size() % 16 != 0
     gains = kernel_h * kernel_w > 1 or unaligned or weight.shape[0] > in_channels
     # PyTorch's own copy is slower, and pays later.
     if outputs < 2**23 and not (ours and in_channels >= 16 and gains):
         return unchanged
     if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
         return unchanged
+    if ours and kernel_h * kernel_w == 1:
+        return *torch.ops.fused_kernels.to_channels_last.default(input, None), weight
     if ours:
         return torch.ops.fused_kernels.to_channels_last.default(input, weight)
     return input.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
@@ -628,13 +630,13 @@ def _define_copy():
     """Register the copy of a convolution's input and weights; no rule for gradients, for none is wanted where it runs."""
     library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
     _libraries.append(library)
-    library.define(f"{COPY.name}(Tensor input, Tensor weight) -> (Tensor, Tensor)")
+    library.define(f"{COPY.name}(Tensor input, Tensor? weight) -> Tensor[]")
     torch.library.register_fake(f"{build.NAMESPACE}::{COPY.name}", _copy_fake, lib=library)
     _build_on_first_call(COPY, library, COPY.name)
 
 
 def _copy_fake(input, weight):
-    return tuple(torch.empty_like(t, memory_format=torch.channels_last) for t in (input, weight))
+    return [torch.empty_like(t, memory_format=torch.channels_last) for t in (input, weight) if t is not None]
 
 
 def _define_library_conv2d():

@@ -32,6 +32,12 @@ class TestCopy:
             assert torch.equal(before, after)
             assert after.is_contiguous(memory_format=torch.channels_last)
 
+    def test_takes_the_input_alone(self, poisoned):
+        input = torch.randn(2, 70, 5, 7, device="cuda")
+        (copied,) = copy(input, None)
+        assert torch.equal(copied, input)
+        assert copied.is_contiguous(memory_format=torch.channels_last)
+
     def test_takes_only_nchw(self):
         input, weight = torch.randn(2, 4, 5, 6, device="cuda"), torch.randn(8, 4, 3, 3, device="cuda")
         with pytest.raises(RuntimeError, match=r"input: expected 4 dimensions, contiguous"):
@@ -52,6 +58,10 @@ def test_shapes_and_layouts_need_no_device():
     for before, after in zip(given, copy(*given), strict=True):
         assert after.shape == before.shape
         assert after.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_may_be_left_out():
+    assert [t.shape for t in copy(torch.empty(2, 5, 3, 4, device="meta"), None)] == [(2, 5, 3, 4)]
 
 
 def test_is_made_where_no_gradient_is_wanted(monkeypatch):
@@ -75,16 +85,23 @@ def test_refuses_a_cpu_tensor():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("in_channels", "size", "groups", "is_copied"),
-    [(32, 3, 1, True), (16, 3, 1, True), (3, 7, 1, False), (256, 1, 1, False), (64, 3, 2, False)],
+    ("in_channels", "plane", "size", "groups", "is_copied"),
+    [
+        (32, 16, 3, 1, True),
+        (16, 16, 3, 1, True),
+        (3, 16, 7, 1, False),
+        (256, 16, 1, 1, False),
+        (256, 7, 1, 1, True),
+        (64, 16, 3, 2, False),
+    ],
 )
-def test_composite_copies_for_tensor_cores_alone(in_channels, size, groups, is_copied):
-    input = torch.randn(2, in_channels, 16, 16, device="cuda", dtype=torch.bfloat16)
+def test_composite_copies_for_tensor_cores_alone(in_channels, plane, size, groups, is_copied):
+    input = torch.randn(2, in_channels, plane, plane, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=torch.bfloat16)
     geometry = arguments.check_conv(input, weight, None, 1, 0, 1, groups)
     copied_input, copied_weight = ops._in_fastest_layout(input, weight, geometry, "auto")
     assert copied_input.is_contiguous(memory_format=torch.channels_last) == is_copied
-    assert (copied_weight is weight) != is_copied
+    assert (copied_weight is weight) == (size == 1 or not is_copied)
 
 
 @pytest.mark.gpu

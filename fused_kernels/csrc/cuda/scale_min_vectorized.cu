@@ -36,9 +36,10 @@ struct Planes {
   static constexpr int kThreads = 256, kBytesInFlight = 64, kBlocksPerSM = 4;
 };
 struct ChannelsLast {
-  static constexpr int kThreads = 128, kInFlight = 8, kBlocksPerSM = 8;
-  // A small image keeps more of the chip busy with fewer pixels a thread.
-  static constexpr int kFewInFlight = 2;
+  static constexpr int kThreads = 128, kPixels = 8, kBlocksPerSM = 8;
+  // A small image keeps more of the chip busy with fewer pixels a thread, and where it has many channels, with several vectors
+  // of a single one.
+  static constexpr int kFewPixels = 2, kVectors = 4;
 };
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 
 // channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way.
 // NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
-template <typename T, int VEC, bool BIAS, int IN_FLIGHT>
+template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
     channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int group,
                          const T* bias) {
@@ -144,47 +145,55 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
   const int member = lane % group;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (ChannelsLast::kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   // The groups of a warp take neighbouring pixels, so that one load of the warp is one run of addresses.
-  const int64_t first = warp * IN_FLIGHT * groups + lane / group;
+  const int64_t first = warp * PIXELS * groups + lane / group;
   // Past the end the last pixel is read again: no branch in the loop, and no result of it is stored.
   const int64_t left = pixels - 1 - first;
-  const bool full = left >= IN_FLIGHT * groups;
-  const int last = full ? IN_FLIGHT - 1 : max(static_cast<int>(left), 0) / groups;
+  const bool full = left >= PIXELS * groups;
+  const int last = full ? PIXELS - 1 : max(static_cast<int>(left), 0) / groups;
   const T* source = input + min(first, pixels - 1) * channels;
   const int step = groups * channels;
 
-  A smallest[IN_FLIGHT];
+  A smallest[PIXELS];
 #pragma unroll
-  for (int k = 0; k < IN_FLIGHT; ++k) smallest[k] = kInfinity<A>;
+  for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
 
-  for (int channel = member * VEC; channel < channels; channel += group * VEC) {
-    Vector<T, VEC> loaded[IN_FLIGHT];
-    Vector<T, VEC> added;
-    if constexpr (BIAS) added = load_vector<T, VEC>(bias + channel);
-    const T* address = source + channel;
+  for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
+    Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
+    int at = channel;
 #pragma unroll
-    for (int k = 0; k < IN_FLIGHT; ++k) {
-      loaded[k] = load_vector<T, VEC>(address);
-      if (k < last) address += step;
+    for (int v = 0; v < VECTORS; ++v) {
+      if constexpr (BIAS) added[v] = load_vector<T, VEC>(bias + at);
+      const T* address = source + at;
+#pragma unroll
+      for (int k = 0; k < PIXELS; ++k) {
+        loaded[v][k] = load_vector<T, VEC>(address);
+        if (k < last) address += step;
+      }
+      // Past the end, too, the last vector is read again.
+      if (v + 1 < VECTORS && at + group * VEC < channels) at += group * VEC;
     }
 #pragma unroll
-    for (int k = 0; k < IN_FLIGHT; ++k) {
+    for (int v = 0; v < VECTORS; ++v) {
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        smallest[k] = min_nan(smallest[k], (loaded[k].values[i] + addend<BIAS>(added.values[i])) * scale);
+      for (int k = 0; k < PIXELS; ++k) {
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+          smallest[k] = min_nan(smallest[k], (loaded[v][k].values[i] + addend<BIAS>(added[v].values[i])) * scale);
+        }
       }
     }
   }
 
   for (int distance = group / 2; distance > 0; distance /= 2) {
 #pragma unroll
-    for (int k = 0; k < IN_FLIGHT; ++k) {
+    for (int k = 0; k < PIXELS; ++k) {
       smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
     }
   }
 
   // Every member now knows all the group's results; they take turns in storing them.
 #pragma unroll
-  for (int k = 0; k < IN_FLIGHT; ++k) {
+  for (int k = 0; k < PIXELS; ++k) {
     const int64_t pixel = first + k * groups;
     if (member == k % group && pixel < pixels) output[pixel] = static_cast<T>(smallest[k]);
   }
@@ -258,16 +267,19 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
     with_width<T>(common, [&](auto vec) {
       int group = 1;
       while (group < kWarpSize && group * vec < channels) group *= 2;
-      const auto start = [&](auto in_flight) {
-        const int64_t pixels_a_block = ChannelsLast::kThreads / group * in_flight;
-        launch_early(channels_last_kernel<T, vec, BIAS, in_flight>, grid_size(ceil_div(pixels, pixels_a_block)),
+      const auto start = [&](auto pixels_a_group, auto vectors) {
+        const int64_t pixels_a_block = ChannelsLast::kThreads / group * pixels_a_group;
+        launch_early(channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors>, grid_size(ceil_div(pixels, pixels_a_block)),
                      ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, group, bias);
       };
-      const int64_t blocks = ceil_div(pixels, ChannelsLast::kThreads / group * ChannelsLast::kInFlight);
-      if (blocks < 2 * multiprocessors(input.get_device_index())) {
-        start(std::integral_constant<int, ChannelsLast::kFewInFlight>());
+      using One = std::integral_constant<int, 1>;
+      const int64_t blocks = ceil_div(pixels, ChannelsLast::kThreads / group * ChannelsLast::kPixels);
+      if (blocks >= 2 * multiprocessors(input.get_device_index())) {
+        start(std::integral_constant<int, ChannelsLast::kPixels>(), One());
+      } else if (channels <= 2 * group * vec) {
+        start(std::integral_constant<int, ChannelsLast::kFewPixels>(), One());
       } else {
-        start(std::integral_constant<int, ChannelsLast::kInFlight>());
+        start(One(), std::integral_constant<int, ChannelsLast::kVectors>());
       }
     });
   } else if (input.is_contiguous()) {
