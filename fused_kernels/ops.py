@@ -407,7 +407,8 @@ def _in_fastest_layout(input, weight, geometry, precision):
     if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
         return unchanged
     if ours and kernel_h * kernel_w == 1:
-        return *torch.ops.fused_kernels.to_channels_last.default(input, None), weight
+        (input,) = torch.ops.fused_kernels.to_channels_last.default(input, None)
+        return input, weight
     if ours:
         return torch.ops.fused_kernels.to_channels_last.default(input, weight)
     return input.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)

@@ -84,6 +84,7 @@ def test_refuses_a_cpu_tensor():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("in_channels", "plane", "size", "groups", "is_copied"),
     [
@@ -95,11 +96,11 @@ def test_refuses_a_cpu_tensor():
         (64, 16, 3, 2, False),
     ],
 )
-def test_composite_copies_for_tensor_cores_alone(in_channels, plane, size, groups, is_copied):
-    input = torch.randn(2, in_channels, plane, plane, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=torch.bfloat16)
+def test_composite_copies_for_tensor_cores_alone(in_channels, plane, size, groups, is_copied, dtype):
+    input = torch.randn(2, in_channels, plane, plane, device="cuda", dtype=dtype)
+    weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=dtype)
     geometry = arguments.check_conv(input, weight, None, 1, 0, 1, groups)
-    copied_input, copied_weight = ops._in_fastest_layout(input, weight, geometry, "auto")
+    copied_input, copied_weight = ops._in_fastest_layout(input, weight, geometry, "tf32")
     assert copied_input.is_contiguous(memory_format=torch.channels_last) == is_copied
     assert (copied_weight is weight) == (size == 1 or not is_copied)
 

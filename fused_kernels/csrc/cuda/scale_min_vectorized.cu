@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
   }
 }
 
-// channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way.
+// channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way, or several vectors
+// of one.
 // NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
 template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
         loaded[v][k] = load_vector<T, VEC>(address);
         if (k < last) address += step;
       }
-      // Past the end, too, the last vector is read again.
+      // Past the last channel, too, a vector is read again: a minimum does not mind.
       if (v + 1 < VECTORS && at + group * VEC < channels) at += group * VEC;
     }
 #pragma unroll
