@@ -248,12 +248,6 @@ bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-int multiprocessors(int device) {
-  int count = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 template <typename T, bool BIAS>
 void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& output) {
   const int channels = input.size(1);

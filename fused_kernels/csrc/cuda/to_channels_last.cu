@@ -1,9 +1,10 @@
 // to_channels_last: a convolution's NCHW input and weights, copied into the layout that the library's tensor cores want.
 //
 // For each image a transposition: rows of pixels become rows of channels. Whoever reads along one and writes along the other
-// touches a whole sector of memory for each element. So a thread gathers 16 bytes of a pixel's channels, its warp side by side
-// the pixels; the block exchanges them through shared memory, and a warp writes runs of 128 bytes, channels of a pixel.
-// Pixels are counted through all images: one filter's nine taps would leave most of a warp idle, four filters' fill it.
+// touches a whole sector of memory for each element. So a thread gathers 16 bytes of channels for each of a few neighbouring
+// pixels, its warp side by side the pixels; the block exchanges them through shared memory, and a warp writes runs of 128 bytes,
+// channels of a pixel. Pixels are counted through all images: one filter's nine taps would leave most of a warp idle, four
+// filters' fill it.
 // Both tensors go in one launch, for where they are small the launch is what takes time. Weights of 1 x 1 lie right as they are.
 // Limit: the memory's bandwidth, in and out. PyTorch's own copy reaches a sixth of it (25 MB on an H200).
 // Used by: composite.
@@ -15,13 +16,16 @@
 
 namespace fused_kernels {
 
-constexpr int kPixels = 32, kUnits = 8;  // of a block: a thread brings one unit of 16 bytes, and takes another away
-constexpr int kThreads = kPixels * kUnits;
-static_assert(kPixels % kUnits == 0 && (kUnits & (kUnits - 1)) == 0, "kUnits: expected a power of two that divides kPixels");
+constexpr int kLanes = 32, kUnits = 8;  // of a block: a lane a vector of pixels, a warp a unit of 16 bytes of their channels
+constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 4;
+static_assert(kLanes % kUnits == 0, "kUnits: expected a divisor of kLanes");
 
-template <typename T>
+template <typename T, int VEC>
 struct Transposition {
-  static constexpr int kUnitChannels = 16 / sizeof(T);
+  static constexpr int kUnitChannels = 16 / sizeof(T), kPixels = kLanes * VEC;
+  struct alignas(VEC * sizeof(T)) Vector {
+    T values[VEC];
+  };
 
   const T* source = nullptr;
   T* target = nullptr;
@@ -39,41 +43,53 @@ struct Transposition {
     const int64_t first_pixel = static_cast<int64_t>(block / across) * kPixels;
     const int64_t first_channel = static_cast<int64_t>(block % across) * (kUnits * kUnitChannels);
     {
-      const int lane = threadIdx.x % kPixels, unit = threadIdx.x / kPixels;
-      const int64_t pixel = min(first_pixel + lane, pixels - 1), channel = first_channel + unit * kUnitChannels;
+      const int lane = threadIdx.x % kLanes, unit = threadIdx.x / kLanes;
+      const int64_t pixel = min(first_pixel + lane * VEC, pixels - VEC), channel = first_channel + unit * kUnitChannels;
       const T* from = source + (pixel / plane * channels + channel) * plane + pixel % plane;
-      alignas(16) T values[kUnitChannels];
+      Vector loaded[kUnitChannels];
 #pragma unroll
-      for (int j = 0; j < kUnitChannels; ++j, from += plane) values[j] = channel + j < channels ? *from : T(0);
-      // A unit's place in a row depends on the row: eight lanes that meet in a column or in a row meet no bank twice.
-      units[lane][unit ^ lane % kUnits] = *reinterpret_cast<const uint4*>(values);
+      for (int j = 0; j < kUnitChannels; ++j, from += plane) {
+        loaded[j] = channel + j < channels ? *reinterpret_cast<const Vector*>(from) : Vector{};
+      }
+      // A unit's place in a row depends on the lane: eight lanes that meet in a column or in a row meet no bank twice.
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) {
+        alignas(16) T values[kUnitChannels];
+#pragma unroll
+        for (int j = 0; j < kUnitChannels; ++j) values[j] = loaded[j].values[k];
+        units[lane * VEC + k][unit ^ lane % kUnits] = *reinterpret_cast<const uint4*>(values);
+      }
     }
     __syncthreads();
 
-    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
-    const int64_t pixel = first_pixel + row, channel = first_channel + unit * kUnitChannels;
-    if (pixel >= pixels) return;
-    const uint4 values = units[row][unit ^ row % kUnits];
-    T* const to = target + pixel * channels + channel;
-    if (channels % kUnitChannels == 0) {
-      if (channel < channels) *reinterpret_cast<uint4*>(to) = values;
-    } else {
+    const int unit = threadIdx.x % kUnits;
+    const int64_t channel = first_channel + unit * kUnitChannels;
+    T* const to = target + first_pixel * channels + channel;
 #pragma unroll
-      for (int j = 0; j < kUnitChannels; ++j) {
-        if (channel + j < channels) to[j] = reinterpret_cast<const T*>(&values)[j];
+    for (int row = threadIdx.x / kUnits; row < kPixels; row += kThreads / kUnits) {
+      if (first_pixel + row >= pixels) return;
+      // NOTE: held in a variable for both branches, the 16 bytes left in four stores of 4 (read off the SASS, nvcc 13.0).
+      const uint4* const from = &units[row][unit ^ row / VEC % kUnits];
+      if (channels % kUnitChannels == 0) {
+        if (channel < channels) *reinterpret_cast<uint4*>(to + row * channels) = *from;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kUnitChannels; ++j) {
+          if (channel + j < channels) to[row * channels + j] = reinterpret_cast<const T*>(from)[j];
+        }
       }
     }
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    to_channels_last_kernel(const __grid_constant__ Transposition<T> first, const __grid_constant__ Transposition<T> second) {
+template <typename T, int VEC>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM) to_channels_last_kernel(const __grid_constant__ Transposition<T, VEC> input,
+                                                                     const __grid_constant__ Transposition<T, 1> weight) {
   ptx::wait_for_previous_grid();
-  if (blockIdx.x < first.blocks) {
-    first.run(blockIdx.x);
+  if (blockIdx.x < input.blocks) {
+    input.run(blockIdx.x);
   } else {
-    second.run(blockIdx.x - static_cast<int>(first.blocks));
+    weight.run(blockIdx.x - static_cast<int>(input.blocks));
   }
 }
 
@@ -94,17 +110,31 @@ std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Te
   add("input", input);
   if (weight) add("weight", *weight);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto launch = [&](auto element) {
-    using Copy = Transposition<decltype(element)>;
-    const Copy first(input, outputs[0]), second = weight ? Copy(*weight, outputs[1]) : Copy();
+  const auto launch = [&](auto element, auto vec) {
+    using T = decltype(element);
+    const Transposition<T, vec> first(input, outputs[0]);
+    const auto second = weight ? Transposition<T, 1>(*weight, outputs[1]) : Transposition<T, 1>();
     const int64_t blocks = first.blocks + second.blocks;
     if (blocks == 0) return;
-    launch_early(to_channels_last_kernel<decltype(element)>, grid_size(blocks), kThreads, 0, current_stream(input), first, second);
+    launch_early(to_channels_last_kernel<T, vec>, grid_size(blocks), kThreads, 0, current_stream(input), first, second);
+  };
+  const auto choose = [&](auto element) {
+    using T = decltype(element);
+    constexpr std::integral_constant<int, 1> kOne;
+    constexpr std::integral_constant<int, 4> kFour;
+    const bool aligned = input.size(2) * input.size(3) % kFour == 0 &&
+                         reinterpret_cast<uintptr_t>(input.data_ptr()) % (kFour * sizeof(T)) == 0;
+    // Large blocks of vectors leave some of the chip idle where the image is small.
+    if (aligned && Transposition<T, kFour>(input, outputs[0]).blocks >= multiprocessors(input.get_device_index())) {
+      launch(element, kFour);
+    } else {
+      launch(element, kOne);
+    }
   };
   if (dtype == ScalarType::Float) {
-    launch(uint32_t());
+    choose(uint32_t());
   } else {
-    launch(uint16_t());
+    choose(uint16_t());
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return outputs;

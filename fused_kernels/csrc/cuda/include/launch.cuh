@@ -61,6 +61,12 @@ void launch_early(void (*kernel)(Params...), dim3 grid, int threads, int shared_
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 
+inline int multiprocessors(int device) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // A grid's x extent, checked: CUDA takes at most 2^31 - 1 blocks.
 inline unsigned int grid_size(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, "input: expected at most 2^31 - 1 blocks of work, got ", blocks);
