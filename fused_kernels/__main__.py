@@ -45,11 +45,14 @@ def doctor(_):
 def run_bench(options):
     """Check and time every rung that runs here beside its peers."""
     dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
-    keep = (lambda part: bench.append(part, options.data)) if options.record else None
-    new = bench.run(options.device, dtypes=dtypes, quick=options.quick, machine=options.machine, each=keep)
+    # Apart, for the newest run of a machine's file is what all figures show.
+    data = options.data or (bench.data_dir() / "layers" if options.layers else bench.data_dir())
+    keep = (lambda part: bench.append(part, data)) if options.record else None
+    how = {"quick": options.quick, "layers": options.layers, "machine": options.machine}
+    new = bench.run(options.device, dtypes=dtypes, each=keep, **how)
     print(bench.summary(new))
     if options.record:
-        print(f"\nrecorded in {(options.data or bench.data_dir()) / (new[0].machine + '.csv')}")
+        print(f"\nrecorded in {data / (new[0].machine + '.csv')}")
 
 
 def figures(options):
@@ -84,6 +87,9 @@ def main(arguments=None):
     parser_bench = commands.add_parser("bench", help=run_bench.__doc__)
     parser_bench.add_argument("--record", action="store_true", help="append the measurements to figures/data")
     parser_bench.add_argument("--quick", action="store_true", help="float32 alone, without torch.compile's max-autotune")
+    parser_bench.add_argument(
+        "--layers", action="store_true", help="conv2d_scale_min alone, on many layers of networks; records: figures/data/layers"
+    )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES["conv2d_scale_min"]]
     parser_bench.add_argument("--dtypes", nargs="+", choices=names, help="which to run, in this order")
     parser_bench.add_argument("--device", type=torch.device, help="cuda or cpu; by default the GPU if a CUDA rung runs on it")

@@ -114,6 +114,30 @@ SHAPES = (
 # And one so small that a call is nothing but overhead.
 TINY = ((1, 16, 8, 8), 32, 3, 1, 0)
 
+# The layers of a ResNet, and other kernels on images of its sizes: channels, height and width, output channels, kernel, stride.
+# All padded as such networks pad, by half a kernel.
+_STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))
+_LAYERS = (
+    *((channels, size, channels, 3, 1) for channels, size in _STAGES),
+    *((channels, size, 2 * channels, 3, 2) for channels, size in _STAGES[:3]),
+    *((channels, size, 4 * channels, 1, 1) for channels, size in _STAGES),
+    *((4 * channels, size, channels, 1, 1) for channels, size in _STAGES),
+    *((4 * channels, size, 8 * channels, 1, 2) for channels, size in _STAGES[:3]),
+    *((channels, size, channels, 5, 1) for channels, size in _STAGES[:3]),
+    (32, 56, 64, 5, 1),
+    (64, 28, 128, 5, 1),
+    (64, 56, 64, 7, 1),
+    (64, 28, 64, 7, 1),
+    (128, 14, 256, 7, 1),
+    (3, 224, 64, 7, 2),
+)
+# Of them all with 32 images and with one; then a few of the most usual with other numbers of images.
+LAYERS = tuple(
+    ((images, channels, size, size), out_channels, kernel, stride, kernel // 2)
+    for images, layers in ((32, _LAYERS), (1, _LAYERS), (4, _LAYERS[:4]), (8, _LAYERS[:4]), (64, _LAYERS[:4]))
+    for channels, size, out_channels, kernel, stride in layers
+)
+
 
 def workload(device=None, dtype=torch.float32, channels_last=False, *, batch=None, seed=0):
     """Draw the reference workload: 64 images on a GPU, 2 on a CPU, of 64 x 256 x 256; 128 output channels under a 3 x 3 kernel.
@@ -464,7 +488,7 @@ class Candidate:
     operator: str = "conv2d_scale_min"
 
 
-def run(device=None, *, dtypes=None, quick=False, machine=None, seconds=0.3, each=None):
+def run(device=None, *, dtypes=None, quick=False, layers=False, machine=None, seconds=0.3, each=None):
     """Check and time the whole model and scale_min alone: rungs, peers and ceilings, all in this process.
 
     And the public function on other shapes, where there is a choice to make.
@@ -480,6 +504,8 @@ def run(device=None, *, dtypes=None, quick=False, machine=None, seconds=0.3, eac
         By default float32, bfloat16 and float16 on a GPU, float32 and bfloat16 on a CPU; float32 alone if ``quick``.
     quick : bool
         One dtype and shape, and without torch.compile's max-autotune, whose search takes minutes.
+    layers : bool
+        In place of all that, the public function on :data:`LAYERS`.
     machine : str, optional
         By default :func:`machine`.
     seconds : float
@@ -496,7 +522,8 @@ def run(device=None, *, dtypes=None, quick=False, machine=None, seconds=0.3, eac
     if dtypes is None:
         dtypes = [torch.float32, torch.bfloat16, torch.float16][: 1 if quick else 3 if device.type == "cuda" else 2]
     done = []
-    for part in _parts(common, device, dtypes, quick, seconds):
+    parts = _layers(common, device, dtypes, seconds / 5) if layers else _parts(common, device, dtypes, quick, seconds)
+    for part in parts:
         done += part
         if each:
             each(part)
@@ -520,16 +547,28 @@ def _parts(common, device, dtypes, quick, seconds):
 
 
 def _other_shapes(common, device, dtypes, seconds):
-    """Time conv2d_scale_min and its peers on :data:`SHAPES`, and what a call takes of the host's time on :data:`TINY`.
+    """Time conv2d_scale_min and its peers on :data:`SHAPES`, and what a call takes of the host's time on :data:`TINY`."""
+    for dtype in dtypes:
+        yield from _choices(common, device, dtype, SHAPES, seconds)
+        yield _host(common, _draw(device, dtype, False, *TINY), seconds)
+
+
+@torch.no_grad()
+def _layers(common, device, dtypes, seconds):
+    for dtype in dtypes:
+        if dtype != torch.float16:
+            yield from _choices(common, device, dtype, LAYERS, seconds)
+
+
+def _choices(common, device, dtype, shapes, seconds):
+    """Time conv2d_scale_min and its peers on each shape, in both layouts.
 
     On a GPU the calls are replayed from CUDA graphs, ten in a row: they take none of the host's time, and the caches are warm.
     """
-    for dtype in dtypes:
-        for channels_last in (False, True):
-            for (images, *size), *rest in SHAPES:
-                images = images if device.type == "cuda" else max(1, images // 16)
-                yield _choice(common, _draw(device, dtype, channels_last, (images, *size), *rest), seconds)
-        yield _host(common, _draw(device, dtype, False, *TINY), seconds)
+    for channels_last in (False, True):
+        for (images, *size), *rest in shapes:
+            images = images if device.type == "cuda" else max(1, images // 16)
+            yield _choice(common, _draw(device, dtype, channels_last, (images, *size), *rest), seconds)
 
 
 def _choice(common, load, seconds):

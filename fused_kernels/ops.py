@@ -239,7 +239,7 @@ def _choose_cpu(input, weight, geometry):
 
 
 def _choose_cuda(input, weight, geometry, precision):
-    """Choose by what was measured on an H200, the fused kernels against each other and the composite, on 30 shapes."""
+    """Choose by what was measured on an H200 and an H100, the fused kernels against each other and the composite."""
     wgmma_ieee, wgmma, mma, direct = _CONV2D_SCALE_MIN["cuda"]
     if input.dtype == torch.float64:
         return "composite", "no fused kernel takes float64"
@@ -258,12 +258,12 @@ def _choose_cuda(input, weight, geometry, precision):
 
     # Fewer channels leave rows of wgmma's operands empty, fewer pixels much of the chip. A long reach does not fit in shared
     # memory.
-    fills = (min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)) and pixels >= 2**10
+    fills = min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)
     fits = max(d * (k - 1) for d, k in zip(geometry.dilation, (kernel_h, kernel_w), strict=True)) <= 12
     takes = geometry.stride == (1, 1) and geometry.groups == 1 and _is_hopper(input.device.index)
     if is_float32 and precision == "ieee":
         # Split operands lose more than a shorter sum in float32 does: up to 1.4 times, at 33 products.
-        if fills and fits and takes and in_channels * taps >= 2**6:
+        if fills and fits and takes and pixels >= 2**10 and in_channels * taps >= 2**6:
             return wgmma_ieee, "all in one kernel, float32's accuracy from Hopper's tensor cores"
         # 8 rows by 32 columns are what a warp of conv_direct owns; too few of them leave most of the chip idle.
         strips = images * -(-height // 8) * -(-width // 32)
@@ -280,12 +280,19 @@ def _choose_cuda(input, weight, geometry, precision):
     is_channels_last = input.stride(1) == 1
     # wgmma reads 16-bit channels_last as they lie; what must be converted pays from some filter taps on.
     copies = is_channels_last and not is_float32
-    # On few pixels, float32 channels_last with 3 x 3 kernels is what the library is best at, unless channels are many.
-    enough = 2**13 if is_float32 and is_channels_last and taps <= 9 and in_channels < 256 else 2**12
+    # On few pixels, float32 with 3 x 3 kernels is what the library is best at, unless channels are many. Its kernels of 7 x 7
+    # take several times as long as these in float32, however few the pixels are, and of more than 64 channels in 16 bits.
+    enough = 2**12
+    if is_float32 and taps <= 9 and in_channels < 256 and (is_channels_last or in_channels >= 128):
+        enough = 2**13
+    if is_float32 and taps > 25:
+        enough = 0
     if fills and fits and takes and pixels >= enough and (taps > 1 or copies):
-        if not is_float32 and in_channels > 64 and products >= (2**17 if taps == 1 else 2**18):
+        many = in_channels > 64 and products >= (2**17 if taps == 1 else 2**18)
+        if not is_float32 and many and (taps <= 9 or in_channels > 128):
             return "composite", f"{wgmma} is slower than the library where an output has products so many"
-        if not is_float32 and out_channels <= 64 and 9 < taps <= 25 and (pixels < 2**13 or not is_channels_last):
+        enough = 2**13 if is_channels_last else 2**16
+        if not is_float32 and out_channels <= 64 and 9 < taps <= 25 and pixels < enough:
             return "composite", f"{wgmma} is slower than the library on a 5 x 5 kernel that makes channels so few"
         return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"
     # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
@@ -293,10 +300,12 @@ def _choose_cuda(input, weight, geometry, precision):
     hampered = geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels
     library_has_wgmma = _library_has_wgmma(input.device.index)
     hampered |= not library_has_wgmma
-    if taps == 1 and geometry.groups == 1 and library_has_wgmma and products >= (2**17 if is_float32 else 2**16):
-        return "composite", f"{mma} is slower on a 1 x 1 kernel where an output has products so many"
+    extreme = pixels < 2**12 or products >= (2**17 if is_float32 else 2**16)
+    if taps == 1 and geometry.groups == 1 and library_has_wgmma and extreme:
+        return "composite", f"{mma} is slower on a 1 x 1 kernel where pixels are so few or an output has products so many"
     if is_float32:
-        wins = products < (2**15 if is_channels_last else 2**16) or pixels >= 2**14
+        enough = 2**16 if is_channels_last and taps > 1 else 2**14
+        wins = products < (2**15 if is_channels_last else 2**16) or pixels >= enough
     elif is_channels_last and not hampered:
         wins = products < 2**13 or (2**13 <= pixels < 2**17 and products < 2**16)
     else:
@@ -401,6 +410,8 @@ def _in_fastest_layout(input, weight, geometry, precision):
     # makes more channels than it gets. Its weights lie the same in both layouts.
     unaligned = math.prod(input.shape[2:]) * input.element_size() % 16 != 0
     gains = kernel_h * kernel_w > 1 or unaligned or weight.shape[0] > in_channels
+    # In float32 it is slow over many channels, too: there the copy pays where it is small.
+    gains |= input.dtype == torch.float32 and in_channels >= 512 and input.numel() < 2**19
     # PyTorch's own copy is slower, and pays later.
     if outputs < 2**23 and not (ours and in_channels >= 16 and gains):
         return unchanged

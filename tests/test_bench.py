@@ -163,6 +163,24 @@ def test_shapes_are_timed_with_what_is_chosen_for_them(other_shapes, dtype):
     assert [r.rung for r in bench.select(found, operator="host")] == ["eager", "compile", "conv2d_scale_min", "operator"]
 
 
+def test_layers_are_timed_alone_and_recorded_apart(other_shapes, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "LAYERS", bench.SHAPES)
+    monkeypatch.setattr(bench, "data_dir", lambda: tmp_path)
+    __main__.main(["bench", "--device", "cpu", "--layers", "--record", "--dtypes", "float32"])
+    assert not bench.records(data=tmp_path)
+    found = bench.records(data=tmp_path / "layers")
+    assert {r.operator for r in found} == {"choice"}
+    assert len({(r.shape, r.layout) for r in found}) == 4
+
+
+def test_layers_cover_what_is_promised():
+    """Sizes from 56 to 14 with 32 images and with one; kernels of 1, 3, 5 and 7."""
+    for images in (32, 1):
+        here = [(size[-1], kernel) for (count, *size), _, kernel, _, _ in bench.LAYERS if count == images]
+        assert {(size, kernel) for size in (56, 28, 14) for kernel in (1, 3, 5)} <= set(here)
+        assert {(size, 7) for size in (56, 28, 14, 224)} <= set(here)
+
+
 def test_a_peer_that_fails_on_a_shape_is_skipped(other_shapes, monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("no such compiler")

@@ -512,7 +512,8 @@ def test_transforms_differentiate_by_the_bias(device, transform):
     torch.testing.assert_close(found, transform(lambda *t: TestCompositeAddsBias.eager(*t, -1.5), 2)(*tensors))
 
 
-# Name, then what is fastest on an H200 at tf32, at ieee, and for bfloat16, as (NCHW, channels_last), or None: not measured.
+# Name, then what is fastest on an H200 or an H100 at tf32, at ieee, and for bfloat16, as (NCHW, channels_last), or None: not
+# measured.
 SHAPES = {
     "the reference's": ((64, 64, 256, 256), 128, 3, {}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma",) * 2]),
     "large kernel": ((8, 32, 512, 512), 256, 5, {}, [("wgmma",) * 2, ("wgmma_ieee",) * 2, ("wgmma",) * 2]),
@@ -526,6 +527,12 @@ SHAPES = {
     "few pixels": ((32, 64, 14, 14), 64, 3, {"padding": 1}, [("wgmma", "composite"), None, ("wgmma",) * 2]),
     "few pixels, many channels": ((32, 256, 14, 14), 256, 3, {"padding": 1}, [("wgmma",) * 2, None, ("composite",) * 2]),
     "5 x 5": ((32, 64, 28, 28), 64, 5, {"padding": 2}, [("wgmma",) * 2, None, ("composite", "wgmma")]),
+    "5 x 5, many pixels": ((32, 64, 56, 56), 64, 5, {"padding": 2}, [("wgmma",) * 2, None, ("wgmma",) * 2]),
+    "7 x 7, few pixels": ((1, 64, 56, 56), 64, 7, {"padding": 3}, [("wgmma",) * 2, None, ("composite",) * 2]),
+    "7 x 7, many products": ((32, 128, 14, 14), 256, 7, {"padding": 3}, [("wgmma",) * 2, None, ("wgmma",) * 2]),
+    "128 channels": ((8, 128, 28, 28), 128, 3, {"padding": 1}, [("composite",) * 2, None, ("wgmma",) * 2]),
+    "stride": ((32, 64, 56, 56), 128, 3, {"stride": 2, "padding": 1}, [("mma", "composite"), None, ("mma", "composite")]),
+    "1 x 1, few pixels": ((1, 64, 56, 56), 256, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
     "1 x 1 to more": ((32, 128, 28, 28), 512, 1, {}, [("mma",) * 2, None, ("composite", "wgmma")]),
     "1 x 1, many products": ((32, 256, 28, 28), 512, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
     "depthwise": ((32, 64, 56, 56), 64, 3, {"groups": 64}, [("composite",) * 2] * 3),

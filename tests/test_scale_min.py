@@ -64,6 +64,8 @@ def test_layouts_and_dtypes(function, device, dtype, layout, poisoned):
         (2, 129, 17, 19),
         (1, 1000, 3, 5),
         (1, 1500, 7, 2),
+        (1, 192, 9, 7),
+        (3, 600, 15, 17),
         (7, 64, 2, 2),
         (3, 37, 61, 67),
         (2, 128, 97, 101),
@@ -289,7 +291,17 @@ class TestBias:
     @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
     @pytest.mark.parametrize(
         "shape",
-        [(1, 1, 5, 3), (5, 7, 31, 1), (2, 8, 16, 16), (1, 128, 33, 65), (2, 129, 17, 19), (1, 1500, 7, 2), (2, 128, 97, 101)],
+        [
+            (1, 1, 5, 3),
+            (5, 7, 31, 1),
+            (2, 8, 16, 16),
+            (1, 128, 33, 65),
+            (2, 129, 17, 19),
+            (1, 1500, 7, 2),
+            (1, 192, 9, 7),
+            (3, 600, 15, 17),
+            (2, 128, 97, 101),
+        ],
         ids=str,
     )
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -106,6 +106,18 @@ def test_composite_copies_for_tensor_cores_alone(in_channels, plane, size, group
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "plane", "is_copied"), [(torch.float32, 16, True), (torch.float32, 32, False), (torch.bfloat16, 16, False)]
+)
+def test_composite_copies_small_images_of_many_channels_in_float32(dtype, plane, is_copied):
+    input = torch.randn(2, 512, plane, plane, device="cuda", dtype=dtype)
+    weight = torch.randn(24, 512, 1, 1, device="cuda", dtype=dtype)
+    geometry = arguments.check_conv(input, weight, None, 1, 0, 1, 1)
+    copied, _ = ops._in_fastest_layout(input, weight, geometry, "tf32")
+    assert copied.is_contiguous(memory_format=torch.channels_last) == is_copied
+
+
+@pytest.mark.gpu
 def test_composite_copies_nothing_for_a_gradient():
     input = torch.randn(2, 32, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(24, 32, 3, 3, device="cuda", dtype=torch.bfloat16)

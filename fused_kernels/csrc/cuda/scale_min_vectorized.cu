@@ -18,7 +18,7 @@
 
 namespace fused_kernels {
 
-constexpr int kWarpSize = 32;
+constexpr int kWarpBits = 5, kWarpSize = 1 << kWarpBits;
 constexpr int kVectorBytes = 16;
 
 // What to add to an element before it is scaled. NOTE: x + -0.0 is x, whatever x is: without a bias the addition compiles away.
@@ -33,13 +33,13 @@ __device__ __forceinline__ Accumulator<T> addend(const T& bias) {
 // NOTE: told no number of blocks, ptxas saves registers for more of them by moving each load next to its use: of four in the
 // source, two are in flight (read off the SASS, nvcc 13.0).
 struct Planes {
-  static constexpr int kThreads = 256, kBytesInFlight = 64, kBlocksPerSM = 4;
+  static constexpr int kThreadBits = 8, kThreads = 1 << kThreadBits, kBytesInFlight = 64, kBlocksPerSM = 4;
 };
 struct ChannelsLast {
-  static constexpr int kThreads = 128, kPixels = 8, kBlocksPerSM = 8;
+  static constexpr int kThreadBits = 7, kThreads = 1 << kThreadBits, kPixels = 8, kBlocksPerSM = 8;
   // A small image keeps more of the chip busy with fewer pixels a thread, and where it has many channels, with several vectors
-  // of a single one.
-  static constexpr int kFewPixels = 2, kVectors = 4;
+  // of a single one: all of them at once, if possible.
+  static constexpr int kFewPixels = 2, kFewVectors = 2, kVectors = 4;
 };
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
@@ -71,14 +71,13 @@ constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? 
 // channels keeps the chip busy too.
 template <typename T, int VEC, bool BIAS>
 __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
-    planes_kernel(const T* input, Accumulator<T> scale, T* output, int64_t vectors, int channels, int64_t plane, int split,
+    planes_kernel(const T* input, Accumulator<T> scale, T* output, int64_t vectors, int channels, int64_t plane, int split_bits,
                   const T* bias) {
   using A = Accumulator<T>;
-  ptx::wait_for_previous_grid();
   constexpr int kInFlight = kPlanesInFlight<T, VEC>;
   static_assert(kInFlight > 0, "kBytesInFlight: expected 16 at the least, one of the widest loads");
-  const int row_threads = Planes::kThreads / split;
-  const int row = threadIdx.x / row_threads, column = threadIdx.x % row_threads;
+  const int split = 1 << split_bits, row_bits = Planes::kThreadBits - split_bits, row_threads = 1 << row_bits;
+  const int row = threadIdx.x >> row_bits, column = threadIdx.x & (row_threads - 1);
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * row_threads + column;
   const bool inside = vector < vectors;
 
@@ -93,6 +92,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     const int64_t step = split * plane;
     bias += row;
 
+    ptx::wait_for_previous_grid();
     for (int channel = row; channel < channels; channel += kInFlight * split) {
       Vector<T, VEC> loaded[kInFlight];
       A added[kInFlight];
@@ -134,23 +134,24 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 }
 
 // channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way, or several vectors
-// of one.
+// of one. BLOCK: the whole block owns a pixel.
 // NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
-template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS>
+template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, bool BLOCK>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
-    channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int group,
+    channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int group_bits,
                          const T* bias) {
   using A = Accumulator<T>;
-  ptx::wait_for_previous_grid();
-  const int lane = threadIdx.x % kWarpSize, groups = kWarpSize / group;
-  const int member = lane % group;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (ChannelsLast::kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  constexpr int kOwnerBits = BLOCK ? ChannelsLast::kThreadBits : kWarpBits, kOwners = ChannelsLast::kThreads >> kOwnerBits;
+  // Shifts, not divisions: a small kernel takes no longer than a few of those.
+  const int thread = threadIdx.x & ((1 << kOwnerBits) - 1), group = 1 << group_bits, groups = 1 << (kOwnerBits - group_bits);
+  const int member = thread & (group - 1);
+  const int64_t owner = static_cast<int64_t>(blockIdx.x) * kOwners + (threadIdx.x >> kOwnerBits);
   // The groups of a warp take neighbouring pixels, so that one load of the warp is one run of addresses.
-  const int64_t first = warp * PIXELS * groups + lane / group;
+  const int64_t first = owner * PIXELS * groups + (thread >> group_bits);
   // Past the end the last pixel is read again: no branch in the loop, and no result of it is stored.
   const int64_t left = pixels - 1 - first;
   const bool full = left >= PIXELS * groups;
-  const int last = full ? PIXELS - 1 : max(static_cast<int>(left), 0) / groups;
+  const int last = full ? PIXELS - 1 : max(static_cast<int>(left), 0) >> (kOwnerBits - group_bits);
   const T* source = input + min(first, pixels - 1) * channels;
   const int step = groups * channels;
 
@@ -158,6 +159,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 #pragma unroll
   for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
 
+  ptx::wait_for_previous_grid();
   for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
     Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
     int at = channel;
@@ -185,18 +187,25 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
     }
   }
 
-  for (int distance = group / 2; distance > 0; distance /= 2) {
+  for (int distance = min(group, kWarpSize) / 2; distance > 0; distance /= 2) {
 #pragma unroll
     for (int k = 0; k < PIXELS; ++k) {
       smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
     }
+  }
+  if constexpr (BLOCK) {
+    static_assert(PIXELS == 1, "PIXELS: expected 1 where a block owns a pixel");
+    __shared__ A of_warps[ChannelsLast::kThreads / kWarpSize];
+    if (thread % kWarpSize == 0) of_warps[thread / kWarpSize] = smallest[0];
+    __syncthreads();
+    for (const A& of_warp : of_warps) smallest[0] = min_nan(smallest[0], of_warp);
   }
 
   // Every member now knows all the group's results; they take turns in storing them.
 #pragma unroll
   for (int k = 0; k < PIXELS; ++k) {
     const int64_t pixel = first + k * groups;
-    if (member == k % group && pixel < pixels) output[pixel] = static_cast<T>(smallest[k]);
+    if (member == (k & (group - 1)) && pixel < pixels) output[pixel] = static_cast<T>(smallest[k]);
   }
 }
 
@@ -260,21 +269,28 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
     // The bias is read in the same vectors; where there is none, its null address is aligned for all of them.
     const int common = std::min(vector_width<T>(source, channels), vector_width<T>(bias, channels));
     with_width<T>(common, [&](auto vec) {
-      int group = 1;
-      while (group < kWarpSize && group * vec < channels) group *= 2;
-      const auto start = [&](auto pixels_a_group, auto vectors) {
-        const int64_t pixels_a_block = ChannelsLast::kThreads / group * pixels_a_group;
-        launch_early(channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors>, grid_size(ceil_div(pixels, pixels_a_block)),
-                     ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, group, bias);
+      int group_bits = 0;
+      while (group_bits < kWarpBits && (vec << group_bits) < channels) ++group_bits;
+      const auto start = [&](auto pixels_a_group, auto vectors, auto block) {
+        const int bits = block ? ChannelsLast::kThreadBits : group_bits;
+        launch_early(channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>,
+                     grid_size(ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group)), ChannelsLast::kThreads, 0,
+                     stream, source, scale, target, pixels, channels, bits, bias);
       };
-      using One = std::integral_constant<int, 1>;
-      const int64_t blocks = ceil_div(pixels, ChannelsLast::kThreads / group * ChannelsLast::kPixels);
-      if (blocks >= 2 * multiprocessors(input.get_device_index())) {
-        start(std::integral_constant<int, ChannelsLast::kPixels>(), One());
-      } else if (channels <= 2 * group * vec) {
-        start(std::integral_constant<int, ChannelsLast::kFewPixels>(), One());
+      constexpr std::integral_constant<int, 1> kOne;
+      constexpr std::false_type kGroup;
+      const int64_t multiprocessor_count = multiprocessors(input.get_device_index());
+      const int pass = vec << group_bits;  // channels of a pixel that its group loads at once
+      if (ceil_div(pixels, (ChannelsLast::kThreads >> group_bits) * ChannelsLast::kPixels) >= 2 * multiprocessor_count) {
+        start(std::integral_constant<int, ChannelsLast::kPixels>(), kOne, kGroup);
+      } else if (channels <= pass) {
+        start(std::integral_constant<int, ChannelsLast::kFewPixels>(), kOne, kGroup);
+      } else if (channels <= ChannelsLast::kFewVectors * pass) {
+        start(kOne, std::integral_constant<int, ChannelsLast::kFewVectors>(), kGroup);
+      } else if (pixels > 4 * multiprocessor_count) {
+        start(kOne, std::integral_constant<int, ChannelsLast::kVectors>(), kGroup);
       } else {
-        start(One(), std::integral_constant<int, ChannelsLast::kVectors>());
+        start(kOne, std::integral_constant<int, ChannelsLast::kVectors>(), std::true_type());
       }
     });
   } else if (input.is_contiguous()) {
@@ -282,10 +298,10 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       const int64_t vectors = pixels / vec;
       // Enough threads to fill the chip half, unless a thread would be left with too few channels.
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
-      int split = 1;
-      while (split < 16 && vectors * split < wanted && channels >= 2 * split * kPlanesInFlight<T, vec>) split *= 2;
-      launch_early(planes_kernel<T, vec, BIAS>, grid_size(ceil_div(vectors, Planes::kThreads / split)), Planes::kThreads, 0,
-                   stream, source, scale, target, vectors, channels, plane, split, bias);
+      int split_bits = 0;
+      while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) ++split_bits;
+      launch_early(planes_kernel<T, vec, BIAS>, grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0,
+                   stream, source, scale, target, vectors, channels, plane, split_bits, bias);
     });
   } else {
     const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};

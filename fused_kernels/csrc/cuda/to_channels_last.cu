@@ -47,6 +47,7 @@ struct Transposition {
       const int64_t pixel = min(first_pixel + lane * VEC, pixels - VEC), channel = first_channel + unit * kUnitChannels;
       const T* from = source + (pixel / plane * channels + channel) * plane + pixel % plane;
       Vector loaded[kUnitChannels];
+      ptx::wait_for_previous_grid();
 #pragma unroll
       for (int j = 0; j < kUnitChannels; ++j, from += plane) {
         loaded[j] = channel + j < channels ? *reinterpret_cast<const Vector*>(from) : Vector{};
@@ -85,7 +86,6 @@ struct Transposition {
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM) to_channels_last_kernel(const __grid_constant__ Transposition<T, VEC> input,
                                                                      const __grid_constant__ Transposition<T, 1> weight) {
-  ptx::wait_for_previous_grid();
   if (blockIdx.x < input.blocks) {
     input.run(blockIdx.x);
   } else {
