@@ -20,37 +20,41 @@ constexpr int kLanes = 32, kUnits = 8;  // of a block: a lane a vector of pixels
 constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 4;
 static_assert(kLanes % kUnits == 0, "kUnits: expected a divisor of kLanes");
 
-template <typename T, int VEC>
+// NOTE: addresses in 64 bits were half of all instructions, and these decide where all is in L2 (read off the SASS): so, where an
+// index fits in 32 bits, Index has no more.
+template <typename T, int VEC, typename Index>
 struct Transposition {
-  static constexpr int kUnitChannels = 16 / sizeof(T), kPixels = kLanes * VEC;
+  static constexpr int kUnitChannels = 16 / sizeof(T), kBlockChannels = kUnits * kUnitChannels, kPixels = kLanes * VEC;
   struct alignas(VEC * sizeof(T)) Vector {
     T values[VEC];
   };
 
   const T* source = nullptr;
   T* target = nullptr;
-  int64_t channels = 0, plane = 0, pixels = 0, blocks_c = 0, blocks = 0;
+  Index channels = 0, plane = 0, pixels = 0;
+  uint32_t blocks_c = 0, blocks = 0;
 
   Transposition() = default;
   Transposition(const Tensor& from, const Tensor& to)
-      : source(static_cast<const T*>(from.data_ptr())), target(static_cast<T*>(to.data_ptr())), channels(from.size(1)),
-        plane(from.size(2) * from.size(3)), pixels(from.size(0) * plane),
-        blocks_c(ceil_div(channels, kUnits * kUnitChannels)), blocks(ceil_div(pixels, kPixels) * blocks_c) {}
+      : source(static_cast<const T*>(from.data_ptr())), target(static_cast<T*>(to.data_ptr())),
+        channels(static_cast<Index>(from.size(1))), plane(static_cast<Index>(from.size(2) * from.size(3))),
+        pixels(static_cast<Index>(from.size(0)) * plane), blocks_c(grid_size(ceil_div(from.size(1), kBlockChannels))),
+        blocks(grid_size(ceil_div(from.size(0) * from.size(2) * from.size(3), kPixels) * blocks_c)) {}
 
-  __device__ __forceinline__ void run(int block) const {
+  __device__ __forceinline__ void run(uint32_t block) const {
     __shared__ uint4 units[kPixels][kUnits];
-    const int across = static_cast<int>(blocks_c);
-    const int64_t first_pixel = static_cast<int64_t>(block / across) * kPixels;
-    const int64_t first_channel = static_cast<int64_t>(block % across) * (kUnits * kUnitChannels);
+    const Index block_pixels = block / blocks_c, block_channels = block % blocks_c;
+    const Index first_pixel = block_pixels * kPixels, first_channel = block_channels * kBlockChannels;
     {
-      const int lane = threadIdx.x % kLanes, unit = threadIdx.x / kLanes;
-      const int64_t pixel = min(first_pixel + lane * VEC, pixels - VEC), channel = first_channel + unit * kUnitChannels;
-      const T* from = source + (pixel / plane * channels + channel) * plane + pixel % plane;
+      const uint32_t lane = threadIdx.x % kLanes, unit = threadIdx.x / kLanes;
+      const Index pixel = min(first_pixel + lane * VEC, pixels - VEC), channel = first_channel + unit * kUnitChannels;
+      const Index image = pixel / plane;
+      Index from = (image * channels + channel) * plane + pixel - image * plane;
       Vector loaded[kUnitChannels];
       ptx::wait_for_previous_grid();
 #pragma unroll
       for (int j = 0; j < kUnitChannels; ++j, from += plane) {
-        loaded[j] = channel + j < channels ? *reinterpret_cast<const Vector*>(from) : Vector{};
+        loaded[j] = channel + j < channels ? *reinterpret_cast<const Vector*>(source + from) : Vector{};
       }
       // A unit's place in a row depends on the lane: eight lanes that meet in a column or in a row meet no bank twice.
 #pragma unroll
@@ -63,33 +67,34 @@ struct Transposition {
     }
     __syncthreads();
 
-    const int unit = threadIdx.x % kUnits;
-    const int64_t channel = first_channel + unit * kUnitChannels;
-    T* const to = target + first_pixel * channels + channel;
+    const uint32_t unit = threadIdx.x % kUnits;
+    const Index channel = first_channel + unit * kUnitChannels;
 #pragma unroll
-    for (int row = threadIdx.x / kUnits; row < kPixels; row += kThreads / kUnits) {
+    for (uint32_t row = threadIdx.x / kUnits; row < kPixels; row += kThreads / kUnits) {
       if (first_pixel + row >= pixels) return;
+      T* const to = target + (first_pixel + row) * channels + channel;
       // NOTE: held in a variable for both branches, the 16 bytes left in four stores of 4 (read off the SASS, nvcc 13.0).
       const uint4* const from = &units[row][unit ^ row / VEC % kUnits];
       if (channels % kUnitChannels == 0) {
-        if (channel < channels) *reinterpret_cast<uint4*>(to + row * channels) = *from;
+        if (channel < channels) *reinterpret_cast<uint4*>(to) = *from;
       } else {
 #pragma unroll
         for (int j = 0; j < kUnitChannels; ++j) {
-          if (channel + j < channels) to[row * channels + j] = reinterpret_cast<const T*>(from)[j];
+          if (channel + j < channels) to[j] = reinterpret_cast<const T*>(from)[j];
         }
       }
     }
   }
 };
 
-template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) to_channels_last_kernel(const __grid_constant__ Transposition<T, VEC> input,
-                                                                     const __grid_constant__ Transposition<T, 1> weight) {
+template <typename T, int VEC, typename Index>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    to_channels_last_kernel(const __grid_constant__ Transposition<T, VEC, Index> input,
+                            const __grid_constant__ Transposition<T, 1, Index> weight) {
   if (blockIdx.x < input.blocks) {
     input.run(blockIdx.x);
   } else {
-    weight.run(blockIdx.x - static_cast<int>(input.blocks));
+    weight.run(blockIdx.x - input.blocks);
   }
 }
 
@@ -110,13 +115,14 @@ std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Te
   add("input", input);
   if (weight) add("weight", *weight);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto launch = [&](auto element, auto vec) {
+  const auto launch = [&](auto element, auto vec, auto index) {
     using T = decltype(element);
-    const Transposition<T, vec> first(input, outputs[0]);
-    const auto second = weight ? Transposition<T, 1>(*weight, outputs[1]) : Transposition<T, 1>();
-    const int64_t blocks = first.blocks + second.blocks;
+    using Index = decltype(index);
+    const Transposition<T, vec, Index> first(input, outputs[0]);
+    const auto second = weight ? Transposition<T, 1, Index>(*weight, outputs[1]) : Transposition<T, 1, Index>();
+    const int64_t blocks = static_cast<int64_t>(first.blocks) + second.blocks;
     if (blocks == 0) return;
-    launch_early(to_channels_last_kernel<T, vec>, grid_size(blocks), kThreads, 0, current_stream(input), first, second);
+    launch_early(to_channels_last_kernel<T, vec, Index>, grid_size(blocks), kThreads, 0, current_stream(input), first, second);
   };
   const auto choose = [&](auto element) {
     using T = decltype(element);
@@ -125,10 +131,12 @@ std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Te
     const bool aligned = input.size(2) * input.size(3) % kFour == 0 &&
                          reinterpret_cast<uintptr_t>(input.data_ptr()) % (kFour * sizeof(T)) == 0;
     // Large blocks of vectors leave some of the chip idle where the image is small.
-    if (aligned && Transposition<T, kFour>(input, outputs[0]).blocks >= multiprocessors(input.get_device_index())) {
-      launch(element, kFour);
+    const bool fills = Transposition<T, kFour, uint64_t>(input, outputs[0]).blocks >= multiprocessors(input.get_device_index());
+    const auto with_index = [&](auto index) { aligned && fills ? launch(element, kFour, index) : launch(element, kOne, index); };
+    if (std::max(input.numel(), weight ? weight->numel() : 0) <= INT32_MAX) {
+      with_index(uint32_t());
     } else {
-      launch(element, kOne);
+      with_index(uint64_t());
     }
   };
   if (dtype == ScalarType::Float) {
