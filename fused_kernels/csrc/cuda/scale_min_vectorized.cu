@@ -14,7 +14,6 @@
 
 #include "launch.cuh"
 #include "numerics.cuh"
-#include "ptx/grid_dependency.cuh"
 
 namespace fused_kernels {
 
@@ -92,7 +91,6 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     const int64_t step = split * plane;
     bias += row;
 
-    ptx::wait_for_previous_grid();
     for (int channel = row; channel < channels; channel += kInFlight * split) {
       Vector<T, VEC> loaded[kInFlight];
       A added[kInFlight];
@@ -159,7 +157,6 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 #pragma unroll
   for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
 
-  ptx::wait_for_previous_grid();
   for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
     Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
     int at = channel;
@@ -218,7 +215,6 @@ template <typename T, bool BIAS>
 __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
     strided_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int64_t height,
                    int64_t width, Strides strides, const T* bias) {
-  ptx::wait_for_previous_grid();
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * Strided::kThreads + threadIdx.x;
   if (pixel >= pixels) return;
   const int64_t column = pixel % width, row = pixel / width % height, image = pixel / width / height;
@@ -273,9 +269,9 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       while (group_bits < kWarpBits && (vec << group_bits) < channels) ++group_bits;
       const auto start = [&](auto pixels_a_group, auto vectors, auto block) {
         const int bits = block ? ChannelsLast::kThreadBits : group_bits;
-        launch_early(channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>,
-                     grid_size(ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group)), ChannelsLast::kThreads, 0,
-                     stream, source, scale, target, pixels, channels, bits, bias);
+        const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group);
+        channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>
+            <<<grid_size(blocks), ChannelsLast::kThreads, 0, stream>>>(source, scale, target, pixels, channels, bits, bias);
       };
       constexpr std::integral_constant<int, 1> kOne;
       constexpr std::false_type kGroup;
@@ -289,6 +285,8 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
         start(kOne, std::integral_constant<int, ChannelsLast::kFewVectors>(), kGroup);
       } else if (pixels > 4 * multiprocessor_count) {
         start(kOne, std::integral_constant<int, ChannelsLast::kVectors>(), kGroup);
+      } else if (channels <= vec * ChannelsLast::kThreads) {
+        start(kOne, kOne, std::true_type());
       } else {
         start(kOne, std::integral_constant<int, ChannelsLast::kVectors>(), std::true_type());
       }
@@ -300,13 +298,14 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
       int split_bits = 0;
       while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) ++split_bits;
-      launch_early(planes_kernel<T, vec, BIAS>, grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0,
-                   stream, source, scale, target, vectors, channels, plane, split_bits, bias);
+      planes_kernel<T, vec, BIAS>
+          <<<grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0, stream>>>(
+              source, scale, target, vectors, channels, plane, split_bits, bias);
     });
   } else {
     const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
-    launch_early(strided_kernel<T, BIAS>, grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream, source,
-                 scale, target, pixels, channels, height, width, strides, bias);
+    strided_kernel<T, BIAS><<<grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream>>>(
+        source, scale, target, pixels, channels, height, width, strides, bias);
   }
 }
 

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "launch.cuh"
-#include "ptx/grid_dependency.cuh"
 
 namespace fused_kernels {
 
@@ -51,7 +50,6 @@ struct Transposition {
       const Index image = pixel / plane;
       Index from = (image * channels + channel) * plane + pixel - image * plane;
       Vector loaded[kUnitChannels];
-      ptx::wait_for_previous_grid();
 #pragma unroll
       for (int j = 0; j < kUnitChannels; ++j, from += plane) {
         loaded[j] = channel + j < channels ? *reinterpret_cast<const Vector*>(source + from) : Vector{};
@@ -122,7 +120,7 @@ std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Te
     const auto second = weight ? Transposition<T, 1, Index>(*weight, outputs[1]) : Transposition<T, 1, Index>();
     const int64_t blocks = static_cast<int64_t>(first.blocks) + second.blocks;
     if (blocks == 0) return;
-    launch_early(to_channels_last_kernel<T, vec, Index>, grid_size(blocks), kThreads, 0, current_stream(input), first, second);
+    to_channels_last_kernel<T, vec, Index><<<grid_size(blocks), kThreads, 0, current_stream(input)>>>(first, second);
   };
   const auto choose = [&](auto element) {
     using T = decltype(element);
