@@ -1,5 +1,6 @@
 """The repository agrees with itself: environments, README and records, notebooks, sources."""
 
+import csv
 import re
 import subprocess
 from pathlib import Path
@@ -160,8 +161,20 @@ def test_every_rung_says_its_idea(rung):
 
 def test_records_are_of_rungs_and_peers_that_are_named():
     known = {rung.name for rung in LADDER} | {"eager", "compile", "compile-max-autotune", "cudnn-graph", "library"}
-    for record in bench.records():
+    for record in bench.records() + bench.records(data=bench.data_dir() / "layers"):
         also = {"host": {"operator"}, "ceiling": {"copy", "read", "read-sum", "matmul"}}.get(record.operator, set())
         assert record.rung in known | also
         assert record.correct
         assert 0 < record.p20_ms <= record.p50_ms <= record.p80_ms
+
+
+def test_profiles_are_of_kernels_that_are_named():
+    files = [*(bench.data_dir() / "profiles").glob("*.csv")]
+    assert files
+    for file in files:
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                assert row["machine"] == file.stem
+                assert row["kernel"] in {rung.name for rung in LADDER} | {"the bare main loop"}
+                assert float(row["ms"]) > 0
+                assert all(0 < float(share) < 100 for name, share in row.items() if name.endswith("pct"))
