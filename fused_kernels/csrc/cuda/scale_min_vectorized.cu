@@ -297,7 +297,9 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       // Enough threads to fill the chip half, unless a thread would be left with too few channels.
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
       int split_bits = 0;
-      while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) ++split_bits;
+      while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) {
+        ++split_bits;
+      }
       planes_kernel<T, vec, BIAS>
           <<<grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0, stream>>>(
               source, scale, target, vectors, channels, plane, split_bits, bias);

@@ -19,8 +19,8 @@ constexpr int kLanes = 32, kUnits = 8;  // of a block: a lane a vector of pixels
 constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 4;
 static_assert(kLanes % kUnits == 0, "kUnits: expected a divisor of kLanes");
 
-// NOTE: addresses in 64 bits were half of all instructions, and these decide where all is in L2 (read off the SASS): so, where an
-// index fits in 32 bits, Index has no more.
+// NOTE: addresses in 64 bits were half of all instructions (read off the SASS), and instructions decide where all is in L2: so
+// Index has 32 bits where that is enough.
 template <typename T, int VEC, typename Index>
 struct Transposition {
   static constexpr int kUnitChannels = 16 / sizeof(T), kBlockChannels = kUnits * kUnitChannels, kPixels = kLanes * VEC;
@@ -130,7 +130,9 @@ std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Te
                          reinterpret_cast<uintptr_t>(input.data_ptr()) % (kFour * sizeof(T)) == 0;
     // Large blocks of vectors leave some of the chip idle where the image is small.
     const bool fills = Transposition<T, kFour, uint64_t>(input, outputs[0]).blocks >= multiprocessors(input.get_device_index());
-    const auto with_index = [&](auto index) { aligned && fills ? launch(element, kFour, index) : launch(element, kOne, index); };
+    const auto with_index = [&](auto index) {
+      aligned && fills ? launch(element, kFour, index) : launch(element, kOne, index);
+    };
     if (std::max(input.numel(), weight ? weight->numel() : 0) <= INT32_MAX) {
       with_index(uint32_t());
     } else {
