@@ -200,7 +200,9 @@ def precision_against_time(records, layout="NCHW"):
     for name in _order(chosen):
         points = [(r.p50_ms, r.rms_error) for r in chosen if r.rung == name]
         size = 38 if name in PEERS else 80
-        axis.scatter(*zip(*points, strict=True), size, _colour(name), shapes.get(name, "o"), label=name, zorder=3)
+        axis.scatter(
+            *zip(*points, strict=True), s=size, color=_colour(name), marker=shapes.get(name, "o"), label=name, zorder=3
+        )
     for r in chosen:
         if r.rung == "eager":
             axis.axhline(r.rms_error, color="#b0b0b0", linestyle=":", linewidth=1)
