@@ -501,7 +501,8 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, machine=None, se
     device : torch.device, optional
         By default :func:`default_device`.
     dtypes : sequence of torch.dtype, optional
-        By default float32, bfloat16 and float16 on a GPU, float32 and bfloat16 on a CPU; float32 alone if ``quick``.
+        By default float32, bfloat16 and float16 on a GPU, float32 and bfloat16 on a CPU or if ``layers``; float32 alone if
+        ``quick``.
     quick : bool
         One dtype and shape, and without torch.compile's max-autotune, whose search takes minutes.
     layers : bool
@@ -520,7 +521,8 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, machine=None, se
     device = torch.device(device or default_device())
     common = _environment(device, machine)
     if dtypes is None:
-        dtypes = [torch.float32, torch.bfloat16, torch.float16][: 1 if quick else 3 if device.type == "cuda" else 2]
+        most = 1 if quick else 2 if layers or device.type == "cpu" else 3
+        dtypes = [torch.float32, torch.bfloat16, torch.float16][:most]
     done = []
     parts = _layers(common, device, dtypes, seconds / 5) if layers else _parts(common, device, dtypes, quick, seconds)
     for part in parts:
@@ -556,8 +558,7 @@ def _other_shapes(common, device, dtypes, seconds):
 @torch.no_grad()
 def _layers(common, device, dtypes, seconds):
     for dtype in dtypes:
-        if dtype != torch.float16:
-            yield from _choices(common, device, dtype, LAYERS, seconds)
+        yield from _choices(common, device, dtype, LAYERS, seconds)
 
 
 def _choices(common, device, dtype, shapes, seconds):

@@ -282,17 +282,18 @@ def _choose_cuda(input, weight, geometry, precision):
     copies = is_channels_last and not is_float32
     # On few pixels, float32 with 3 x 3 kernels is what the library is best at, unless channels are many. Its kernels of 7 x 7
     # take several times as long as these in float32, however few the pixels are, and of more than 64 channels in 16 bits.
-    enough = 2**12
-    if is_float32 and taps <= 9 and in_channels < 256 and (is_channels_last or in_channels >= 128):
-        enough = 2**13
     if is_float32 and taps > 25:
-        enough = 0
-    if fills and fits and takes and pixels >= enough and (taps > 1 or copies):
-        many = in_channels > 64 and products >= (2**17 if taps == 1 else 2**18)
-        if not is_float32 and many and (taps <= 9 or in_channels > 128):
+        least_pixels = 0
+    elif is_float32 and taps <= 9 and in_channels < 256 and (is_channels_last or in_channels >= 128):
+        least_pixels = 2**13
+    else:
+        least_pixels = 2**12
+    if fills and fits and takes and pixels >= least_pixels and (taps > 1 or copies):
+        many_products = products >= (2**17 if taps == 1 else 2**18)
+        if not is_float32 and many_products and in_channels > (64 if taps <= 9 else 128):
             return "composite", f"{wgmma} is slower than the library where an output has products so many"
-        enough = 2**13 if is_channels_last else 2**16
-        if not is_float32 and out_channels <= 64 and 9 < taps <= 25 and pixels < enough:
+        few_pixels = pixels < (2**13 if is_channels_last else 2**16)
+        if not is_float32 and few_pixels and out_channels <= 64 and 9 < taps <= 25:
             return "composite", f"{wgmma} is slower than the library on a 5 x 5 kernel that makes channels so few"
         return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"
     # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
@@ -300,12 +301,14 @@ def _choose_cuda(input, weight, geometry, precision):
     hampered = geometry.groups > 1 or in_channels <= 16 or out_channels >= 4 * in_channels
     library_has_wgmma = _library_has_wgmma(input.device.index)
     hampered |= not library_has_wgmma
-    extreme = pixels < 2**12 or products >= (2**17 if is_float32 else 2**16)
-    if taps == 1 and geometry.groups == 1 and library_has_wgmma and extreme:
-        return "composite", f"{mma} is slower on a 1 x 1 kernel where pixels are so few or an output has products so many"
+    if taps == 1 and geometry.groups == 1 and library_has_wgmma:
+        if pixels < 2**12:
+            return "composite", f"{mma} is slower on a 1 x 1 kernel where pixels are so few"
+        if products >= (2**17 if is_float32 else 2**16):
+            return "composite", f"{mma} is slower on a 1 x 1 kernel where an output has products so many"
     if is_float32:
-        enough = 2**16 if is_channels_last and taps > 1 else 2**14
-        wins = products < (2**15 if is_channels_last else 2**16) or pixels >= enough
+        least_pixels = 2**16 if is_channels_last and taps > 1 else 2**14
+        wins = products < (2**15 if is_channels_last else 2**16) or pixels >= least_pixels
     elif is_channels_last and not hampered:
         wins = products < 2**13 or (2**13 <= pixels < 2**17 and products < 2**16)
     else:

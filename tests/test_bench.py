@@ -163,13 +163,14 @@ def test_shapes_are_timed_with_what_is_chosen_for_them(other_shapes, dtype):
     assert [r.rung for r in bench.select(found, operator="host")] == ["eager", "compile", "conv2d_scale_min", "operator"]
 
 
-def test_layers_are_timed_alone_and_recorded_apart(other_shapes, monkeypatch, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_layers_are_timed_alone_and_recorded_apart(other_shapes, monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(bench, "LAYERS", bench.SHAPES)
     monkeypatch.setattr(bench, "data_dir", lambda: tmp_path)
-    __main__.main(["bench", "--device", "cpu", "--layers", "--record", "--dtypes", "float32"])
+    __main__.main(["bench", "--device", "cpu", "--layers", "--record", "--dtypes", dtype])
     assert not bench.records(data=tmp_path)
     found = bench.records(data=tmp_path / "layers")
-    assert {r.operator for r in found} == {"choice"}
+    assert {(r.operator, r.dtype) for r in found} == {("choice", dtype)}
     assert len({(r.shape, r.layout) for r in found}) == 4
 
 

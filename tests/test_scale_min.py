@@ -194,6 +194,13 @@ def test_strides_past_2_to_31_elements(function, device):
     check(function, far_apart(torch.randn(1, 3, 3, 5, dtype=torch.bfloat16, device=device)), 2.0)
 
 
+def test_more_channels_than_are_counted():
+    """A step past the last channel must not pass the end of an int."""
+    input = torch.zeros(1).expand(1, 2**31 - 4096, 1, 1)
+    with pytest.raises(RuntimeError, match=r"input: expected at most 2147479551 channels, got 2147479552"):
+        torch.ops.fused_kernels.scale_min(input, 1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("function", "device"), [p for p in implementations("scale_min") if p.id.endswith("cuda")])
 class TestGpu:

@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
                          const T* bias) {
   using A = Accumulator<T>;
   constexpr int kOwnerBits = BLOCK ? ChannelsLast::kThreadBits : kWarpBits, kOwners = ChannelsLast::kThreads >> kOwnerBits;
+  static_assert((VECTORS * VEC << kOwnerBits) <= kMostPastChannels, "kMostPastChannels: expected no less than a step");
   // Shifts, not divisions: a small kernel takes no longer than a few of those.
   const int thread = threadIdx.x & ((1 << kOwnerBits) - 1), group = 1 << group_bits, groups = 1 << (kOwnerBits - group_bits);
   const int member = thread & (group - 1);

@@ -15,13 +15,15 @@ using torch::stable::Tensor;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Kernels count channels in an int, and step past the last one by no more than this.
+constexpr int64_t kMostPastChannels = 4096;
+
 inline void check_input(const Tensor& input) {
-  // Kernels count channels in an int, and step past the last one by less than this.
-  constexpr int64_t kMargin = 1024;
   STD_TORCH_CHECK(input.dim() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input.dim());
   const int64_t channels = input.size(1);
   STD_TORCH_CHECK(channels > 0, "input: expected at least one channel to take the minimum over, got none");
-  STD_TORCH_CHECK(channels <= INT32_MAX - kMargin, "input: expected at most ", INT32_MAX - kMargin, " channels, got ", channels);
+  STD_TORCH_CHECK(channels <= INT32_MAX - kMostPastChannels, "input: expected at most ", INT32_MAX - kMostPastChannels,
+                  " channels, got ", channels);
 }
 
 // A convolution's sizes and strides, in elements; index 0 is vertical, 1 horizontal. Channels are those of one group.

@@ -790,7 +790,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   Tile tile(plan);
   while (tile.exists()) {
     // A run of tiles: a strip's, each of which keeps rows of the one before; or any, with halos of their own.
-    // NOTE: the shuffles tell the compiler that all lanes go the same way; else it may make all that follows ready for divergence.
+    // NOTE: the shuffles tell the compiler that all lanes go the same way; else it may make the rest ready for divergence.
     const int tiles_left = tile.end - tile.index;
     const int run = uniform(plan.sliding ? min(plan.tiles_down - tile.row, tiles_left) : tiles_left);
     released = 0;
