@@ -302,7 +302,8 @@ def _choose_cuda(input, weight, geometry, precision):
     library_has_wgmma = _library_has_wgmma(input.device.index)
     hampered |= not library_has_wgmma
     if taps == 1 and geometry.groups == 1 and library_has_wgmma:
-        if pixels < 2**12:
+        is_strided = geometry.stride != (1, 1)
+        if pixels < (2**13 if is_strided and not (is_float32 and is_channels_last) else 2**12):
             return "composite", f"{mma} is slower on a 1 x 1 kernel where pixels are so few"
         if products >= (2**17 if is_float32 else 2**16):
             return "composite", f"{mma} is slower on a 1 x 1 kernel where an output has products so many"
@@ -351,7 +352,7 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
     There PyTorch adds the bias in a pass of its own over the convolution's output.
     """
     geometry = arguments.ConvArguments(stride, padding, dilation, groups)
-    input, weight = _in_fastest_layout(input, weight, geometry, precision)
+    input, weight, stride = _in_fastest_layout(input, weight, geometry, precision)
     conv = (stride, padding, dilation, groups, precision)
     if bias is None or not _can_add_bias(input):
         return scale_min(_library_conv(input, weight, bias, *conv), scale)
@@ -390,42 +391,55 @@ def _library_conv2d(input, weight, bias, stride, padding, dilation, groups, tf32
 
 
 def _in_fastest_layout(input, weight, geometry, precision):
-    """Copy a convolution's arguments where, measured on an H200 with cuDNN 9.19, the copy pays.
+    """Copy input and weight where it pays, as measured on an H200 and an H100 with cuDNN 9.19; give the stride that is left.
 
     The library's tensor-core convolutions want channels_last; they copy input and output to get it, and the weights, and take
     long over it. Its 16-bit grouped convolutions are slower in channels_last than copies to NCHW and convolution together.
     """
-    unchanged = input, weight
+    unchanged = input, weight, geometry.stride
     _, in_channels, kernel_h, kernel_w = weight.shape
+    is_pointwise, is_strided = kernel_h * kernel_w == 1, max(geometry.stride) > 1
+    least_products = 128
+    if is_pointwise and is_strided:
+        least_products = 32
+    elif is_pointwise and input.element_size() == 2:
+        least_products = 64
     # The quick questions first: a small convolution takes no longer than a few of them.
-    if not input.is_cuda or input.dtype == torch.float64 or (geometry.groups == 1 and in_channels * kernel_h * kernel_w < 128):
+    if not input.is_cuda or input.dtype == torch.float64:
+        return unchanged
+    if geometry.groups == 1 and in_channels * kernel_h * kernel_w < least_products:
         return unchanged
     is_nchw = input.is_contiguous()
     is_channels_last = not is_nchw and input.is_contiguous(memory_format=torch.channels_last)
     if geometry.groups > 1:
         slow = is_channels_last and geometry.groups < input.shape[1] and input.dtype != torch.float32
-        return (input.contiguous(), weight.contiguous()) if slow else unchanged
+        return (input.contiguous(), weight.contiguous(), geometry.stride) if slow else unchanged
     if is_channels_last:
         return unchanged
     outputs = input.shape[0] * weight.shape[0] * math.prod(geometry.output_size(input.shape, weight.shape))
     ours = is_nchw and _can_copy(input, weight)
-    # A 1 x 1 kernel is a product of matrices as they lie, but a slow one where planes are no multiple of 16 bytes, and where it
-    # makes more channels than it gets. Its weights lie the same in both layouts.
+    # A 1 x 1 kernel is a product of matrices as they lie, if it reads all of the input, but a slow one where planes are no
+    # multiple of 16 bytes, and where it makes more channels than it gets. Its weights lie the same in both layouts.
     unaligned = math.prod(input.shape[2:]) * input.element_size() % 16 != 0
-    gains = kernel_h * kernel_w > 1 or unaligned or weight.shape[0] > in_channels
+    gains = not is_pointwise or is_strided or unaligned or weight.shape[0] > in_channels
     # In float32 it is slow over many channels, too: there the copy pays where it is small.
-    gains |= input.dtype == torch.float32 and in_channels >= 512 and input.numel() < 2**19
+    gains |= input.dtype == torch.float32 and in_channels >= 512 and input.numel() < 2**21
     # PyTorch's own copy is slower, and pays later.
     if outputs < 2**23 and not (ours and in_channels >= 16 and gains):
         return unchanged
     if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
         return unchanged
-    if ours and kernel_h * kernel_w == 1:
+    if ours and is_pointwise:
+        stride = geometry.stride
+        if is_strided and not any(geometry.padding):
+            # Most of the input is never read: the copy leaves it out.
+            input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
         (input,) = torch.ops.fused_kernels.to_channels_last.default(input, None)
-        return input, weight
+        return input, weight, stride
     if ours:
-        return torch.ops.fused_kernels.to_channels_last.default(input, weight)
-    return input.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+        return *torch.ops.fused_kernels.to_channels_last.default(input, weight), geometry.stride
+    channels_last = {"memory_format": torch.channels_last}
+    return input.contiguous(**channels_last), weight.contiguous(**channels_last), geometry.stride
 
 
 def _can_copy(input, weight):

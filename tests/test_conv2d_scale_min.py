@@ -535,6 +535,8 @@ SHAPES = {
     "1 x 1, few pixels": ((1, 64, 56, 56), 256, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
     "1 x 1 to more": ((32, 128, 28, 28), 512, 1, {}, [("mma",) * 2, None, ("composite", "wgmma")]),
     "1 x 1, many products": ((32, 256, 28, 28), 512, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
+    "1 x 1, stride": ((32, 64, 56, 56), 128, 1, {"stride": 2}, [("mma",) * 2, None, ("mma",) * 2]),
+    "1 x 1, stride, few pixels": ((8, 64, 56, 56), 128, 1, {"stride": 2}, [("composite", "mma"), None, ("composite",) * 2]),
     "depthwise": ((32, 64, 56, 56), 64, 3, {"groups": 64}, [("composite",) * 2] * 3),
 }
 

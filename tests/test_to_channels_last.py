@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_kernels import arguments, ops
+from fused_kernels.rungs import rungs
 
 SHAPES = [
     (0, 4, 3, 3),
@@ -15,6 +16,7 @@ SHAPES = [
     (1, 17, 1, 200),
     (2, 600, 1, 1),
     (1, 5000, 1, 2),
+    (3, 40, 131, 127),
 ]
 
 
@@ -38,10 +40,20 @@ class TestCopy:
         assert torch.equal(copied, input)
         assert copied.is_contiguous(memory_format=torch.channels_last)
 
-    def test_takes_only_nchw(self):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("shape", [*SHAPES, (40, 600, 14, 14)], ids=str)
+    def test_takes_any_strides(self, poisoned, shape, dtype):
+        whole = torch.randn(shape, device="cuda").to(dtype)
+        views = whole[:, :, ::2, ::3], whole[:, :, :, ::2], whole[:, ::2], whole[::2, :, ::2], whole.transpose(2, 3)
+        for input in (*views, whole.contiguous(memory_format=torch.channels_last)):
+            (copied,) = copy(input, None)
+            assert torch.equal(copied, input)
+            assert copied.is_contiguous(memory_format=torch.channels_last)
+
+    def test_takes_only_tensors_alike(self):
         input, weight = torch.randn(2, 4, 5, 6, device="cuda"), torch.randn(8, 4, 3, 3, device="cuda")
-        with pytest.raises(RuntimeError, match=r"input: expected 4 dimensions, contiguous"):
-            copy(input.contiguous(memory_format=torch.channels_last), weight)
+        with pytest.raises(RuntimeError, match=r"input: expected 4 dimensions"):
+            copy(input[0], weight)
         with pytest.raises(RuntimeError, match=r"weight: expected the input's dtype"):
             copy(input, weight.half())
 
@@ -51,6 +63,9 @@ class TestCopy:
         input = torch.empty(3, 96, 3200, 2400, dtype=torch.float16, device="cuda").normal_()
         weight = torch.randn(8, 96, 3, 3, device="cuda").half()
         assert torch.equal(copy(input, weight)[0][2:], input[2:])
+        every_other = input[2:, :, ::2, 1::2]
+        assert torch.equal(copy(every_other, None)[0], every_other)
+        assert torch.equal(copy(input[:, :, ::40, ::40], None)[0], input[:, :, ::40, ::40])
 
 
 def test_shapes_and_layouts_need_no_device():
@@ -100,20 +115,20 @@ def test_composite_copies_for_tensor_cores_alone(in_channels, plane, size, group
     input = torch.randn(2, in_channels, plane, plane, device="cuda", dtype=dtype)
     weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=dtype)
     geometry = arguments.check_conv(input, weight, None, 1, 0, 1, groups)
-    copied_input, copied_weight = ops._in_fastest_layout(input, weight, geometry, "tf32")
+    copied_input, copied_weight, _ = ops._in_fastest_layout(input, weight, geometry, "tf32")
     assert copied_input.is_contiguous(memory_format=torch.channels_last) == is_copied
     assert (copied_weight is weight) == (size == 1 or not is_copied)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dtype", "plane", "is_copied"), [(torch.float32, 16, True), (torch.float32, 32, False), (torch.bfloat16, 16, False)]
+    ("dtype", "plane", "is_copied"), [(torch.float32, 32, True), (torch.float32, 64, False), (torch.bfloat16, 32, False)]
 )
 def test_composite_copies_small_images_of_many_channels_in_float32(dtype, plane, is_copied):
     input = torch.randn(2, 512, plane, plane, device="cuda", dtype=dtype)
     weight = torch.randn(24, 512, 1, 1, device="cuda", dtype=dtype)
     geometry = arguments.check_conv(input, weight, None, 1, 0, 1, 1)
-    copied, _ = ops._in_fastest_layout(input, weight, geometry, "tf32")
+    copied, _, _ = ops._in_fastest_layout(input, weight, geometry, "tf32")
     assert copied.is_contiguous(memory_format=torch.channels_last) == is_copied
 
 
@@ -122,4 +137,23 @@ def test_composite_copies_nothing_for_a_gradient():
     input = torch.randn(2, 32, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(24, 32, 3, 3, device="cuda", dtype=torch.bfloat16)
     geometry = arguments.check_conv(input, weight, None, 1, 0, 1, 1)
-    assert ops._in_fastest_layout(input, weight, geometry, "auto") == (input, weight)
+    assert ops._in_fastest_layout(input, weight, geometry, "auto") == (input, weight, (1, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_composite_copies_only_what_a_strided_1_x_1_kernel_reads(dtype, padding):
+    # Small integers: exact in each type, and in any order.
+    input = torch.randint(-2, 3, (3, 64, 15, 20), device="cuda").to(dtype)
+    weight = torch.randint(-2, 3, (128, 64, 1, 1), device="cuda").to(dtype)
+    bias = torch.randint(-2, 3, (128,), device="cuda").to(dtype)
+    stride = (2, 3)
+    geometry = arguments.check_conv(input, weight, bias, stride, padding, 1, 1)
+    copied, _, left = ops._in_fastest_layout(input, weight, geometry, "tf32")
+    expected = torch.nn.functional.conv2d(*(t.double() for t in (input, weight, bias)), stride, padding)
+    actual = rungs["composite"](input, weight, bias, -0.5, stride=stride, padding=padding, precision="tf32")
+    if dtype == torch.float16:
+        assert left == ((1, 1) if padding == 0 else stride)
+        assert copied.shape == ((3, 64, 8, 7) if padding == 0 else input.shape)
+    assert torch.equal(actual.double(), expected.mul(-0.5).amin(1, keepdim=True))

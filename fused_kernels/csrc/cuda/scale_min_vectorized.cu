@@ -14,6 +14,7 @@
 
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace fused_kernels {
 
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     const int64_t step = split * plane;
     bias += row;
 
+    ptx::wait_for_previous_grid();
     for (int channel = row; channel < channels; channel += kInFlight * split) {
       Vector<T, VEC> loaded[kInFlight];
       A added[kInFlight];
@@ -158,6 +160,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 #pragma unroll
   for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
 
+  ptx::wait_for_previous_grid();
   for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
     Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
     int at = channel;
@@ -271,8 +274,8 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       const auto start = [&](auto pixels_a_group, auto vectors, auto block) {
         const int bits = block ? ChannelsLast::kThreadBits : group_bits;
         const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group);
-        channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>
-            <<<grid_size(blocks), ChannelsLast::kThreads, 0, stream>>>(source, scale, target, pixels, channels, bits, bias);
+        launch_kernel(is_small(input), channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>, grid_size(blocks),
+                      ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, bits, bias);
       };
       constexpr std::integral_constant<int, 1> kOne;
       constexpr std::false_type kGroup;
@@ -301,9 +304,9 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) {
         ++split_bits;
       }
-      planes_kernel<T, vec, BIAS>
-          <<<grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0, stream>>>(
-              source, scale, target, vectors, channels, plane, split_bits, bias);
+      launch_kernel(is_small(input), planes_kernel<T, vec, BIAS>,
+                    grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0, stream, source, scale,
+                    target, vectors, channels, plane, split_bits, bias);
     });
   } else {
     const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};

@@ -42,26 +42,35 @@ constexpr bool kBeginsEarly = std::min({__CUDA_ARCH_LIST__}) >= 900;
 constexpr bool kBeginsEarly = false;
 #endif
 
-// Launches a kernel whose threads call ptx::wait_for_previous_grid before they touch what others may still write or read: its
-// blocks find their place and set themselves up meanwhile ("programmatic dependent launch" in the CUDA programming guide).
-// NOTE: no sure gain after a kernel of the library's: scale_min in CUDA graphs on an H100 took up to 8 % less in float32 on few
-// pixels, up to 3 % more in bfloat16 there, and up to 10 % more after a convolution that wrote 6 MB or more. It does not use it.
+// Launches a kernel whose threads call ptx::wait_for_previous_grid before they touch what others may still write or read. Early,
+// its blocks find their place and set themselves up meanwhile ("programmatic dependent launch" in the CUDA programming guide).
 // NOTE: what such a kernel reads after the wait must be neither __restrict__ nor __ldg: both promise that nobody writes it while
 // the kernel runs, and the compiler could read it before the wait.
 template <typename... Params, typename... Args>
-void launch_early(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Args... args) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+void launch_kernel(bool early, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   Args... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = kBeginsEarly ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = kBeginsEarly && early ? 1 : 0;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
+
+template <typename... Params, typename... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Args... args) {
+  launch_kernel(true, kernel, grid, threads, shared_bytes, stream, args...);
+}
+
+// Whether to begin early after a kernel of the library's.
+// NOTE: what reads less than this gains up to half a microsecond; what reads more gains nothing, or costs convolution and
+// minimum together up to a tenth (all layers of bench --layers that run so, in CUDA graphs on an H100; cause unknown).
+inline bool is_small(const Tensor& input) { return input.numel() * input.element_size() < 2 << 20; }
 
 inline int multiprocessors(int device) {
   int count = 0;
