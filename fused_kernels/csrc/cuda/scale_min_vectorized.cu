@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     const int64_t step = split * plane;
     bias += row;
 
-    ptx::wait_for_previous_grid();
+    ptx::wait_for_previous_grid();  // a small kernel may begin while the one before it ends
     for (int channel = row; channel < channels; channel += kInFlight * split) {
       Vector<T, VEC> loaded[kInFlight];
       A added[kInFlight];
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 #pragma unroll
   for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
 
-  ptx::wait_for_previous_grid();
+  ptx::wait_for_previous_grid();  // a small kernel may begin while the one before it ends
   for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
     Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
     int at = channel;
