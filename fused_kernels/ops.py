@@ -351,7 +351,7 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
 
     There PyTorch adds the bias in a pass of its own over the convolution's output.
     """
-    geometry = arguments.ConvArguments(stride, padding, dilation, groups)
+    geometry, given = arguments.ConvArguments(stride, padding, dilation, groups), input
     input, weight, stride = _in_fastest_layout(input, weight, geometry, precision)
     conv = (stride, padding, dilation, groups, precision)
     if bias is None or not _can_add_bias(input):
@@ -359,7 +359,9 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
     output = _library_conv(input, weight, None, *conv)
     if bias.dtype != output.dtype:
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
-    return _run("scale_min_bias", output, bias, scale)
+    # After a 16-bit matrix product of the library's it loses a little by beginning early, unless the copy before began so, too.
+    early = input is not given or input.dtype == torch.float32 or math.prod(weight.shape[2:]) > 1
+    return _run("scale_min_bias", output, bias, scale, early)
 
 
 def _can_add_bias(input):
@@ -587,12 +589,12 @@ def _scale_min_vjp(input, scale, grad):
     return torch.zeros_like(input).scatter(1, winner, grad * scale)
 
 
-def _scale_min_bias_fake(input, bias, scale):
+def _scale_min_bias_fake(input, bias, scale, early):
     return _scale_min_fake(input, scale)
 
 
 def _scale_min_bias_setup(ctx, inputs, output):
-    input, bias, ctx.scale = inputs
+    input, bias, ctx.scale, _ = inputs
     ctx.save_for_backward(input, bias)
 
 
@@ -601,7 +603,7 @@ def _scale_min_bias_backward(ctx, grad):
     input, bias = ctx.saved_tensors
     winner = torch.min((input + bias.view(-1, 1, 1)).mul_(ctx.scale), dim=1, keepdim=True).indices
     grad_input = torch.zeros_like(input).scatter(1, winner, grad * ctx.scale)
-    return grad_input, grad_input.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, None
+    return grad_input, grad_input.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, None, None
 
 
 def _conv2d_scale_min_fake(input, weight, bias, scale, stride, padding, dilation, groups, precision):
@@ -645,10 +647,13 @@ def _conv2d_vjp(grad, input, weight, bias, stride, padding, dilation, groups, ne
 
 
 def _define_scale_min_bias():
-    """Register the second operator of scale_min_vectorized's library: the minimum over the channels of (x + bias) * scale."""
+    """Register the second operator of scale_min_vectorized's library: the minimum over the channels of (x + bias) * scale.
+
+    If ``early`` it may begin, where it is small, while the kernel before it ends.
+    """
     library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
     _libraries.append(library)
-    library.define("scale_min_bias(Tensor input, Tensor bias, float scale) -> Tensor")
+    library.define("scale_min_bias(Tensor input, Tensor bias, float scale, bool early) -> Tensor")
     name = f"{build.NAMESPACE}::scale_min_bias"
     torch.library.register_fake(name, _scale_min_bias_fake, lib=library)
     torch.library.register_autograd(name, _scale_min_bias_backward, setup_context=_scale_min_bias_setup, lib=library)

@@ -277,8 +277,8 @@ class TestBias:
     """The operator in scale_min_vectorized's library that adds a convolution's bias first."""
 
     @staticmethod
-    def run(input, bias, scale):
-        return torch.ops.fused_kernels.scale_min_bias(input, bias, scale)
+    def run(input, bias, scale, early=True):
+        return torch.ops.fused_kernels.scale_min_bias(input, bias, scale, early)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -315,8 +315,8 @@ class TestBias:
     def test_bit_equal_to_torch_in_the_accumulators_type(self, dtype, shape, layout):
         input = LAYOUTS[layout](torch.randn(shape, device="cuda").to(dtype))
         bias = torch.randn(shape[1], device="cuda").to(dtype)
-        for scale in (2.0, -1.1, 0.0):
-            assert self.run(input, bias, scale).equal(add_in_accumulator(input, bias, scale))
+        for scale, early in ((2.0, True), (-1.1, False), (0.0, True)):
+            assert self.run(input, bias, scale, early).equal(add_in_accumulator(input, bias, scale))
 
     @pytest.mark.parametrize("kind", BIASES)
     @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
@@ -365,19 +365,20 @@ class TestBias:
     def test_opcheck(self, requires_grad):
         input = torch.randn(2, 6, 4, 5, device="cuda", requires_grad=requires_grad)
         bias = torch.randn(6, device="cuda", requires_grad=requires_grad)
-        for sample in ((input, bias, 2.0), (input[:, :, ::2], bias, -1.0)):
+        for sample in ((input, bias, 2.0, True), (input[:, :, ::2], bias, -1.0, False)):
             torch.library.opcheck(torch.ops.fused_kernels.scale_min_bias.default, sample)
 
 
 def test_bias_operators_shape_needs_no_device():
-    result = torch.ops.fused_kernels.scale_min_bias(torch.empty(2, 5, 3, 4, device="meta"), torch.empty(5, device="meta"), 2.0)
+    tensors = torch.empty(2, 5, 3, 4, device="meta"), torch.empty(5, device="meta")
+    result = torch.ops.fused_kernels.scale_min_bias(*tensors, 2.0, False)
     assert result.shape == (2, 1, 3, 4)
     assert result.is_contiguous()
 
 
 def test_bias_operator_says_where_it_runs():
     with pytest.raises(RuntimeError, match="scale_min_bias expected a cuda tensor, got one on cpu") as error:
-        torch.ops.fused_kernels.scale_min_bias(torch.zeros(2, 5, 3, 4), torch.zeros(5), 2.0)
+        torch.ops.fused_kernels.scale_min_bias(torch.zeros(2, 5, 3, 4), torch.zeros(5), 2.0, False)
     assert_one_sentence(str(error.value))
 
 

@@ -258,7 +258,7 @@ bool is_channels_last(const Tensor& t) {
 }
 
 template <typename T, bool BIAS>
-void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& output) {
+void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early, Tensor& output) {
   const int channels = input.size(1);
   const int64_t height = input.size(2), width = input.size(3), plane = height * width, pixels = input.size(0) * plane;
   const T* source = static_cast<const T*>(input.data_ptr());
@@ -274,7 +274,7 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       const auto start = [&](auto pixels_a_group, auto vectors, auto block) {
         const int bits = block ? ChannelsLast::kThreadBits : group_bits;
         const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group);
-        launch_kernel(is_small(input), channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>, grid_size(blocks),
+        launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>, grid_size(blocks),
                       ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, bits, bias);
       };
       constexpr std::integral_constant<int, 1> kOne;
@@ -304,7 +304,7 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
       while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) {
         ++split_bits;
       }
-      launch_kernel(is_small(input), planes_kernel<T, vec, BIAS>,
+      launch_kernel(early, planes_kernel<T, vec, BIAS>,
                     grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0, stream, source, scale,
                     target, vectors, channels, plane, split_bits, bias);
     });
@@ -316,13 +316,13 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, Tensor& ou
 }
 
 template <bool BIAS>
-Tensor run(const Tensor& input, const void* bias, double scale) {
+Tensor run(const Tensor& input, const void* bias, double scale, bool early) {
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   if (output.numel() == 0) return output;
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    launch<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), output);
+    launch<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input), output);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
@@ -330,16 +330,16 @@ Tensor run(const Tensor& input, const void* bias, double scale) {
 
 Tensor scale_min_vectorized(const Tensor& input, double scale) {
   check_input(input);
-  return run<false>(input, nullptr, scale);
+  return run<false>(input, nullptr, scale, true);
 }
 
-Tensor scale_min_bias(const Tensor& input, const Tensor& bias, double scale) {
+Tensor scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bool early) {
   check_input(input);
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == input.size(1), "bias: expected one number for each of the input's ",
                   input.size(1), " channels");
   STD_TORCH_CHECK(bias.scalar_type() == input.scalar_type(), "bias: expected the input's dtype");
   STD_TORCH_CHECK(bias.is_cuda() && bias.get_device_index() == input.get_device_index(), "bias: expected the input's device");
-  return run<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale);
+  return run<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
