@@ -359,7 +359,7 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
     output = _library_conv(input, weight, None, *conv)
     if bias.dtype != output.dtype:
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
-    # After a 16-bit matrix product of the library's it loses a little by beginning early, unless the copy before began so, too.
+    # After a 16-bit matrix product of the library's it loses a little by beginning early, unless a copy came before that.
     early = input is not given or input.dtype == torch.float32 or math.prod(weight.shape[2:]) > 1
     return _run("scale_min_bias", output, bias, scale, early)
 

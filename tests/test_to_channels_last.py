@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_kernels import arguments, ops
 from fused_kernels.rungs import rungs
@@ -98,7 +99,24 @@ def test_refuses_a_cpu_tensor():
         copy(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 1, 1))
 
 
-@pytest.mark.gpu
+@pytest.fixture
+def layout(monkeypatch):
+    """Give what composite does to its arguments on a GPU, which need not be there: it depends on shapes and types alone."""
+    monkeypatch.setattr(ops, "_why_unavailable", lambda name, index: None)
+
+    def layout(shape, dtype, out_channels, kernel, *, stride=1, padding=0, groups=1, precision="tf32", requires_grad=False):
+        input = torch.empty(shape, device="cuda", dtype=dtype, requires_grad=requires_grad)
+        weight = torch.empty(out_channels, shape[1] // groups, kernel, kernel, device="cuda", dtype=dtype)
+        geometry = arguments.check_conv(input, weight, None, stride, padding, 1, groups)
+        copied, copied_weight, left = ops._in_fastest_layout(input, weight, geometry, precision)
+        assert (copied is input) == (not copied.is_contiguous(memory_format=torch.channels_last))
+        assert (copied_weight is weight) == (kernel == 1 or copied is input)
+        return copied is not input, tuple(copied.shape), left
+
+    with FakeTensorMode():
+        yield layout
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("in_channels", "plane", "size", "groups", "is_copied"),
@@ -111,49 +129,73 @@ def test_refuses_a_cpu_tensor():
         (64, 16, 3, 2, False),
     ],
 )
-def test_composite_copies_for_tensor_cores_alone(in_channels, plane, size, groups, is_copied, dtype):
-    input = torch.randn(2, in_channels, plane, plane, device="cuda", dtype=dtype)
-    weight = torch.randn(24, in_channels // groups, size, size, device="cuda", dtype=dtype)
-    geometry = arguments.check_conv(input, weight, None, 1, 0, 1, groups)
-    copied_input, copied_weight, _ = ops._in_fastest_layout(input, weight, geometry, "tf32")
-    assert copied_input.is_contiguous(memory_format=torch.channels_last) == is_copied
-    assert (copied_weight is weight) == (size == 1 or not is_copied)
+def test_composite_copies_for_tensor_cores_alone(layout, in_channels, plane, size, groups, is_copied, dtype):
+    copied, *_ = layout((2, in_channels, plane, plane), dtype, 24, size, groups=groups)
+    assert copied == is_copied
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "plane", "is_copied"), [(torch.float32, 32, True), (torch.float32, 64, False), (torch.bfloat16, 32, False)]
 )
-def test_composite_copies_small_images_of_many_channels_in_float32(dtype, plane, is_copied):
-    input = torch.randn(2, 512, plane, plane, device="cuda", dtype=dtype)
-    weight = torch.randn(24, 512, 1, 1, device="cuda", dtype=dtype)
-    geometry = arguments.check_conv(input, weight, None, 1, 0, 1, 1)
-    copied, _, _ = ops._in_fastest_layout(input, weight, geometry, "tf32")
-    assert copied.is_contiguous(memory_format=torch.channels_last) == is_copied
+def test_composite_copies_small_images_of_many_channels_in_float32(layout, dtype, plane, is_copied):
+    copied, *_ = layout((2, 512, plane, plane), dtype, 24, 1)
+    assert copied == is_copied
 
 
-@pytest.mark.gpu
-def test_composite_copies_nothing_for_a_gradient():
-    input = torch.randn(2, 32, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(24, 32, 3, 3, device="cuda", dtype=torch.bfloat16)
-    geometry = arguments.check_conv(input, weight, None, 1, 0, 1, 1)
-    assert ops._in_fastest_layout(input, weight, geometry, "auto") == (input, weight, (1, 1))
+@pytest.mark.parametrize(("dtype", "is_copied"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_composite_copies_few_channels_for_a_1_x_1_kernel_in_16_bits(layout, dtype, is_copied):
+    copied, *_ = layout((1, 64, 56, 56), dtype, 256, 1)
+    assert copied == is_copied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_channels", [24, 256])
+def test_composite_copies_only_what_a_strided_1_x_1_kernel_reads(layout, dtype, out_channels):
+    stride = (2, 3)
+    assert layout((3, 64, 15, 20), dtype, out_channels, 1, stride=stride) == (True, (3, 64, 8, 7), (1, 1))
+    assert layout((3, 64, 15, 20), dtype, out_channels, 1, stride=stride, padding=1) == (True, (3, 64, 15, 20), stride)
+    assert layout((3, 64, 15, 20), dtype, out_channels, 3, stride=stride) == (True, (3, 64, 15, 20), stride)
+    assert layout((3, 16, 15, 20), dtype, out_channels, 1, stride=stride) == (False, (3, 16, 15, 20), stride)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_composite_copies_nothing_where_tensor_cores_are_not_exact_enough(layout, kernel):
+    assert not layout((3, 64, 15, 20), torch.float32, 256, kernel, stride=2, precision="ieee")[0]
+
+
+def test_composite_copies_nothing_for_a_gradient(layout):
+    assert not layout((2, 32, 16, 16), torch.bfloat16, 24, 3, requires_grad=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "memory_format", "kernel", "early"),
+    [
+        (torch.bfloat16, torch.channels_last, 1, False),
+        (torch.bfloat16, torch.contiguous_format, 1, True),  # it is copied
+        (torch.bfloat16, torch.channels_last, 3, True),
+        (torch.float32, torch.channels_last, 1, True),
+    ],
+)
+def test_composite_lets_the_minimum_begin_late_after_a_16_bit_matrix_product(monkeypatch, dtype, memory_format, kernel, early):
+    calls = []
+    monkeypatch.setattr(ops, "_why_unavailable", lambda name, index: None)
+    monkeypatch.setattr(ops, "_run", lambda name, *args: calls.append((name, args[-1])))
+    with FakeTensorMode():
+        input = torch.empty(1, 128, 28, 28, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+        weight, bias = (torch.empty(size, device="cuda", dtype=dtype) for size in ((512, 128, kernel, kernel), (512,)))
+        ops.composite(input, weight, bias, 2.0, (1, 1), (0, 0, 0, 0), (1, 1), 1, "auto")
+    assert calls == [("scale_min_bias", early)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("padding", [0, 1])
-def test_composite_copies_only_what_a_strided_1_x_1_kernel_reads(dtype, padding):
+def test_composite_is_right_with_a_strided_1_x_1_kernel(dtype, padding):
     # Small integers: exact in each type, and in any order.
     input = torch.randint(-2, 3, (3, 64, 15, 20), device="cuda").to(dtype)
     weight = torch.randint(-2, 3, (128, 64, 1, 1), device="cuda").to(dtype)
     bias = torch.randint(-2, 3, (128,), device="cuda").to(dtype)
-    stride = (2, 3)
-    geometry = arguments.check_conv(input, weight, bias, stride, padding, 1, 1)
-    copied, _, left = ops._in_fastest_layout(input, weight, geometry, "tf32")
-    expected = torch.nn.functional.conv2d(*(t.double() for t in (input, weight, bias)), stride, padding)
-    actual = rungs["composite"](input, weight, bias, -0.5, stride=stride, padding=padding, precision="tf32")
-    if dtype == torch.float16:
-        assert left == ((1, 1) if padding == 0 else stride)
-        assert copied.shape == ((3, 64, 8, 7) if padding == 0 else input.shape)
+    how = {"stride": (2, 3), "padding": padding}
+    expected = torch.nn.functional.conv2d(*(t.double() for t in (input, weight, bias)), **how)
+    actual = rungs["composite"](input, weight, bias, -0.5, **how, precision="tf32")
     assert torch.equal(actual.double(), expected.mul(-0.5).amin(1, keepdim=True))
