@@ -117,12 +117,17 @@ TINY = ((1, 16, 8, 8), 32, 3, 1, 0)
 # The layers of a ResNet, and other kernels on images of its sizes: channels, height and width, output channels, kernel, stride.
 # All padded as such networks pad, by half a kernel.
 _STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))
-_LAYERS = (
-    *((channels, size, channels, 3, 1) for channels, size in _STAGES),
-    *((channels, size, 2 * channels, 3, 2) for channels, size in _STAGES[:3]),
+_BASIC = tuple((channels, size, channels, 3, 1) for channels, size in _STAGES)
+_POINTWISE = (
     *((channels, size, 4 * channels, 1, 1) for channels, size in _STAGES),
     *((4 * channels, size, channels, 1, 1) for channels, size in _STAGES),
+)
+_LAYERS = (
+    *_BASIC,
+    *((channels, size, 2 * channels, 3, 2) for channels, size in _STAGES[:3]),
+    *_POINTWISE,
     *((4 * channels, size, 8 * channels, 1, 2) for channels, size in _STAGES[:3]),
+    *((4 * channels, size, 2 * channels, 1, 2) for channels, size in _STAGES[:3]),
     *((channels, size, channels, 5, 1) for channels, size in _STAGES[:3]),
     (32, 56, 64, 5, 1),
     (64, 28, 128, 5, 1),
@@ -134,7 +139,7 @@ _LAYERS = (
 # Of them all with 32 images and with one; then a few of the most usual with other numbers of images.
 LAYERS = tuple(
     ((images, channels, size, size), out_channels, kernel, stride, kernel // 2)
-    for images, layers in ((32, _LAYERS), (1, _LAYERS), (4, _LAYERS[:4]), (8, _LAYERS[:4]), (64, _LAYERS[:4]))
+    for images, layers in ((32, _LAYERS), (1, _LAYERS), (4, _BASIC), (8, _BASIC + _POINTWISE), (64, _BASIC))
     for channels, size, out_channels, kernel, stride in layers
 )
 

@@ -351,16 +351,16 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
 
     There PyTorch adds the bias in a pass of its own over the convolution's output.
     """
-    geometry, given = arguments.ConvArguments(stride, padding, dilation, groups), input
-    input, weight, stride = _in_fastest_layout(input, weight, geometry, precision)
+    geometry = arguments.ConvArguments(stride, padding, dilation, groups)
+    input, weight, stride, early = _in_fastest_layout(input, weight, geometry, precision)
     conv = (stride, padding, dilation, groups, precision)
     if bias is None or not _can_add_bias(input):
         return scale_min(_library_conv(input, weight, bias, *conv), scale)
     output = _library_conv(input, weight, None, *conv)
     if bias.dtype != output.dtype:
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
-    # After a 16-bit matrix product of the library's it loses a little by beginning early, unless a copy came before that.
-    early = input is not given or input.dtype == torch.float32 or math.prod(weight.shape[2:]) > 1
+    # After a 16-bit matrix product of the library's it loses a little by beginning early, unless the copy before did so, too.
+    early |= input.dtype == torch.float32 or math.prod(weight.shape[2:]) > 1
     return _run("scale_min_bias", output, bias, scale, early)
 
 
@@ -393,12 +393,14 @@ def _library_conv2d(input, weight, bias, stride, padding, dilation, groups, tf32
 
 
 def _in_fastest_layout(input, weight, geometry, precision):
-    """Copy input and weight where it pays, as measured on an H200 and an H100 with cuDNN 9.19; give the stride that is left.
+    """Copy input and weight where it pays, as measured on an H200 and an H100 with cuDNN 9.19.
+
+    Gives them, the stride that is left, and whether there was a copy that began early, while the kernel before it ended.
 
     The library's tensor-core convolutions want channels_last; they copy input and output to get it, and the weights, and take
     long over it. Its 16-bit grouped convolutions are slower in channels_last than copies to NCHW and convolution together.
     """
-    unchanged = input, weight, geometry.stride
+    unchanged = input, weight, geometry.stride, False
     _, in_channels, kernel_h, kernel_w = weight.shape
     is_pointwise, is_strided = kernel_h * kernel_w == 1, max(geometry.stride) > 1
     least_products = 128
@@ -415,7 +417,7 @@ def _in_fastest_layout(input, weight, geometry, precision):
     is_channels_last = not is_nchw and input.is_contiguous(memory_format=torch.channels_last)
     if geometry.groups > 1:
         slow = is_channels_last and geometry.groups < input.shape[1] and input.dtype != torch.float32
-        return (input.contiguous(), weight.contiguous(), geometry.stride) if slow else unchanged
+        return (input.contiguous(), weight.contiguous(), geometry.stride, False) if slow else unchanged
     if is_channels_last:
         return unchanged
     outputs = input.shape[0] * weight.shape[0] * math.prod(geometry.output_size(input.shape, weight.shape))
@@ -431,17 +433,17 @@ def _in_fastest_layout(input, weight, geometry, precision):
         return unchanged
     if input.dtype == torch.float32 and arguments.resolve_precision(input, precision) != "tf32":
         return unchanged
-    if ours and is_pointwise:
+    if ours:
         stride = geometry.stride
-        if is_strided and not any(geometry.padding):
+        if is_pointwise and is_strided and not any(geometry.padding):
             # Most of the input is never read: the copy leaves it out.
             input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
-        (input,) = torch.ops.fused_kernels.to_channels_last.default(input, None)
-        return input, weight, stride
-    if ours:
-        return *torch.ops.fused_kernels.to_channels_last.default(input, weight), geometry.stride
+        # Beginning early gains up to half a microsecond where all is small; where the output is not, it loses as much.
+        early = max(2 * input.numel(), outputs) * input.element_size() < 2**21
+        input, *copied = torch.ops.fused_kernels.to_channels_last.default(input, None if is_pointwise else weight, early)
+        return input, *(copied or [weight]), stride, early
     channels_last = {"memory_format": torch.channels_last}
-    return input.contiguous(**channels_last), weight.contiguous(**channels_last), geometry.stride
+    return input.contiguous(**channels_last), weight.contiguous(**channels_last), geometry.stride, False
 
 
 def _can_copy(input, weight):
@@ -661,15 +663,18 @@ def _define_scale_min_bias():
 
 
 def _define_copy():
-    """Register the copy of a convolution's input and weights; no rule for gradients, for none is wanted where it runs."""
+    """Register the copy of a convolution's input and weights; no rule for gradients, for none is wanted where it runs.
+
+    If ``early`` it may begin while the kernel before it ends.
+    """
     library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
     _libraries.append(library)
-    library.define(f"{COPY.name}(Tensor input, Tensor? weight) -> Tensor[]")
+    library.define(f"{COPY.name}(Tensor input, Tensor? weight, bool early) -> Tensor[]")
     torch.library.register_fake(f"{build.NAMESPACE}::{COPY.name}", _copy_fake, lib=library)
     _build_on_first_call(COPY, library, COPY.name)
 
 
-def _copy_fake(input, weight):
+def _copy_fake(input, weight, early):
     return [torch.empty_like(t, memory_format=torch.channels_last) for t in (input, weight) if t is not None]
 
 

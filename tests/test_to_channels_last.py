@@ -18,11 +18,14 @@ SHAPES = [
     (2, 600, 1, 1),
     (1, 5000, 1, 2),
     (3, 40, 131, 127),
+    (2, 192, 7, 7),
+    (3, 64, 6, 5),
+    (5, 128, 4, 4),
 ]
 
 
-def copy(input, weight):
-    return torch.ops.fused_kernels.to_channels_last(input, weight)
+def copy(input, weight, early=False):
+    return torch.ops.fused_kernels.to_channels_last(input, weight, early)
 
 
 @pytest.mark.gpu
@@ -34,6 +37,18 @@ class TestCopy:
         for before, after in zip(given, copy(*given), strict=True):
             assert torch.equal(before, after)
             assert after.is_contiguous(memory_format=torch.channels_last)
+
+    def test_takes_weights_of_groups(self, poisoned):
+        given = torch.randn(2, 128, 8, 8, device="cuda"), torch.randn(6, 40, 3, 3, device="cuda")
+        for before, after in zip(given, copy(*given), strict=True):
+            assert torch.equal(before, after)
+
+    def test_may_begin_early(self, poisoned):
+        input = torch.randn(2, 128, 7, 7, device="cuda")
+        for _ in range(20):  # each waits for the sum before
+            input = input + 1
+            (copied,) = copy(input, None, early=True)
+            assert torch.equal(copied, input)
 
     def test_takes_the_input_alone(self, poisoned):
         input = torch.randn(2, 70, 5, 7, device="cuda")
@@ -108,9 +123,10 @@ def layout(monkeypatch):
         input = torch.empty(shape, device="cuda", dtype=dtype, requires_grad=requires_grad)
         weight = torch.empty(out_channels, shape[1] // groups, kernel, kernel, device="cuda", dtype=dtype)
         geometry = arguments.check_conv(input, weight, None, stride, padding, 1, groups)
-        copied, copied_weight, left = ops._in_fastest_layout(input, weight, geometry, precision)
+        copied, copied_weight, left, early = ops._in_fastest_layout(input, weight, geometry, precision)
         assert (copied is input) == (not copied.is_contiguous(memory_format=torch.channels_last))
         assert (copied_weight is weight) == (kernel == 1 or copied is input)
+        assert early <= (copied is not input)
         return copied is not input, tuple(copied.shape), left
 
     with FakeTensorMode():
@@ -167,24 +183,42 @@ def test_composite_copies_nothing_for_a_gradient(layout):
     assert not layout((2, 32, 16, 16), torch.bfloat16, 24, 3, requires_grad=True)[0]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "memory_format", "kernel", "early"),
-    [
-        (torch.bfloat16, torch.channels_last, 1, False),
-        (torch.bfloat16, torch.contiguous_format, 1, True),  # it is copied
-        (torch.bfloat16, torch.channels_last, 3, True),
-        (torch.float32, torch.channels_last, 1, True),
-    ],
-)
-def test_composite_lets_the_minimum_begin_late_after_a_16_bit_matrix_product(monkeypatch, dtype, memory_format, kernel, early):
-    calls = []
+@pytest.fixture
+def early(monkeypatch):
+    """Give what composite lets begin early: the copy, or None where it makes none, and the minimum."""
     monkeypatch.setattr(ops, "_why_unavailable", lambda name, index: None)
-    monkeypatch.setattr(ops, "_run", lambda name, *args: calls.append((name, args[-1])))
+
+    def early(shape, dtype, out_channels, kernel, memory_format=torch.contiguous_format):
+        seen = []
+        monkeypatch.setattr(ops, "_run", lambda name, *args: seen.append(args[-1]))
+        input = torch.empty(shape, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+        weight = torch.empty(out_channels, shape[1], kernel, kernel, device="cuda", dtype=dtype)
+        bias = torch.empty(out_channels, device="cuda", dtype=dtype)
+        geometry = arguments.check_conv(input, weight, bias, 1, kernel // 2, 1, 1)
+        copied, *_, copy_early = ops._in_fastest_layout(input, weight, geometry, "tf32")
+        ops.composite(input, weight, bias, 2.0, (1, 1), geometry.padding, (1, 1), 1, "tf32")
+        return None if copied is input else copy_early, *seen
+
     with FakeTensorMode():
-        input = torch.empty(1, 128, 28, 28, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
-        weight, bias = (torch.empty(size, device="cuda", dtype=dtype) for size in ((512, 128, kernel, kernel), (512,)))
-        ops.composite(input, weight, bias, 2.0, (1, 1), (0, 0, 0, 0), (1, 1), 1, "auto")
-    assert calls == [("scale_min_bias", early)]
+        yield early
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_composite_lets_the_copy_begin_early_where_input_and_output_are_small(early, dtype):
+    assert early((1, 512, 7, 7), dtype, 2048, 1)[0]
+    assert not early((32, 512, 7, 7), dtype, 2048, 1)[0]
+    assert not early((8, 2048, 7, 7), dtype, 512, 1)[0]
+    assert early((1, 64, 28, 28), dtype, 64, 3)[0]
+
+
+def test_composite_lets_the_minimum_begin_early_but_alone_after_a_16_bit_matrix_product(early):
+    bf16, tf32 = torch.bfloat16, torch.float32
+    assert early((1, 128, 28, 28), bf16, 512, 1, torch.channels_last) == (None, False)
+    assert early((1, 128, 28, 28), bf16, 512, 1) == (True, True)
+    assert early((8, 1024, 14, 14), bf16, 256, 1) == (False, False)
+    assert early((8, 1024, 14, 14), tf32, 256, 1) == (False, True)
+    assert early((1, 128, 28, 28), tf32, 512, 1, torch.channels_last) == (None, True)
+    assert early((1, 128, 28, 28), bf16, 512, 3, torch.channels_last) == (None, True)
 
 
 @pytest.mark.gpu

@@ -1,10 +1,8 @@
 // to_channels_last: a convolution's input and weights, copied into the layout that the library's tensor cores want.
 //
 // For each image a transposition: rows of pixels become rows of channels. Whoever reads along one and writes along the other
-// touches a whole sector of memory for each element. So a thread gathers 16 bytes of channels for each of a few neighbouring
-// pixels, its warp side by side the pixels; the block exchanges them through shared memory, and a warp writes runs of 128 bytes,
-// channels of a pixel. Pixels are counted through all images: one filter's nine taps would leave most of a warp idle, four
-// filters' fill it.
+// touches a whole sector of memory for each element. So a thread gathers 16 bytes of a pixel's channels, its warp side by side
+// the pixels; the block exchanges them through shared memory, and a warp writes runs of 128 bytes, channels of a pixel.
 // Both tensors go in one launch, for where they are small the launch is what takes time. Weights of 1 x 1 lie right as they are;
 // and with them a convolution of stride 2 reads one pixel of four, so the input may be such a view, and the copy takes no more.
 // Limit: the memory's bandwidth, in and out. PyTorch's own copy reaches a sixth of it (25 MB on an H200).
@@ -17,8 +15,8 @@
 
 namespace fused_kernels {
 
-constexpr int kLanes = 32, kUnits = 8;  // of a block: a lane a vector of pixels, a warp a unit of 16 bytes of their channels
-constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 4;
+constexpr int kLanes = 32, kUnits = 8;  // of a block: a lane a pixel, a warp a unit of 16 bytes of their channels
+constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 8;
 static_assert(kLanes % kUnits == 0, "kUnits: expected a divisor of kLanes");
 
 // Division by a number that the host knows, exact below 2^31: multiply and shift (Granlund and Montgomery, PLDI 1994).
@@ -41,94 +39,6 @@ struct Divisor {
   }
 };
 
-// NOTE: addresses in 64 bits were half of all instructions (read off the SASS), and instructions decide where all is in L2: so
-// Index has 32 bits where that is enough.
-template <typename T, int VEC, typename Index>
-struct Transposition {
-  static constexpr int kUnitChannels = 16 / sizeof(T), kBlockChannels = kUnits * kUnitChannels, kPixels = kLanes * VEC;
-  struct alignas(VEC * sizeof(T)) Vector {
-    T values[VEC];
-  };
-
-  const T* source = nullptr;
-  T* target = nullptr;
-  Index channels = 0, pixels = 0, steps[4] = {};  // steps: of the source, in elements
-  Divisor<Index> plane, width;                    // width: of its rows, or where they are one run, of its planes
-  Divisor<uint32_t> blocks_c;
-  uint32_t blocks = 0;
-
-  Transposition() = default;
-  Transposition(const Tensor& from, const Tensor& to)
-      : source(static_cast<const T*>(from.data_ptr())), target(static_cast<T*>(to.data_ptr())),
-        channels(static_cast<Index>(from.size(1))), plane(from.size(2) * from.size(3)),
-        width(from.stride(2) == from.size(3) * from.stride(3) ? from.size(2) * from.size(3) : from.size(3)),
-        blocks_c(ceil_div(from.size(1), kBlockChannels)) {
-    const int64_t all = from.size(0) * from.size(2) * from.size(3);
-    pixels = static_cast<Index>(all);
-    blocks = grid_size(ceil_div(all, kPixels) * ceil_div(from.size(1), kBlockChannels));
-    for (int d = 0; d < 4; ++d) steps[d] = static_cast<Index>(from.stride(d));
-  }
-
-  __device__ __forceinline__ void run(uint32_t block) const {
-    __shared__ uint4 units[kPixels][kUnits];
-    const Index block_pixels = blocks_c(block), block_channels = block - block_pixels * blocks_c.value;
-    const Index first_pixel = block_pixels * kPixels, first_channel = block_channels * kBlockChannels;
-    {
-      const uint32_t lane = threadIdx.x % kLanes, unit = threadIdx.x / kLanes;
-      const Index pixel = min(first_pixel + lane * VEC, pixels - VEC), channel = first_channel + unit * kUnitChannels;
-      const Index image = plane(pixel), inside = pixel - image * plane.value;
-      const Index row = width(inside), column = inside - row * width.value;
-      Index from = image * steps[0] + channel * steps[1] + row * steps[2] + column * steps[3];
-      Vector loaded[kUnitChannels];
-      ptx::wait_for_previous_grid();
-#pragma unroll
-      for (int j = 0; j < kUnitChannels; ++j, from += steps[1]) {
-        loaded[j] = channel + j < channels ? *reinterpret_cast<const Vector*>(source + from) : Vector{};
-      }
-      // A unit's place in a row depends on the lane: eight lanes that meet in a column or in a row meet no bank twice.
-#pragma unroll
-      for (int k = 0; k < VEC; ++k) {
-        alignas(16) T values[kUnitChannels];
-#pragma unroll
-        for (int j = 0; j < kUnitChannels; ++j) values[j] = loaded[j].values[k];
-        units[lane * VEC + k][unit ^ lane % kUnits] = *reinterpret_cast<const uint4*>(values);
-      }
-    }
-    __syncthreads();
-
-    const uint32_t unit = threadIdx.x % kUnits;
-    const Index channel = first_channel + unit * kUnitChannels;
-#pragma unroll
-    for (int k = 0; k < VEC; ++k) {
-      const uint32_t row = k * kLanes + threadIdx.x / kUnits;
-      if (first_pixel + row >= pixels) return;
-      T* const to = target + (first_pixel + row) * channels + channel;
-      // NOTE: held in a variable for both branches, the 16 bytes left in four stores of 4 (read off the SASS, nvcc 13.0).
-      const uint4* const from = &units[row][unit ^ row / VEC % kUnits];
-      if (channels % kUnitChannels == 0) {
-        if (channel < channels) *reinterpret_cast<uint4*>(to) = *from;
-      } else {
-#pragma unroll
-        for (int j = 0; j < kUnitChannels; ++j) {
-          if (channel + j < channels) to[j] = reinterpret_cast<const T*>(from)[j];
-        }
-      }
-    }
-  }
-};
-
-// WEIGHT: whether there are weights. A small copy has no time to wait for code that it does not run.
-template <typename T, int VEC, typename Index, bool WEIGHT>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    to_channels_last_kernel(const __grid_constant__ Transposition<T, VEC, Index> input,
-                            const __grid_constant__ Transposition<T, 1, Index> weight) {
-  if (!WEIGHT || blockIdx.x < input.blocks) {
-    input.run(blockIdx.x);
-  } else {
-    weight.run(blockIdx.x - input.blocks);
-  }
-}
-
 // How many elements lie between a tensor's first and last one, both included.
 int64_t span(const Tensor& t) {
   int64_t span = 1;
@@ -136,7 +46,104 @@ int64_t span(const Tensor& t) {
   return span;
 }
 
-std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Tensor>& weight) {
+// Whether the pixels of a plane lie at equal distances.
+bool in_one_run(const Tensor& t) { return t.stride(2) == t.size(3) * t.stride(3); }
+
+// NOTE: instructions decide where all is in L2: with 87 a thread instead of 125 (read off the SASS) it takes up to a tenth less.
+// So Index has 32 bits where that is enough, and templates leave out what the usual shapes do not need.
+template <typename T, typename Index>
+struct Transposition {
+  static constexpr int kUnitChannels = 16 / sizeof(T), kBlockChannels = kUnits * kUnitChannels;
+
+  const T* source = nullptr;
+  T* target = nullptr;
+  Index channels = 0, images = 0, steps[4] = {};  // steps: of the source, in elements
+  Divisor<Index> plane, width;                    // width: of its rows, or where they are one run, of its planes
+  Divisor<uint32_t> blocks_c, blocks_p;
+  uint32_t blocks = 0;
+
+  Transposition() = default;
+  // Whether a block stays in one image: no division of pixels by planes. Else pixels are counted through all images: one
+  // filter's nine taps would leave most of a warp idle, four filters' fill it.
+  Transposition(const Tensor& from, const Tensor& to, bool planes)
+      : source(static_cast<const T*>(from.data_ptr())), target(static_cast<T*>(to.data_ptr())),
+        channels(static_cast<Index>(from.size(1))), images(static_cast<Index>(from.size(0))),
+        plane(from.size(2) * from.size(3)), width(in_one_run(from) ? from.size(2) * from.size(3) : from.size(3)),
+        blocks_c(ceil_div(from.size(1), kBlockChannels)) {
+    const int64_t pixels = from.size(2) * from.size(3), groups = planes ? from.size(0) : 1;
+    const int64_t blocks_of_group = ceil_div(planes ? pixels : from.size(0) * pixels, kLanes);
+    blocks = grid_size(groups * ceil_div(from.size(1), kBlockChannels) * blocks_of_group);
+    blocks_p = Divisor<uint32_t>(blocks_of_group);
+    for (int d = 0; d < 4; ++d) steps[d] = static_cast<Index>(from.stride(d));
+  }
+
+  // EVEN: whether channels fill their blocks. PLANES: as above.
+  template <bool EVEN, bool PLANES>
+  __device__ __forceinline__ void run(uint32_t block) const {
+    __shared__ uint4 units[kLanes][kUnits];
+    Index first_channel, first_pixel, pixels;  // pixels: of this block, or more
+    {
+      const uint32_t lane = threadIdx.x % kLanes, unit = threadIdx.x / kLanes;
+      Index from;
+      if constexpr (PLANES) {
+        const uint32_t rest = blocks_p(block), image = blocks_c(rest);
+        const Index inside = (block - rest * blocks_p.value) * kLanes;
+        first_channel = (rest - image * blocks_c.value) * kBlockChannels;
+        first_pixel = image * plane.value + inside;
+        pixels = plane.value - inside;
+        from = image * steps[0] + (inside + min(lane, pixels - 1)) * steps[3];
+      } else {
+        const uint32_t block_pixels = blocks_c(block);
+        first_channel = (block - block_pixels * blocks_c.value) * kBlockChannels;
+        first_pixel = Index{block_pixels} * kLanes;
+        pixels = images * plane.value - first_pixel;
+        const Index pixel = first_pixel + min(Index{lane}, pixels - 1);
+        const Index image = plane(pixel), inside = pixel - image * plane.value;
+        const Index row = width(inside), column = inside - row * width.value;
+        from = image * steps[0] + row * steps[2] + column * steps[3];
+      }
+      const Index channel = first_channel + unit * kUnitChannels;
+      const T* const base = source + (from + channel * steps[1]);
+      alignas(16) T values[kUnitChannels];
+      ptx::wait_for_previous_grid();
+#pragma unroll
+      for (int j = 0; j < kUnitChannels; ++j) values[j] = EVEN || channel + j < channels ? base[j * steps[1]] : T{};
+      // A unit's place in a row depends on the lane: eight lanes that meet in a column or in a row meet no bank twice.
+      units[lane][unit ^ lane % kUnits] = *reinterpret_cast<const uint4*>(values);
+    }
+    __syncthreads();
+
+    const uint32_t row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    const Index channel = first_channel + unit * kUnitChannels;
+    if (row >= pixels) return;
+    T* const to = target + ((first_pixel + row) * channels + channel);
+    // NOTE: held in a variable for both branches, the 16 bytes left in four stores of 4 (read off the SASS, nvcc 13.0).
+    const uint4* const from = &units[row][unit ^ row % kUnits];
+    if (EVEN || channels % kUnitChannels == 0) {
+      if (EVEN || channel < channels) *reinterpret_cast<uint4*>(to) = *from;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kUnitChannels; ++j) {
+        if (channel + j < channels) to[j] = reinterpret_cast<const T*>(from)[j];
+      }
+    }
+  }
+};
+
+// PLAIN: whether blocks of the input stay in an image, and all channels fill their blocks.
+// WEIGHT: whether there are weights. A small copy has no time to wait for code that it does not run.
+template <typename T, typename Index, bool PLAIN, bool WEIGHT>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    to_channels_last_kernel(const __grid_constant__ Transposition<T, Index> input,
+                            const __grid_constant__ Transposition<T, Index> weight) {
+  if (!WEIGHT || blockIdx.x < input.blocks) {
+    input.template run<PLAIN, PLAIN>(blockIdx.x);
+  } else {
+    weight.template run<PLAIN, false>(blockIdx.x - input.blocks);
+  }
+}
+
+std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Tensor>& weight, bool early) {
   using torch::headeronly::MemoryFormat;
   using torch::headeronly::ScalarType;
   const ScalarType dtype = input.scalar_type();
@@ -153,36 +160,36 @@ std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Te
   add("input", input);
   if (weight) add("weight", *weight);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto launch = [&](auto element, auto vec, auto index) {
+  const auto launch = [&](auto element, auto index, auto plain) {
     using T = decltype(element);
     using Index = decltype(index);
-    const Transposition<T, vec, Index> first(input, outputs[0]);
-    const auto second = weight ? Transposition<T, 1, Index>(*weight, outputs[1]) : Transposition<T, 1, Index>();
+    const Transposition<T, Index> first(input, outputs[0], plain);
+    const auto second = weight ? Transposition<T, Index>(*weight, outputs[1], false) : Transposition<T, Index>();
     const int64_t blocks = static_cast<int64_t>(first.blocks) + second.blocks;
     if (blocks == 0) return;
     const auto kernel =
-        weight ? to_channels_last_kernel<T, vec, Index, true> : to_channels_last_kernel<T, vec, Index, false>;
-    launch_kernel(is_small(input), kernel, grid_size(blocks), kThreads, 0, current_stream(input), first, second);
+        weight ? to_channels_last_kernel<T, Index, plain, true> : to_channels_last_kernel<T, Index, plain, false>;
+    launch_kernel(early, kernel, grid_size(blocks), kThreads, 0, current_stream(input), first, second);
   };
-  const auto choose = [&](auto element, auto vec) {
-    // Wide blocks of vectors leave some of the chip idle where the image is small.
-    const int64_t wide_blocks = Transposition<decltype(element), vec, uint64_t>(input, outputs[0]).blocks;
-    const bool aligned = input.is_contiguous() && input.size(2) * input.size(3) % vec == 0 &&
-                         reinterpret_cast<uintptr_t>(input.data_ptr()) % (vec * sizeof(element)) == 0;
-    const bool wide = aligned && wide_blocks >= 2 * multiprocessors(input.get_device_index());
-    const auto with_index = [&](auto index) {
-      wide ? launch(element, vec, index) : launch(element, std::integral_constant<int, 1>(), index);
-    };
-    if (std::max(span(input), weight ? span(*weight) : 0) <= INT32_MAX) {
-      with_index(uint32_t());
+  const auto choose = [&](auto element) {
+    const auto fits = [](const Tensor& t) { return std::max(span(t), t.numel()) <= INT32_MAX; };
+    constexpr int kBlockChannels = Transposition<decltype(element), uint32_t>::kBlockChannels;
+    const auto even = [](const Tensor& t) { return t.size(1) % kBlockChannels == 0; };
+    // A plane's pixels should fill two thirds of their blocks' lanes, at least.
+    const int64_t pixels = input.size(2) * input.size(3), lanes = ceil_div(pixels, kLanes) * kLanes;
+    const bool plain = in_one_run(input) && 3 * pixels >= 2 * lanes && even(input) && (!weight || even(*weight));
+    if (!fits(input) || (weight && !fits(*weight))) {
+      launch(element, uint64_t(), std::false_type());
+    } else if (plain) {
+      launch(element, uint32_t(), std::true_type());
     } else {
-      with_index(uint64_t());
+      launch(element, uint32_t(), std::false_type());
     }
   };
   if (dtype == ScalarType::Float) {
-    choose(uint32_t(), std::integral_constant<int, 1>());  // a lane of 4 bytes: more gained nothing
+    choose(uint32_t());
   } else {
-    choose(uint16_t(), std::integral_constant<int, 4>());
+    choose(uint16_t());
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return outputs;
