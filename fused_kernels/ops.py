@@ -286,6 +286,8 @@ def _choose_cuda(input, weight, geometry, precision):
         least_pixels = 0
     elif is_float32 and taps <= 9 and in_channels < 256 and (is_channels_last or in_channels >= 128):
         least_pixels = 2**13
+    elif taps == 1 and products >= 2**16:
+        least_pixels = 2**13  # a tile takes long there, so there should be one for every second multiprocessor at least
     else:
         least_pixels = 2**12
     if fills and fits and takes and pixels >= least_pixels and (taps > 1 or copies):

@@ -534,6 +534,7 @@ SHAPES = {
     "stride": ((32, 64, 56, 56), 128, 3, {"stride": 2, "padding": 1}, [("mma", "composite"), None, ("mma", "composite")]),
     "1 x 1, few pixels": ((1, 64, 56, 56), 256, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
     "1 x 1 to more": ((32, 128, 28, 28), 512, 1, {}, [("mma",) * 2, None, ("composite", "wgmma")]),
+    "1 x 1 to more, few pixels": ((8, 128, 28, 28), 512, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
     "1 x 1, many products": ((32, 256, 28, 28), 512, 1, {}, [("composite",) * 2, None, ("composite",) * 2]),
     "1 x 1, stride": ((32, 64, 56, 56), 128, 1, {"stride": 2}, [("mma",) * 2, None, ("mma",) * 2]),
     "1 x 1, stride, few pixels": ((8, 64, 56, 56), 128, 1, {"stride": 2}, [("composite", "mma"), None, ("composite",) * 2]),
