@@ -280,14 +280,15 @@ def _choose_cuda(input, weight, geometry, precision):
     is_channels_last = input.stride(1) == 1
     # wgmma reads 16-bit channels_last as they lie; what must be converted pays from some filter taps on.
     copies = is_channels_last and not is_float32
+    if taps == 1 and copies and fills and takes and pixels < 9 * 2**10:
+        # Half of the multiprocessors would have no tile; the library cuts matrix products smaller.
+        return "composite", f"{wgmma} is slower on a 1 x 1 kernel where pixels are so few"
     # On few pixels, float32 with 3 x 3 kernels is what the library is best at, unless channels are many. Its kernels of 7 x 7
     # take several times as long as these in float32, however few the pixels are, and of more than 64 channels in 16 bits.
     if is_float32 and taps > 25:
         least_pixels = 0
     elif is_float32 and taps <= 9 and in_channels < 256 and (is_channels_last or in_channels >= 128):
         least_pixels = 2**13
-    elif taps == 1 and products >= 2**16:
-        least_pixels = 2**13  # a tile takes long there, so there should be one for every second multiprocessor at least
     else:
         least_pixels = 2**12
     if fills and fits and takes and pixels >= least_pixels and (taps > 1 or copies):

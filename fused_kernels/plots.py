@@ -331,8 +331,8 @@ def save_all(records, out):
 
 
 def _machines(records):
-    """Name the machines, GPUs first."""
-    return sorted({r.machine for r in records}, key=lambda name: (name == "cpu", name))
+    """Name the machines: GPUs first, of a family the latest."""
+    return sorted({r.machine for r in records}, key=lambda name: (name != "cpu", name), reverse=True)
 
 
 def _whole_model(records, dtype, precision):
