@@ -16,7 +16,7 @@
 namespace fused_kernels {
 
 constexpr int kLanes = 32, kUnits = 8;  // of a block: a lane a pixel, a warp a unit of 16 bytes of their channels
-constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 8;
+constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 4;
 static_assert(kLanes % kUnits == 0, "kUnits: expected a divisor of kLanes");
 
 // Division by a number that the host knows, exact below 2^31: multiply and shift (Granlund and Montgomery, PLDI 1994).
