@@ -280,6 +280,16 @@ def test_update_readme_changes_what_is_between_the_markers(measured, tmp_path):
         plots.update_readme(path, measured)
 
 
+def test_readme_shows_the_latest_gpu_first_and_the_cpu_last(measured, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"{plots.BEGIN}\n{plots.END}\n")
+    names = ["nvidia-h200", "nvidia-h100-80gb-hbm3", "cpu"]
+    records = [dataclasses.replace(r, machine=name, device=f"<{name}>") for name in sorted(names) for r in measured]
+    plots.update_readme(path, records)
+    text = path.read_text()
+    assert sorted(names, key=lambda name: text.index(f"<{name}>")) == names
+
+
 def test_figures_are_drawn_and_reproducible(measured, tmp_path):
     first, second = (plots.save_all(measured, tmp_path / folder) for folder in ("one", "two"))
     assert {"access-pattern.png", "ladder-cpu.png", "roofline-cpu.png", "bandwidth-cpu.png"} <= {p.name for p in first}

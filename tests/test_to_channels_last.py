@@ -43,10 +43,11 @@ class TestCopy:
         for before, after in zip(given, copy(*given), strict=True):
             assert torch.equal(before, after)
 
-    def test_may_begin_early(self, poisoned):
-        input = torch.randn(2, 128, 7, 7, device="cuda")
-        for _ in range(20):  # each waits for the sum before
-            input = input + 1
+    def test_waits_for_its_input_when_it_begins_early(self, poisoned):
+        left, right = torch.randn(256, 4096, device="cuda").bfloat16(), torch.randn(4096, 49, device="cuda").bfloat16()
+        for _ in range(20):
+            left = -left  # what the memory held before has another sign
+            input = (left @ right).view(2, 128, 7, 7)
             (copied,) = copy(input, None, early=True)
             assert torch.equal(copied, input)
 
@@ -211,7 +212,7 @@ def test_composite_lets_the_copy_begin_early_where_input_and_output_are_small(ea
     assert early((1, 64, 28, 28), dtype, 64, 3)[0]
 
 
-def test_composite_lets_the_minimum_begin_early_but_alone_after_a_16_bit_matrix_product(early):
+def test_composite_lets_the_minimum_begin_early_unless_alone_after_a_16_bit_matrix_product(early):
     bf16, tf32 = torch.bfloat16, torch.float32
     assert early((1, 128, 28, 28), bf16, 512, 1, torch.channels_last) == (None, False)
     assert early((1, 128, 28, 28), bf16, 512, 1) == (True, True)

@@ -67,11 +67,6 @@ void launch_early(void (*kernel)(Params...), dim3 grid, int threads, int shared_
   launch_kernel(true, kernel, grid, threads, shared_bytes, stream, args...);
 }
 
-// Whether to begin early after a kernel of the library's.
-// NOTE: what reads less than this gains up to half a microsecond; what reads more gains nothing, or costs convolution and
-// minimum together up to a tenth (all layers of bench --layers that run so, in CUDA graphs on an H100; cause unknown).
-inline bool is_small(const Tensor& input) { return input.numel() * input.element_size() < 2 << 20; }
-
 inline int multiprocessors(int device) {
   int count = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
