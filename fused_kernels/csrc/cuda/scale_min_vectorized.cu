@@ -3,7 +3,7 @@
 // Memory speed needs tens of kilobytes of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for
 // several vectors of up to 16 bytes before it uses the first.
 //   NCHW           a thread owns a vector of pixels and walks the channels; the minimum is lane by lane.
-//   channels_last  a group of lanes owns a pixel, whose channels lie side by side; shuffles finish the minimum.
+//   channels_last  a group of threads owns a pixel, whose channels lie side by side; exchanges among lanes finish the minimum.
 //   other strides  a thread owns a pixel, as in the previous rung.
 // The same kernels make a second operator, scale_min_bias, that first adds a number a channel: a convolution's bias, for which
 // PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
@@ -40,6 +40,7 @@ struct ChannelsLast {
   // A small image keeps more of the chip busy with fewer pixels a thread, and where it has many channels, with several vectors
   // of a single one: all of them at once, if possible.
   static constexpr int kFewPixels = 2, kFewVectors = 2, kVectors = 4;
+  static constexpr int kAnyGroup = -1;
 };
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
@@ -133,15 +134,26 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
   }
 }
 
-// channels_last. `group` lanes, a power of two, own a pixel together; each with several pixels on the way, or several vectors
-// of one. BLOCK: the whole block owns a pixel.
+// The least of a warp's numbers, in one instruction instead of five exchanges among lanes, each waiting for the one before.
+// It takes integers: here in the numbers' order, with NaN the least.
+__device__ __forceinline__ float warp_min(float value) {
+  const auto flip = [](int bits) { return bits < 0 ? bits ^ INT32_MAX : bits; };  // a negative number's bits count backwards
+  const int ordered = value != value ? INT32_MIN : flip(__float_as_int(value));
+  const int least = __reduce_min_sync(0xffffffffu, ordered);
+  return least == INT32_MIN ? __int_as_float(INT32_MAX) : __int_as_float(flip(least));
+}
+
+// channels_last. A group of threads, a power of two, owns a pixel together; each with several pixels on the way, or several
+// vectors of one. GROUP_BITS: how many they are where that is known when compiled, a whole warp or the whole block.
 // NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
-template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, bool BLOCK>
+template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, int GROUP_BITS>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
-    channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int group_bits,
+    channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int any_group_bits,
                          const T* bias) {
   using A = Accumulator<T>;
+  constexpr bool BLOCK = GROUP_BITS > kWarpBits;
   constexpr int kOwnerBits = BLOCK ? ChannelsLast::kThreadBits : kWarpBits, kOwners = ChannelsLast::kThreads >> kOwnerBits;
+  const int group_bits = GROUP_BITS == ChannelsLast::kAnyGroup ? any_group_bits : GROUP_BITS;
   static_assert((VECTORS * VEC << kOwnerBits) <= kMostPastChannels, "kMostPastChannels: expected no less than a step");
   // Shifts, not divisions: a small kernel takes no longer than a few of those.
   const int thread = threadIdx.x & ((1 << kOwnerBits) - 1), group = 1 << group_bits, groups = 1 << (kOwnerBits - group_bits);
@@ -161,6 +173,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
   for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
 
   ptx::wait_for_previous_grid();  // a small kernel may begin while the one before it ends
+#pragma unroll 1
   for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
     Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
     int at = channel;
@@ -188,10 +201,15 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
     }
   }
 
-  for (int distance = min(group, kWarpSize) / 2; distance > 0; distance /= 2) {
+  if (std::is_same_v<A, float> && group >= kWarpSize) {
 #pragma unroll
-    for (int k = 0; k < PIXELS; ++k) {
-      smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
+    for (int k = 0; k < PIXELS; ++k) smallest[k] = warp_min(smallest[k]);
+  } else {
+    for (int distance = min(group, kWarpSize) / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int k = 0; k < PIXELS; ++k) {
+        smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
+      }
     }
   }
   if constexpr (BLOCK) {
@@ -271,28 +289,34 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
     with_width<T>(common, [&](auto vec) {
       int group_bits = 0;
       while (group_bits < kWarpBits && (vec << group_bits) < channels) ++group_bits;
-      const auto start = [&](auto pixels_a_group, auto vectors, auto block) {
-        const int bits = block ? ChannelsLast::kThreadBits : group_bits;
+      const auto start = [&](auto pixels_a_group, auto vectors, auto known_bits) {
+        const int bits = known_bits == ChannelsLast::kAnyGroup ? group_bits : known_bits;
         const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group);
-        launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, block>, grid_size(blocks),
+        launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, known_bits>, grid_size(blocks),
                       ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, bits, bias);
       };
       constexpr std::integral_constant<int, 1> kOne;
-      constexpr std::false_type kGroup;
+      constexpr std::integral_constant<int, ChannelsLast::kFewVectors> kFewVectors;
+      constexpr std::integral_constant<int, ChannelsLast::kVectors> kVectors;
+      constexpr std::integral_constant<int, ChannelsLast::kAnyGroup> kGroup;
+      constexpr std::integral_constant<int, kWarpBits> kWarp;
+      constexpr std::integral_constant<int, ChannelsLast::kThreadBits> kBlock;
       const int64_t multiprocessor_count = multiprocessors(input.get_device_index());
-      const int pass = vec << group_bits;  // channels of a pixel that its group loads at once
+      const int pass = vec << group_bits;  // channels of a pixel that its group loads at once; with more there are all of a warp
       if (ceil_div(pixels, (ChannelsLast::kThreads >> group_bits) * ChannelsLast::kPixels) >= 2 * multiprocessor_count) {
         start(std::integral_constant<int, ChannelsLast::kPixels>(), kOne, kGroup);
       } else if (channels <= pass) {
         start(std::integral_constant<int, ChannelsLast::kFewPixels>(), kOne, kGroup);
-      } else if (channels <= ChannelsLast::kFewVectors * pass) {
-        start(kOne, std::integral_constant<int, ChannelsLast::kFewVectors>(), kGroup);
+      } else if (channels <= kFewVectors * pass) {
+        start(kOne, kFewVectors, kWarp);
       } else if (pixels > 4 * multiprocessor_count) {
-        start(kOne, std::integral_constant<int, ChannelsLast::kVectors>(), kGroup);
+        start(kOne, kVectors, kWarp);
       } else if (channels <= vec * ChannelsLast::kThreads) {
-        start(kOne, kOne, std::true_type());
+        start(kOne, kOne, kBlock);
+      } else if (channels <= vec * ChannelsLast::kThreads * kFewVectors) {
+        start(kOne, kFewVectors, kBlock);
       } else {
-        start(kOne, std::integral_constant<int, ChannelsLast::kVectors>(), std::true_type());
+        start(kOne, kVectors, kBlock);
       }
     });
   } else if (input.is_contiguous()) {
