@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
   for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
 
   ptx::wait_for_previous_grid();  // a small kernel may begin while the one before it ends
+  // NOTE: unrolled, as nvcc would have it, up to 2 % slower on small images (H200): mostly there is only one step.
 #pragma unroll 1
   for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
     Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
