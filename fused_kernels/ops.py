@@ -238,6 +238,10 @@ def _choose_cpu(input, weight, geometry):
     return name, "all in one kernel, for cpu tensors"
 
 
+# On fewer, half of an H200's multiprocessors would have no tile of a fused kernel; the library cuts its work smaller.
+_FEW_PIXELS = 9 * 2**10
+
+
 def _choose_cuda(input, weight, geometry, precision):
     """Choose by what was measured on an H200 and an H100, the fused kernels against each other and the composite."""
     wgmma_ieee, wgmma, mma, direct = _CONV2D_SCALE_MIN["cuda"]
@@ -256,8 +260,7 @@ def _choose_cuda(input, weight, geometry, precision):
     if is_float32 and products < 2**11:
         return direct, "all in one kernel; products so few are not worth tensor cores"
 
-    # Fewer channels leave rows of wgmma's operands empty, fewer pixels much of the chip. A long reach does not fit in shared
-    # memory.
+    # Fewer channels leave rows of wgmma's operands empty. A long reach does not fit in shared memory.
     fills = min(in_channels, out_channels) > 32 or (in_channels > 16 and out_channels >= 128)
     fits = max(d * (k - 1) for d, k in zip(geometry.dilation, (kernel_h, kernel_w), strict=True)) <= 12
     takes = geometry.stride == (1, 1) and geometry.groups == 1 and _is_hopper(input.device.index)
@@ -278,26 +281,21 @@ def _choose_cuda(input, weight, geometry, precision):
     if products < 2**8:
         return "composite", f"{mma} is slower where an output has products so few"
     is_channels_last = input.stride(1) == 1
-    # wgmma reads 16-bit channels_last as they lie; what must be converted pays from some filter taps on.
-    copies = is_channels_last and not is_float32
-    if taps == 1 and copies and fills and takes and pixels < 9 * 2**10:
-        # Half of the multiprocessors would have no tile; the library cuts matrix products smaller.
-        return "composite", f"{wgmma} is slower on a 1 x 1 kernel where pixels are so few"
-    # On few pixels, float32 with 3 x 3 kernels is what the library is best at, unless channels are many. Its kernels of 7 x 7
-    # take several times as long as these in float32, however few the pixels are, and of more than 64 channels in 16 bits.
-    if is_float32 and taps > 25:
-        least_pixels = 0
-    elif is_float32 and taps <= 9 and in_channels < 256 and (is_channels_last or in_channels >= 128):
-        least_pixels = 2**13
-    else:
-        least_pixels = 2**12
-    if fills and fits and takes and pixels >= least_pixels and (taps > 1 or copies):
-        many_products = products >= (2**17 if taps == 1 else 2**18)
-        if not is_float32 and many_products and in_channels > (64 if taps <= 9 else 128):
-            return "composite", f"{wgmma} is slower than the library where an output has products so many"
-        few_pixels = pixels < (2**13 if is_channels_last else 2**16)
-        if not is_float32 and few_pixels and out_channels <= 64 and 9 < taps <= 25:
-            return "composite", f"{wgmma} is slower than the library on a 5 x 5 kernel that makes channels so few"
+    few_pixels = pixels < _FEW_PIXELS
+    if taps == 1 and takes:
+        if few_pixels:
+            return "composite", f"{mma} is slower on a 1 x 1 kernel where pixels are so few"
+        # wgmma reads 16-bit channels_last as they lie; to convert what does not pays from some filter taps on.
+        if fills and is_channels_last and not is_float32:
+            if products >= 2**17 and in_channels > 64:
+                return "composite", f"{wgmma} is slower than the library where an output has products so many"
+            return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"
+    if taps > 1 and takes and fits:
+        if not _beats_library_on_hopper(is_float32, is_channels_last, in_channels, out_channels, taps, pixels):
+            return "composite", f"{wgmma} and {mma} are slower on this size, layout and dtype"
+        leaves_empty = is_float32 and products < 2**19 and _leaves_tiles_empty(in_channels, out_channels)
+        if not fills or leaves_empty or (few_pixels and in_channels <= 32):
+            return mma, "all in one kernel, on tensor cores"
         return wgmma, "all in one kernel, at the rate of Hopper's tensor cores"
     # The more products an output has, and the fewer outputs there are, the better the library is at its share of the work.
     # With wgmma it multiplies faster than mma.sync can, unless its tiles stay empty or it has much to write.
@@ -320,6 +318,39 @@ def _choose_cuda(input, weight, geometry, precision):
     if not wins:
         return "composite", f"{mma} is slower on this size, layout and dtype"
     return mma, "all in one kernel, on tensor cores"
+
+
+def _beats_library_on_hopper(is_float32, is_channels_last, in_channels, out_channels, taps, pixels):
+    """Tell whether a fused kernel is faster than the library, for 3 x 3 to 7 x 7: measured on some two thousand sizes."""
+    least_channels, products = min(in_channels, out_channels), in_channels * out_channels * taps
+    if products < 2**13:
+        return True
+    # Some of the library's kernels take several times as long as these, however few the pixels are.
+    if is_float32 and (taps > 25 or (taps > 9 and least_channels >= 128 and pixels >= 2**12)):
+        return True
+    if taps > 25 and (out_channels <= 64 if in_channels <= 32 else least_channels >= 64 and out_channels > 64):
+        return in_channels <= 32 or pixels >= 2**11
+    if pixels < _FEW_PIXELS and is_channels_last:
+        return is_float32 and least_channels >= 256 and pixels >= 6 * 2**10
+    if pixels < _FEW_PIXELS:
+        # In NCHW the library has to copy, and that takes its time where channels are few.
+        if taps > 25 or in_channels > (48 if taps <= 9 else 32):
+            return False
+        return not is_float32 or (taps <= 9 and pixels >= 2**12)
+    if is_float32:
+        return pixels >= 2**14 or (least_channels > 32 and (taps > 9 or in_channels < 128 or out_channels > 64))
+    if products >= 2**17 and _leaves_tiles_empty(in_channels, out_channels):
+        return False
+    if is_channels_last and 16 < in_channels <= 32 and out_channels < 128 and pixels >= 2**17:
+        return False
+    if not is_channels_last and in_channels > 32 and out_channels <= 64 and 9 < taps <= 25 and pixels < 2**16:
+        return False
+    return taps > 25 or least_channels < (128 if taps <= 9 and not is_channels_last else 256)
+
+
+def _leaves_tiles_empty(in_channels, out_channels):
+    """Tell whether conv_wgmma's tiles, of 64 input and 64 or 128 output channels, stay empty in part."""
+    return (in_channels > 64 and in_channels % 64 > 0) or (out_channels > 64 and out_channels % 128 > 0)
 
 
 def _library_has_wgmma(device_index):
