@@ -321,7 +321,7 @@ def _choose_cuda(input, weight, geometry, precision):
 
 
 def _beats_library_on_hopper(is_float32, is_channels_last, in_channels, out_channels, taps, pixels):
-    """Tell whether a fused kernel is faster than the library, for 3 x 3 to 7 x 7: measured on some two thousand sizes."""
+    """Tell whether a fused kernel is faster than the library, for 3 x 3 to 7 x 7, as on 700 sizes in float32 and bfloat16."""
     least_channels, products = min(in_channels, out_channels), in_channels * out_channels * taps
     if products < 2**13:
         return True
