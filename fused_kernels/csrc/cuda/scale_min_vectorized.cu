@@ -40,7 +40,7 @@ struct ChannelsLast {
   // A small image keeps more of the chip busy with fewer pixels a thread, and where it has many channels, with several vectors
   // of a single one: all of them at once, if possible.
   static constexpr int kFewPixels = 2, kFewVectors = 2, kVectors = 4;
-  static constexpr int kAnyGroup = -1;
+  static constexpr int kAnyGroup = -1;  // the size of a group is known at run time only
 };
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
@@ -144,7 +144,7 @@ __device__ __forceinline__ float warp_min(float value) {
 }
 
 // channels_last. A group of threads, a power of two, owns a pixel together; each with several pixels on the way, or several
-// vectors of one. GROUP_BITS: how many they are where that is known when compiled, a whole warp or the whole block.
+// vectors of one. GROUP_BITS: its logarithm where that is known when compiled, for a whole warp or the whole block.
 // NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
 template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, int GROUP_BITS>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
@@ -303,7 +303,7 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
       constexpr std::integral_constant<int, kWarpBits> kWarp;
       constexpr std::integral_constant<int, ChannelsLast::kThreadBits> kBlock;
       const int64_t multiprocessor_count = multiprocessors(input.get_device_index());
-      const int pass = vec << group_bits;  // channels of a pixel that its group loads at once; with more there are all of a warp
+      const int pass = vec << group_bits;  // channels that a group loads at once; where there are more, it is a whole warp
       if (ceil_div(pixels, (ChannelsLast::kThreads >> group_bits) * ChannelsLast::kPixels) >= 2 * multiprocessor_count) {
         start(std::integral_constant<int, ChannelsLast::kPixels>(), kOne, kGroup);
       } else if (channels <= pass) {
