@@ -120,7 +120,7 @@ def cuda_toolkit():
     return None
 
 
-def load(name, source, *, device, namespace=NAMESPACE, arch=None):
+def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False):
     """Build a library if its like was not built before, load it, and so register its operators.
 
     Parameters
@@ -134,6 +134,8 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
         The operators' namespace, what ``FUSED_KERNELS_NAMESPACE`` is in the source.
     arch : str, optional
         What to compile for, such as "90a"; by default every GPU that is visible.
+    winners : bool
+        Whether the forward operators also give each pixel's winner, as training needs: the same text, compiled apart.
 
     Returns
     -------
@@ -147,6 +149,8 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None):
     """
     archs = ([arch] if arch else _visible_architectures()) if device == "cuda" else []
     flags = _flags(device, namespace, archs)
+    if winners:
+        name, flags = f"{name}_winners", [*flags, "-DFUSED_KERNELS_WINNERS"]
     key = _key(source, device, flags)
     directory = cache_dir() / f"{name}-{key}"
     library = directory / f"{name}.so"

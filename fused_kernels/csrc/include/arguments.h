@@ -2,12 +2,21 @@
 // What the host functions of all kernels share, on a CPU and on a GPU: checks of the arguments, and a convolution's sizes.
 // The Python functions say what is wrong in full; these keep a direct call of an operator from reading out of bounds.
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <tuple>
+#include <type_traits>
 #include <vector>
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline
+#endif
 
 namespace fused_kernels {
 
@@ -24,6 +33,57 @@ inline void check_input(const Tensor& input) {
   STD_TORCH_CHECK(channels > 0, "input: expected at least one channel to take the minimum over, got none");
   STD_TORCH_CHECK(channels <= INT32_MAX - kMostPastChannels, "input: expected at most ", INT32_MAX - kMostPastChannels,
                   " channels, got ", channels);
+}
+
+// Every forward source is compiled twice: for inference, and where a gradient is wanted once more with FUSED_KERNELS_WINNERS. Then
+// its operator, whose name ends in _winners, also gives each pixel's winner: the channel that has the minimum.
+#ifdef FUSED_KERNELS_WINNERS
+constexpr bool kWinners = true;
+#define FORWARD(name) name "_winners"
+#else
+constexpr bool kWinners = false;
+#define FORWARD(name) name
+#endif
+
+// What a forward operator returns: the minima; and the winners.
+using Forward = std::conditional_t<kWinners, std::tuple<Tensor, Tensor>, Tensor>;
+
+// Where winners lie: a byte each while there are no more than 256 channels, else an int.
+struct Winners {
+  void* data;
+  bool wide;
+
+  HOST_DEVICE int operator[](int64_t pixel) const {
+    return wide ? static_cast<const int32_t*>(data)[pixel] : static_cast<const uint8_t*>(data)[pixel];
+  }
+  HOST_DEVICE void put(int64_t pixel, int channel) const {
+    if (wide) {
+      static_cast<int32_t*>(data)[pixel] = channel;
+    } else {
+      static_cast<uint8_t*>(data)[pixel] = static_cast<uint8_t>(channel);
+    }
+  }
+};
+
+// Memory for the winners of an output; for inference, none.
+inline std::optional<Tensor> new_winners(const Tensor& output, int64_t channels) {
+  using torch::headeronly::ScalarType;
+  if constexpr (!kWinners) return std::nullopt;
+  const ScalarType dtype = channels <= 256 ? ScalarType::Byte : ScalarType::Int;
+  return torch::stable::new_empty(output, {output.size(0), 1, output.size(2), output.size(3)}, dtype);
+}
+
+inline Winners winners_in(const std::optional<Tensor>& winners) {
+  if (!winners) return {nullptr, false};
+  return {winners->data_ptr(), winners->scalar_type() == torch::headeronly::ScalarType::Int};
+}
+
+inline Forward forward_result(const Tensor& output, [[maybe_unused]] const std::optional<Tensor>& winners) {
+  if constexpr (kWinners) {
+    return {output, *winners};
+  } else {
+    return output;
+  }
 }
 
 // A convolution's sizes and strides, in elements; index 0 is vertical, 1 horizontal. Channels are those of one group.
