@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from . import arguments, build, reference
-from .rungs import COPY, LADDER, is_transformed, rungs
+from . import arguments, build, gradients, reference
+from .rungs import BACKWARD, COPY, LADDER, is_transformed, rungs
 
 SCHEMAS = {
     "scale_min": "(Tensor input, float scale) -> Tensor",
     "conv2d_scale_min": "(Tensor input, Tensor weight, Tensor? bias, float scale, int[2] stride, int[4] padding, "
     "int[2] dilation, int groups, str precision) -> Tensor",
+    **gradients.SCHEMAS,
 }
 
 # A Library takes its registrations back when it is collected.
@@ -25,10 +26,11 @@ _libraries = []
 _load_locks = {}
 
 
-def scale_min(input, scale):
+def scale_min(input, scale, *, return_indices=False):
     """Multiply by a number and take the minimum over the channels, in one pass over the input.
 
-    Equal to ``torch.min(input * scale, dim=1, keepdim=True).values``, NaN and infinities included; differentiable.
+    Equal to ``torch.min(input * scale, dim=1, keepdim=True).values``, NaN and infinities included; differentiable, any number
+    of times. Where a gradient will be needed each pixel's winning channel is kept, a byte each up to 256 channels, and no more.
 
     Parameters
     ----------
@@ -36,11 +38,16 @@ def scale_min(input, scale):
         Shape (N, C, H, W), C at least 1, any strides; float32, float16, bfloat16 or float64; never modified.
     scale : float
         Any real Python number, negative and zero included. Under torch.compile each new value is compiled for anew.
+    return_indices : bool
+        Whether to give the winning channels, too, as :func:`torch.min` does. Of tied channels it may be any one, but the same
+        one every time; where a channel is NaN, it is one that is NaN.
 
     Returns
     -------
     Tensor
         Shape (N, 1, H, W), contiguous, the input's dtype. 16-bit types are scaled in float32 and rounded once.
+    Tensor
+        The same shape, int64, only if ``return_indices``.
 
     Raises
     ------
@@ -49,16 +56,29 @@ def scale_min(input, scale):
     """
     arguments.check_input(input)
     scale = arguments.as_scale(scale)
-    name = _SCALE_MIN.get(input.device.type)
-    if name is None or is_transformed() or _why_unavailable(name, input.device.index):
-        return reference.scale_min(input, scale)
-    return _run(name, input, scale)
+    if not _has_scale_min(input):
+        return _reference_scale_min(input, scale, return_indices)
+    return _run_forward(_SCALE_MIN[input.device.type], return_indices, input, scale)
 
 
-def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"):
+def conv2d_scale_min(
+    input,
+    weight,
+    bias=None,
+    scale=1.0,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    precision="auto",
+    return_indices=False,
+):
     """Convolve, multiply by a number, take the minimum over the output channels.
 
-    Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable. A fused
+    Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable, any number of
+    times. Where a gradient will be needed each pixel's winning channel is kept, a byte each up to 256 channels; the backward
+    pass sums over the winners alone, and gives the same bits every time. A fused
     kernel runs where it can take the arguments and was measured to be faster (:func:`explain` says which), else the library's
     convolution followed by :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
 
@@ -82,13 +102,16 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
         range, the GPU reads it again and takes another power, without asking the processor. There small values may keep fewer
         digits beside much larger ones in the same rows of an image: ten thousand times as large at "ieee", a million times at
         "tf32"; and where they are so small that they count as zero, they give NaN with an infinite weight. "auto" follows
-        ``torch.backends.cudnn``'s setting for convolutions at the call. Gradients are PyTorch's own and follow that setting,
-        whatever is asked here.
+        ``torch.backends.cudnn``'s setting for convolutions at the call. The gradients keep the same promise.
+    return_indices : bool
+        Whether to give the winning channels, too, as for :func:`scale_min`.
 
     Returns
     -------
     Tensor
         Shape (N, 1, H', W'), contiguous, the input's dtype.
+    Tensor
+        The same shape, int64, only if ``return_indices``.
 
     Raises
     ------
@@ -98,9 +121,10 @@ def conv2d_scale_min(input, weight, bias=None, scale=1.0, *, stride=1, padding=0
     input, weight, bias = _autocast(input, weight, bias)
     scale = arguments.as_scale(scale)
     decision = _recall(input, weight, bias, stride, padding, dilation, groups, precision)
-    if decision.rung == "composite" or _obstacle(decision.rung, input, weight, bias):
-        return composite(input, weight, bias, scale, *decision.geometry, precision)
-    return _run(decision.rung, input, weight, bias, scale, *decision.geometry, decision.precision)
+    if decision.rung == "composite" or _obstacle(decision.rung, input):
+        return _composite(input, weight, bias, scale, *decision.geometry, precision, return_indices)
+    args = input, weight, bias, scale, *decision.geometry, decision.precision
+    return _run_forward(decision.rung, return_indices, *args)
 
 
 @dataclass(frozen=True)
@@ -128,7 +152,7 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     arguments.as_scale(scale)
     decision = _decide(input, weight, bias, stride, padding, dilation, groups, precision)
     name, why = decision.rung, decision.why
-    if name != "composite" and (obstacle := _obstacle(name, input, weight, bias)):
+    if name != "composite" and (obstacle := _obstacle(name, input)):
         name, why = "composite", obstacle
     if name == "composite":
         inner = _SCALE_MIN.get(input.device.type)
@@ -219,13 +243,39 @@ def _run(name, *args):
         return operator(*args)
 
 
-def _obstacle(name, input, weight, bias):
+def _run_forward(name, return_indices, *args):
+    """Call a forward operator, and where its winners are wanted the one that gives them, too."""
+    if not return_indices and not _wants_gradient(*args):
+        return _run(name, *args)
+    output, winners = _run(f"{name}_winners", *args)
+    return (output, winners.long()) if return_indices else output
+
+
+def _wants_gradient(*args):
+    """Tell whether a gradient will flow back to one of these."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+    return torch._C._any_requires_grad(*args)
+
+
+def _obstacle(name, input):
     """Say why a fused kernel can't run here and now, whatever the shapes, or None."""
     if is_transformed():
         return f"{name} has no rule for torch.func's transforms and forward-mode gradients"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return f"{name} has no fast gradient"
     return _why_unavailable(name, input.device.index)
+
+
+def _has_scale_min(input):
+    """Tell whether a kernel of ours can take the minimum on this tensor's device."""
+    name = _SCALE_MIN.get(input.device.type)
+    return name is not None and not is_transformed() and not _why_unavailable(name, input.device.index)
+
+
+def _reference_scale_min(input, scale, return_indices):
+    minimum = torch.min(input * scale, dim=1, keepdim=True)
+    return tuple(minimum) if return_indices else minimum.values
 
 
 def _choose_cpu(input, weight, geometry):
@@ -385,26 +435,41 @@ _why_unavailable._dynamo_marked_constant = True
 def composite(input, weight, bias, scale, stride, padding, dilation, groups, precision):
     """Convolve with torch's library, in the layout that its tensor cores want, then :func:`scale_min`, on a GPU with the bias.
 
-    There PyTorch adds the bias in a pass of its own over the convolution's output.
+    There PyTorch adds the bias in a pass of its own over the convolution's output. Where a gradient will be needed, it comes
+    from the winners, as a fused kernel's does, and the convolution's output is not kept.
     """
+    return _composite(input, weight, bias, scale, stride, padding, dilation, groups, precision)
+
+
+def _composite(input, weight, bias, scale, stride, padding, dilation, groups, precision, return_indices=False):
+    conv = (stride, padding, dilation, groups, precision)
+    if not _has_scale_min(input):
+        return _reference_scale_min(_library_conv(input, weight, bias, *conv), scale, return_indices)
+    if return_indices or _wants_gradient(input, weight, bias):
+        # The gradients' precision is what it is now, whatever the setting will be then.
+        precision = arguments.resolve_precision(input, precision)
+        output, winners = _run("composite_winners", input, weight, bias, scale, *conv[:4], precision)
+        return (output, winners.long()) if return_indices else output
+    return _convolve_then_minimum(input, weight, bias, scale, *conv)
+
+
+def _composite_winners(input, weight, bias, scale, *conv):
+    with torch.no_grad():
+        return _convolve_then_minimum(input, weight, bias, scale, *conv, suffix="_winners")
+
+
+def _convolve_then_minimum(input, weight, bias, scale, stride, padding, dilation, groups, precision, suffix=""):
     geometry = arguments.ConvArguments(stride, padding, dilation, groups)
     input, weight, stride, early = _in_fastest_layout(input, weight, geometry, precision)
     conv = (stride, padding, dilation, groups, precision)
-    if bias is None or not _can_add_bias(input):
-        return scale_min(_library_conv(input, weight, bias, *conv), scale)
+    if bias is None or not input.is_cuda:
+        return _run(_SCALE_MIN[input.device.type] + suffix, _library_conv(input, weight, bias, *conv), scale)
     output = _library_conv(input, weight, None, *conv)
     if bias.dtype != output.dtype:
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
     # After a 16-bit matrix product of the library's it loses a little by beginning early, unless the copy before did so, too.
     early |= input.dtype == torch.float32 or math.prod(weight.shape[2:]) > 1
-    return _run("scale_min_bias", output, bias, scale, early)
-
-
-def _can_add_bias(input):
-    """Tell whether scale_min_bias runs here; it has no rule for torch.func's transforms."""
-    if not input.is_cuda or is_transformed():
-        return False
-    return not _why_unavailable(_SCALE_MIN["cuda"], input.device.index)
+    return _run("scale_min_bias" + suffix, output, bias, scale, early)
 
 
 def reference_operator(input, weight, bias, scale, stride, padding, dilation, groups, precision):
@@ -512,21 +577,53 @@ _has_autocast._dynamo_marked_constant = True
 
 
 def define(rung):
-    """Register a rung's operator: schema, output shape, gradient, and an implementation that builds itself on first call."""
-    library = torch.library.Library(rung.namespace, "FRAGMENT")
-    _libraries.append(library)
-    library.define(rung.name + SCHEMAS[rung.operator])
-    qualified = f"{rung.namespace}::{rung.name}"
+    """Register a rung's operators: schema, output shape, gradient, and an implementation that builds itself on first call."""
     if rung.device is None:
+        library = _library(rung.namespace)
+        library.define(rung.name + SCHEMAS[rung.operator])
         library.impl(rung.name, _FUNCTIONS[rung.name], "CompositeImplicitAutograd")
         return
-    if rung.operator == "scale_min":
-        fake, backward, setup = _scale_min_fake, _scale_min_backward, _scale_min_setup
-    else:
-        fake, backward, setup = _conv2d_scale_min_fake, _conv2d_scale_min_backward, _conv2d_scale_min_setup
-    torch.library.register_fake(qualified, fake, lib=library)
-    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
-    _build_on_first_call(rung, library, rung.name)
+    schema = SCHEMAS[rung.operator]
+    _define(rung, rung.name, schema, _RULES[rung.operator])
+    if rung.has_winners:
+        _define(rung, f"{rung.name}_winners", _with_winners(schema), _RULES[f"{rung.operator}_winners"], winners=True)
+
+
+def _define(rung, name, schema, rules, winners=False):
+    """Register an operator of a rung's library, or of the one that is compiled to give winners."""
+    library = _define_rules(rung.namespace, name, schema, rules)
+
+    def stand_in(*args):
+        """Take the operator's place until it is called, then build; once loaded, its own key goes first."""
+        if args[0].device.type != rung.device:
+            raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
+        if missing := rung.why_unavailable(args[0].device.index):
+            raise RuntimeError(f"{name} cannot run here: {missing}")
+        _load(rung, name, winners)
+        return getattr(getattr(torch.ops, rung.namespace), name).default(*args)
+
+    library.impl(name, stand_in, "CompositeExplicitAutograd")
+
+
+def _define_rules(namespace, name, schema, rules):
+    """Register an operator without an implementation; its rules are output shape, gradient, and what that needs."""
+    fake, backward, setup = rules
+    library = _library(namespace)
+    library.define(name + schema)
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    if backward:
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
+    return library
+
+
+def _library(namespace):
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
+    return library
+
+
+def _with_winners(schema):
+    return schema.replace("-> Tensor", "-> (Tensor, Tensor)")
 
 
 def edit(name, source):
@@ -574,37 +671,21 @@ def load():
     """
     ready = [rung for rung in (*LADDER, COPY) if not rung.why_unavailable()]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_load, ready))
+        list(pool.map(lambda rung: rung.device and _load(rung, rung.name), ready))
     return [rung.name for rung in ready if rung is not COPY]
 
 
-def _load(rung):
-    if rung.device is None:
-        return
-    key = f"{rung.namespace}::{rung.name}"
-    with _load_locks.setdefault(key, threading.Lock()):
-        if not _is_loaded(rung):
-            rung.load()
-        if not _is_loaded(rung):
-            raise RuntimeError(f"{rung.name}: the source registers no {rung.device.upper()} implementation of {rung.name}")
+def _load(rung, name, winners=False):
+    key = f"{rung.namespace}::{name}"
 
+    def is_loaded():
+        return torch._C._dispatch_has_kernel_for_dispatch_key(key, rung.device.upper())
 
-def _is_loaded(rung):
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{rung.namespace}::{rung.name}", rung.device.upper())
-
-
-def _build_on_first_call(rung, library, name):
-    """Stand in for an operator of the rung's library until it is called, then build; once loaded, its own key goes first."""
-
-    def stand_in(*args):
-        if args[0].device.type != rung.device:
-            raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
-        if missing := rung.why_unavailable(args[0].device.index):
-            raise RuntimeError(f"{name} cannot run here: {missing}")
-        _load(rung)
-        return getattr(getattr(torch.ops, rung.namespace), name).default(*args)
-
-    library.impl(name, stand_in, "CompositeExplicitAutograd")
+    with _load_locks.setdefault((rung.namespace, rung.name, winners), threading.Lock()):
+        if not is_loaded():
+            rung.load(winners=winners)
+        if not is_loaded():
+            raise RuntimeError(f"{rung.name}: the source registers no {rung.device.upper()} implementation of {name}")
 
 
 def _scale_min_fake(input, scale):
@@ -631,19 +712,6 @@ def _scale_min_bias_fake(input, bias, scale, early):
     return _scale_min_fake(input, scale)
 
 
-def _scale_min_bias_setup(ctx, inputs, output):
-    input, bias, ctx.scale, _ = inputs
-    ctx.save_for_backward(input, bias)
-
-
-def _scale_min_bias_backward(ctx, grad):
-    """Do what the backward of PyTorch's add, mul and min does, in as little memory as without a bias."""
-    input, bias = ctx.saved_tensors
-    winner = torch.min((input + bias.view(-1, 1, 1)).mul_(ctx.scale), dim=1, keepdim=True).indices
-    grad_input = torch.zeros_like(input).scatter(1, winner, grad * ctx.scale)
-    return grad_input, grad_input.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, None, None
-
-
 def _conv2d_scale_min_fake(input, weight, bias, scale, stride, padding, dilation, groups, precision):
     geometry = arguments.ConvArguments(stride, padding, dilation, groups)
     return input.new_empty((input.shape[0], 1, *geometry.output_size(input.shape, weight.shape)))
@@ -655,17 +723,24 @@ def _conv2d_scale_min_setup(ctx, inputs, output):
 
 
 def _conv2d_scale_min_backward(ctx, grad):
-    """Convolve again, then go back through PyTorch's own operations, one after the other."""
+    """Find the winners first: this is the rule of operators that gave none."""
     input, weight, bias = ctx.saved_tensors
-    scale, stride, (top, bottom, left, right), dilation, groups, precision = ctx.rest
-    padded = F.pad(input, (left, right, top, bottom))
-    conv = _library_conv(padded, weight, bias, stride, (0, 0, 0, 0), dilation, groups, precision)
-    grad_conv = _scale_min_vjp(conv, scale, grad)
-    needed = ctx.needs_input_grad[:3]
-    grads = _conv2d_vjp(grad_conv, padded, weight, bias, stride, (0, 0), dilation, groups, needed)
-    height, width = padded.shape[2] - bottom, padded.shape[3] - right
-    grad_input = grads[0][:, :, top:height, left:width] if needed[0] else None
-    return grad_input, *grads[1:], *[None] * 6
+    scale, *conv = ctx.rest
+    _, winners = torch.ops.fused_kernels.composite_winners.default(input, weight, bias, scale, *conv)
+    sizes = input.shape[2:], weight.shape
+    layout = gradients.is_channels_last(input)
+    grads = gradients.gradients(grad, winners, input, weight, scale, conv, *sizes, layout, ctx.needs_input_grad[:3])
+    return *grads, *[None] * 6
+
+
+def _fake_with_winners(fake, channels):
+    """Make the rule for an operator that gives winners of the one for its operator; ``channels``: how many compete."""
+
+    def rule(*args):
+        output = fake(*args)
+        return output, output.new_empty(output.shape, dtype=gradients.winners_dtype(channels(*args)))
+
+    return rule
 
 
 def _library_conv2d_setup(ctx, inputs, output):
@@ -685,17 +760,33 @@ def _conv2d_vjp(grad, input, weight, bias, stride, padding, dilation, groups, ne
 
 
 def _define_scale_min_bias():
-    """Register the second operator of scale_min_vectorized's library: the minimum over the channels of (x + bias) * scale.
+    """Register the second operators of scale_min_vectorized's libraries: the minimum over the channels of (x + bias) * scale.
 
-    If ``early`` it may begin, where it is small, while the kernel before it ends.
+    If ``early`` it may begin, where it is small, while the kernel before it ends. No rule for gradients: only the composite
+    calls them, where none is wanted or below its own.
     """
-    library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
-    _libraries.append(library)
-    library.define("scale_min_bias(Tensor input, Tensor bias, float scale, bool early) -> Tensor")
-    name = f"{build.NAMESPACE}::scale_min_bias"
-    torch.library.register_fake(name, _scale_min_bias_fake, lib=library)
-    torch.library.register_autograd(name, _scale_min_bias_backward, setup_context=_scale_min_bias_setup, lib=library)
-    _build_on_first_call(rungs[_SCALE_MIN["cuda"]], library, "scale_min_bias")
+    rung, schema = rungs[_SCALE_MIN["cuda"]], "(Tensor input, Tensor bias, float scale, bool early) -> Tensor"
+    _define(rung, "scale_min_bias", schema, (_scale_min_bias_fake, None, None))
+    fake = _fake_with_winners(_scale_min_bias_fake, lambda input, *_: input.shape[1])
+    _define(rung, "scale_min_bias_winners", _with_winners(schema), (fake, None, None), winners=True)
+
+
+def _define_backward():
+    """Register the operators of the backward pass: those of scale_min are in the libraries that give winners."""
+    for name in _SCALE_MIN.values():
+        operator = "scale_min_backward"
+        _define(rungs[name], f"{name}_backward", SCHEMAS[operator], gradients.RULES[operator], winners=True)
+    for rung in BACKWARD:
+        _define(rung, rung.name, SCHEMAS[rung.operator], gradients.RULES[rung.operator])
+        if rung.operator == "grad_weight":
+            name = rung.name.replace("weight", "bias")
+            _define(rung, name, SCHEMAS["grad_bias"], gradients.RULES["grad_bias"])
+
+
+def _define_composite_winners():
+    rules = _RULES["conv2d_scale_min_winners"]
+    library = _define_rules(build.NAMESPACE, "composite_winners", _with_winners(SCHEMAS["conv2d_scale_min"]), rules)
+    library.impl("composite_winners", _composite_winners, "CompositeExplicitAutograd")
 
 
 def _define_copy():
@@ -703,11 +794,7 @@ def _define_copy():
 
     If ``early`` it may begin while the kernel before it ends.
     """
-    library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
-    _libraries.append(library)
-    library.define(f"{COPY.name}(Tensor input, Tensor? weight, bool early) -> Tensor[]")
-    torch.library.register_fake(f"{build.NAMESPACE}::{COPY.name}", _copy_fake, lib=library)
-    _build_on_first_call(COPY, library, COPY.name)
+    _define(COPY, COPY.name, "(Tensor input, Tensor? weight, bool early) -> Tensor[]", (_copy_fake, None, None))
 
 
 def _copy_fake(input, weight, early):
@@ -715,17 +802,29 @@ def _copy_fake(input, weight, early):
 
 
 def _define_library_conv2d():
-    library = torch.library.Library(build.NAMESPACE, "FRAGMENT")
-    _libraries.append(library)
-    library.define(
-        "library_conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-        "int groups, bool tf32) -> Tensor"
+    schema = (
+        "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, bool tf32) "
+        "-> Tensor"
     )
+    rules = (lambda *args: F.conv2d(*args[:-1])), _library_conv2d_backward, _library_conv2d_setup
+    library = _define_rules(build.NAMESPACE, "library_conv2d", schema, rules)
     library.impl("library_conv2d", _library_conv2d, "CUDA")
-    name = f"{build.NAMESPACE}::library_conv2d"
-    torch.library.register_fake(name, lambda *args: F.conv2d(*args[:-1]), lib=library)
-    torch.library.register_autograd(name, _library_conv2d_backward, setup_context=_library_conv2d_setup, lib=library)
 
+
+_RULES = {
+    "scale_min": (_scale_min_fake, _scale_min_backward, _scale_min_setup),
+    "conv2d_scale_min": (_conv2d_scale_min_fake, _conv2d_scale_min_backward, _conv2d_scale_min_setup),
+    "scale_min_winners": (
+        _fake_with_winners(_scale_min_fake, lambda input, _: input.shape[1]),
+        gradients.scale_min_winners_backward,
+        gradients.scale_min_winners_setup,
+    ),
+    "conv2d_scale_min_winners": (
+        _fake_with_winners(_conv2d_scale_min_fake, lambda _, weight, *__: weight.shape[0]),
+        gradients.conv_winners_backward,
+        gradients.conv_winners_setup,
+    ),
+}
 
 # The rungs made of PyTorch's own operations: gradients, shapes and devices come from those.
 _FUNCTIONS = {"reference": reference_operator, "composite": composite}
@@ -733,5 +832,7 @@ _FUNCTIONS = {"reference": reference_operator, "composite": composite}
 _define_library_conv2d()
 _define_scale_min_bias()
 _define_copy()
+_define_composite_winners()
+_define_backward()
 for _rung in LADDER:
     define(_rung)

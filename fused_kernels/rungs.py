@@ -19,8 +19,8 @@ class Rung:
     ----------
     name : str
         The rung's name.
-    operator : {"scale_min", "conv2d_scale_min", "to_channels_last"}
-        What it computes, and so the arguments that it takes; the last is a step of the composite, and no rung by itself.
+    operator : {"scale_min", "conv2d_scale_min", "to_channels_last", "grad_input", "grad_weight"}
+        What it computes, and so the arguments that it takes; the last three are steps of others, and no rungs by themselves.
     idea : str
         What it does that the rung before it does not.
     device : {"cpu", "cuda"} or None
@@ -35,12 +35,14 @@ class Rung:
         The precisions whose promise it keeps for float32.
     strides_and_groups : bool
         Whether it takes a convolution with a stride or groups other than one.
+    winners : bool
+        Whether its source can be compiled to give each pixel's winner, too, from which gradients are made.
     namespace : str
         The namespace of its operator in ``torch.ops``.
     """
 
     name: str
-    operator: Literal["scale_min", "conv2d_scale_min", "to_channels_last"]
+    operator: Literal["scale_min", "conv2d_scale_min", "to_channels_last", "grad_input", "grad_weight"]
     idea: str
     device: Literal["cpu", "cuda"] | None = None
     min_capability: tuple[int, int] = (8, 0)
@@ -48,6 +50,7 @@ class Rung:
     dtypes: tuple[torch.dtype, ...] = arguments.DTYPES
     float32_precisions: tuple[str, ...] = ("ieee", "tf32")
     strides_and_groups: bool = True
+    winners: bool = False
     namespace: str = build.NAMESPACE
     edited_source: str | None = None
 
@@ -108,8 +111,8 @@ class Rung:
         last = next(i for i in range(first, len(lines)) if lines[i].startswith("}"))
         return "\n".join(lines[first : last + 1])
 
-    def load(self, arch=None):
-        """Build the kernel if need be and register it; ``arch`` as in :func:`fused_kernels.build.load`.
+    def load(self, arch=None, winners=False):
+        """Build the kernel if need be and register it; ``arch`` and ``winners`` as in :func:`fused_kernels.build.load`.
 
         Raises
         ------
@@ -125,7 +128,7 @@ class Rung:
                 raise RuntimeError(f"{self.name} cannot run here: {missing[0]}")
             if self.only_capability:
                 arch = build.architecture(self.only_capability)
-        build.load(self.name, self.source, device=self.device, namespace=self.namespace, arch=arch)
+        build.load(self.name, self.source, device=self.device, namespace=self.namespace, arch=arch, winners=winners)
 
     def __call__(self, *args, **kwargs):
         """Run it: ``(input, scale)``, or ``(input, weight, bias, scale, *, stride, padding, dilation, groups, precision)``.
@@ -144,7 +147,7 @@ class Rung:
 
     def _scale_min(self, input, scale):
         arguments.check_input(input)
-        return self._operator(input, arguments.as_scale(scale))
+        return self._run(input, arguments.as_scale(scale))
 
     def _conv2d_scale_min(
         self, input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"
@@ -159,11 +162,18 @@ class Rung:
                 reason := self.why_not(input.dtype, precision, geometry.stride, geometry.groups)
             ):
                 raise RuntimeError(reason)
-        return self._operator(input, weight, bias, scale, *geometry, precision)
+        return self._run(input, weight, bias, scale, *geometry, precision)
+
+    def _run(self, *args):
+        operators = getattr(torch.ops, self.namespace)
+        if self.has_winners and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return getattr(operators, f"{self.name}_winners").default(*args)[0]
+        return getattr(operators, self.name).default(*args)
 
     @property
-    def _operator(self):
-        return getattr(getattr(torch.ops, self.namespace), self.name).default
+    def has_winners(self):
+        """Whether there is an operator that gives them: not of an edited source, which may be about anything else."""
+        return self.winners and self.edited_source is None
 
 
 def is_transformed():
@@ -175,13 +185,14 @@ LADDER = (
     Rung("reference", "conv2d_scale_min", "PyTorch's own convolution, multiplication and minimum, one after the other"),
     Rung("scale_min_naive", "scale_min", "a block a pixel, a thread a channel, one thread reduces", "cuda"),
     Rung("scale_min_coalesced", "scale_min", "a thread a pixel: neighbours read neighbours", "cuda"),
-    Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda"),
+    Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda", winners=True),
     Rung(
         "conv_direct",
         "conv2d_scale_min",
         "convolution, scale and min in one kernel: no intermediate in memory",
         "cuda",
         dtypes=(torch.float32,),
+        winners=True,
     ),
     Rung(
         "conv_mma",
@@ -190,6 +201,7 @@ LADDER = (
         "cuda",
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         float32_precisions=("tf32",),
+        winners=True,
     ),
     Rung(
         "conv_wgmma",
@@ -200,6 +212,7 @@ LADDER = (
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         float32_precisions=("tf32",),
         strides_and_groups=False,
+        winners=True,
     ),
     Rung(
         "conv_wgmma_ieee",
@@ -210,14 +223,15 @@ LADDER = (
         dtypes=(torch.float32,),
         float32_precisions=("ieee",),
         strides_and_groups=False,
+        winners=True,
     ),
     Rung(
         "composite",
         "conv2d_scale_min",
         "the library's convolution in the layout for tensor cores, then scale_min, bias and all",
     ),
-    Rung("scale_min", "scale_min", "vector instructions and threads, one pass over the input", "cpu"),
-    Rung("conv2d_scale_min", "conv2d_scale_min", "the convolution's output never leaves the cache", "cpu"),
+    Rung("scale_min", "scale_min", "vector instructions and threads, one pass over the input", "cpu", winners=True),
+    Rung("conv2d_scale_min", "conv2d_scale_min", "the convolution's output never leaves the cache", "cpu", winners=True),
 )
 
 # What the composite does to input and weights before the library's convolution.
@@ -227,6 +241,14 @@ COPY = Rung(
     "input and weights transposed into the layout for tensor cores, in one launch",
     "cuda",
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
+)
+
+# Gradients from winners: of a convolution's input, and of its weights and bias.
+BACKWARD = (
+    Rung("grad_input_gather", "grad_input", "each pixel gathers its winners' weights", "cuda"),
+    Rung("grad_weight_private", "grad_weight", "blocks with private sums, each with one owner", "cuda"),
+    Rung("grad_input", "grad_input", "each pixel gathers its winners' weights, in cache", "cpu"),
+    Rung("grad_weight", "grad_weight", "threads with private sums", "cpu"),
 )
 
 rungs = {rung.name: rung for rung in LADDER}

@@ -524,6 +524,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // sums of a tap are added to others outside.
   float rounded[C::SUBTILES][C::SPLIT ? C::BLOCK_N / 2 : 1];
   float low[C::SUBTILES][2];
+  int winners[C::SUBTILES][2];  // only kWinners
   // What the sums of a tile need besides, when they are complete.
   struct Done {
     int block_n, exponent, image, row, column;
@@ -533,12 +534,15 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     if (C::OVERLAPS || done.block_n == first_n) {
 #pragma unroll
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
+#pragma unroll
+      for (auto& two : winners) two[0] = two[1] = done.block_n * C::BLOCK_N;
     }
     const float4* const biases =
         reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N) + thread % 4;
     const float4* const factors = biases + C::BLOCK_N / 4;
     const float back = power_of_two(-done.exponent);
     const float joined = common_factor * back;
+    const int first_channel = done.block_n * C::BLOCK_N + thread % 4 * 2;
     const auto take = [&](auto scale_first, auto joins) {
 #pragma unroll
       for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
@@ -556,7 +560,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
               value = decltype(joins)::value ? fmaf(sum, joined, bias[column]) : fmaf(sum * back, factor[column], bias[column]);
             }
             if (decltype(scale_first)::value) value *= plan.factor;
-            low[i][k / 2 % 2] = min_nan(low[i][k / 2 % 2], value);
+            take_smaller(low[i][k / 2 % 2], value, winners[i][k / 2 % 2], first_channel + pair * 16 + k / 4 * 8 + k % 2);
           }
         }
       }
@@ -576,8 +580,10 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     for (int i = 0; i < C::SUBTILES; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float smallest = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 1));
-        smallest = min_nan(smallest, __shfl_xor_sync(0xffffffffu, smallest, 2));
+        float smallest = low[i][h];
+        int winner = winners[i][h];
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2) take_smaller_of_lanes(smallest, winner, distance);
         if (!plan.scale_first) smallest *= plan.factor;
         const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
         int image = done.image, row = done.row, column = done.column;
@@ -597,8 +603,11 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           const int64_t pixel = (static_cast<int64_t>(image) * plan.output[0] + row) * plan.output[1] + column;
           if (plan.splits == 1) {
             output[pixel] = static_cast<T>(smallest);
+            if (kWinners) plan.winners.put(pixel, min(winner, plan.out_channels - 1));
           } else {
-            partial[blockIdx.y * (static_cast<int64_t>(plan.images) * plan.output[0] * plan.output[1]) + pixel] = smallest;
+            const int64_t pixels = static_cast<int64_t>(plan.images) * plan.output[0] * plan.output[1];
+            partial[blockIdx.y * pixels + pixel] = smallest;
+            if (kWinners) plan.partial_winners[blockIdx.y * pixels + pixel] = min(winner, plan.out_channels - 1);
           }
         }
       }
@@ -935,7 +944,7 @@ inline bool is_bulk(const Tensor& input, const ConvShape& shape, int innermost) 
 
 template <typename T, Source S, class C>
 void launch(const Planned& planned, const ConvShape& shape, const Tensor& input, const Tensor& weight,
-            const std::optional<Tensor>& bias, double scale, Tensor& output, const Device& device) {
+            const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners, const Device& device) {
   Plan plan = planned.plan;
   const Scale scaled(scale);
   plan.scale_first = scaled.first;
@@ -945,6 +954,9 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
                           plan.chunk,       plan.chunks,                      steps,                            plan.blocks_n};
   const int64_t packed_bytes = static_cast<int64_t>(plan.blocks_n) * plan.chunks * steps * C::kStepBytes;
   const Workspace workspace(input, packed_bytes, plan.blocks_n * C::BLOCK_N, plan.splits > 1 ? plan.splits * shape.pixels() : 0);
+  plan.out_channels = static_cast<int>(shape.out_channels);
+  plan.winners = winners;
+  plan.partial_winners = workspace.partial_winners;
   const cudaStream_t stream = current_stream(input);
   pack_weights<T, CoreMatrixOrder<C::kParts>>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
 
@@ -956,21 +968,18 @@ void launch(const Planned& planned, const ConvShape& shape, const Tensor& input,
   launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, planned.shared_bytes, stream, map,
                static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed),
                workspace.constants, static_cast<T*>(output.data_ptr()), workspace.partial, plan);
-  if (plan.splits > 1) {
-    launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, workspace.partial,
-                 static_cast<T*>(output.data_ptr()), shape.pixels(), plan.splits);
-  }
+  if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 
 // The cheapest of these shapes, remembered by all that the choice depends on: to choose takes longer than a small kernel.
 // NOTE: static, as the variables in it would else be the same ones in all libraries built from this text, changed or not.
 template <typename T, Source S, class... Shapes>
 static void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-         double scale, Tensor& output) {
+         double scale, Tensor& output, Winners winners) {
   struct Choice {
     Planned planned;
     void (*launch)(const Planned&, const ConvShape&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, Tensor&,
-                   const Device&) = nullptr;
+                   Winners, const Device&) = nullptr;
   };
   static std::map<std::string, Choice> choices;
   static std::mutex mutex;
@@ -1004,18 +1013,18 @@ static void run(const ConvShape& shape, bool bulk, const Tensor& input, const Te
     if (choices.size() >= kMostChoices) choices.clear();
     choices.emplace(key, best);
   }
-  best.launch(best.planned, shape, input, weight, bias, scale, output, question.device);
+  best.launch(best.planned, shape, input, weight, bias, scale, output, winners, question.device);
 }
 
 // From wherever the input lies.
 template <typename T, class... Shapes>
 static void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-         Tensor& output) {
+         Tensor& output, Winners winners) {
   constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
   if (is_bulk(input, shape, 1)) {
-    run<T, kChannelsLast, Shapes...>(shape, true, input, weight, bias, scale, output);
+    run<T, kChannelsLast, Shapes...>(shape, true, input, weight, bias, scale, output, winners);
   } else {
-    run<T, Source::kPlanes, Shapes...>(shape, is_bulk(input, shape, 3), input, weight, bias, scale, output);
+    run<T, Source::kPlanes, Shapes...>(shape, is_bulk(input, shape, 3), input, weight, bias, scale, output, winners);
   }
 }
 

@@ -62,6 +62,10 @@ struct Plan {
   int lead, line, plane_stride;  // lead: staged pixels before a row's first
   float factor;
   bool scale_first;
+  // Only kWinners.
+  int out_channels;
+  Winners winners;
+  int* partial_winners;
 };
 
 // Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.

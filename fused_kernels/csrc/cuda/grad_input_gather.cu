@@ -1,0 +1,137 @@
+// grad_input_gather: the convolution's input gradient, gathered from the winners alone.
+//
+// The gradient of a channel minimum reaches one channel of each output pixel. So an input pixel gets, through each filter tap, the
+// gradient of one output pixel times one row of the weights, its winner's. That is 1/out_channels of what a dense backward
+// convolution multiplies, and its operand, the gradient of the convolution's output, is never in memory.
+//   packed weights   [output channel][tap][input channel]: a winner's row for a tap is a run of neighbours
+//   a thread         a few channels of one input pixel; it walks over the taps and adds rows
+// Takes everything: any stride, padding, dilation, groups, dtype. Each sum has one owner and one order: the same bits every time.
+// Limit: the cache, which has to find a row of the weights for each pixel and tap.
+// Previous rung: the dense backward convolution of PyTorch's library.
+
+#include "gradients.h"
+#include "launch.cuh"
+#include "numerics.cuh"
+
+#include <string>
+
+namespace fused_kernels {
+
+constexpr int kThreads = 256;
+
+struct Plan {
+  ConvShape shape;
+  int64_t grad_strides[4];
+  int channels, taps, vectors;  // input channels in all, filter taps, vectors of channels in a group
+  bool channels_last;
+};
+
+template <typename T, int VEC>
+struct alignas(VEC * sizeof(T)) Vector {
+  T values[VEC];
+};
+
+// [output channel][tap][input channel], the last padded to whole vectors with zeros.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(const T* weight, T* packed, int64_t count, int padded, const __grid_constant__ Plan plan) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const ConvShape& s = plan.shape;
+  const int channel = i % padded, tap = i / padded % plan.taps;
+  const int64_t output = i / padded / plan.taps, row = tap / s.kernel[1], column = tap % s.kernel[1];
+  const int64_t* const strides = s.weight_strides;
+  const int64_t from = output * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3];
+  packed[i] = channel < s.in_channels ? weight[from] : T(0);
+}
+
+// A block has a row of the input gradient.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(const T* grad, Winners winners, const T* packed, Accumulator<T> scale, T* output,
+                  const __grid_constant__ Plan plan) {
+  using A = Accumulator<T>;
+  const ConvShape& s = plan.shape;
+  const int height = s.input[0], width = s.input[1], padded = plan.vectors * VEC;
+  const int64_t image = blockIdx.x / height;
+  const int y = blockIdx.x % height, all_vectors = plan.vectors * static_cast<int>(s.groups);
+  const int64_t plane = static_cast<int64_t>(height) * width;
+
+  // The output pixel that meets an input pixel at a tap, on one axis; -1 where there is none.
+  const auto meets = [&](int at, int tap, int axis) {
+    const int64_t distance = at + s.padding[axis] - tap * s.dilation[axis];
+    if (distance < 0) return -1;
+    if (s.stride[axis] == 1) return distance < s.output[axis] ? static_cast<int>(distance) : -1;
+    const int64_t place = distance / s.stride[axis];
+    return place * s.stride[axis] == distance && place < s.output[axis] ? static_cast<int>(place) : -1;
+  };
+
+  for (unsigned item = threadIdx.x; item < static_cast<unsigned>(width) * all_vectors; item += kThreads) {
+    // Neighbouring threads write neighbours.
+    const int x = plan.channels_last ? item / all_vectors : item % width;
+    const int vector = plan.channels_last ? item % all_vectors : item / width;
+    const int group = vector / plan.vectors, in_group = vector % plan.vectors * VEC;
+    A sums[VEC] = {};
+    for (int ky = 0; ky < s.kernel[0]; ++ky) {
+      const int row = meets(y, ky, 0);
+      if (row < 0) continue;
+      for (int kx = 0; kx < s.kernel[1]; ++kx) {
+        const int column = meets(x, kx, 1);
+        if (column < 0) continue;
+        const int winner = winners[(image * s.output[0] + row) * s.output[1] + column];
+        if (s.groups > 1 && winner / static_cast<int>(s.out_channels) != group) continue;
+        const A g = static_cast<A>(grad[image * plan.grad_strides[0] + row * plan.grad_strides[2] + column * plan.grad_strides[3]]);
+        const int64_t tap = static_cast<int64_t>(winner) * plan.taps + ky * s.kernel[1] + kx;
+        const auto weights = *reinterpret_cast<const Vector<T, VEC>*>(packed + tap * padded + in_group);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) sums[i] += g * static_cast<A>(weights.values[i]);
+      }
+    }
+    const int channel = group * static_cast<int>(s.in_channels) + in_group;
+    const int count = min(VEC, static_cast<int>(s.in_channels) - in_group);
+    const int64_t pixel = static_cast<int64_t>(y) * width + x;
+    T* const to = output + (plan.channels_last ? (image * plane + pixel) * plan.channels + channel
+                                               : (image * plan.channels + channel) * plane + pixel);
+    const int64_t step = plan.channels_last ? 1 : plane;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      if (i < count) to[i * step] = static_cast<T>(sums[i] * scale);
+    }
+  }
+}
+
+Tensor grad_input_gather(const Tensor& grad, const Tensor& winners, const Tensor& weight, double scale,
+                         std::vector<int64_t> input_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                         std::vector<int64_t> dilation, int64_t groups, std::string /*precision*/, bool channels_last) {
+  const ConvShape shape = check_grad_input(grad, winners, weight, input_size, stride, padding, dilation, groups);
+  const int64_t channels = shape.in_channels * groups, height = shape.input[0], width = shape.input[1];
+  STD_TORCH_CHECK(height < 1 << 30 && (channels + 8 * groups) * width < 1 << 30,
+                  "input_size: grad_input_gather expected fewer than 2^30 rows, and elements in all channels of a row");
+  Tensor output = new_gradient(weight, {shape.images, channels, height, width}, channels_last);
+  if (output.numel() == 0) return output;
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  const cudaStream_t stream = current_stream(weight);
+
+  Plan plan{.shape = shape, .channels = static_cast<int>(channels), .taps = static_cast<int>(shape.taps()),
+            .channels_last = channels_last};
+  for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
+  dispatch(weight.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    constexpr int VEC = 16 / sizeof(T);
+    plan.vectors = static_cast<int>(ceil_div(shape.in_channels, VEC));
+    const int64_t count = weight.size(0) * plan.taps * plan.vectors * VEC;
+    const Tensor packed = torch::stable::new_empty(weight, {count});
+    T* const rows = static_cast<T*>(packed.data_ptr());
+    pack_kernel<<<grid_size(ceil_div(count, kThreads)), kThreads, 0, stream>>>(static_cast<const T*>(weight.data_ptr()), rows,
+                                                                               count, plan.vectors * VEC, plan);
+    gather_kernel<T, VEC><<<grid_size(shape.images * height), kThreads, 0, stream>>>(
+        static_cast<const T*>(grad.data_ptr()), winners_in(winners), rows, static_cast<Accumulator<T>>(scale),
+        static_cast<T*>(output.data_ptr()), plan);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("grad_input_gather", TORCH_BOX(&grad_input_gather)); }
+
+}  // namespace fused_kernels

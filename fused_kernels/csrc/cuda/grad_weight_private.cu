@@ -1,0 +1,203 @@
+// grad_weight_private: the gradients of weights and bias, summed from the winners alone, by blocks with sums of their own.
+//
+// An output pixel adds to the weights of its winner only: its gradient times the input that the filter lay on. Which row of the
+// weights that is changes from pixel to pixel, and every pixel of the batch may hit the same one: atomic additions would queue up.
+// So each block keeps private sums in shared memory, and each sum has one owner, a thread: no atomics, one order, the same bits
+// every time. A second kernel adds what the blocks found.
+//   a column   an input channel at a filter tap, whose input a thread reads for pixel after pixel; one more is the bias: all ones
+//   a block    some columns, some output channels, and a slice of the pixels
+// Takes everything: any stride, padding, dilation, groups, dtype; sums are float32, or double for float64.
+// Limit: the way from shared memory and back for each product.
+// Previous rung: the dense backward convolution of PyTorch's library.
+
+#include "gradients.h"
+#include "launch.cuh"
+#include "numerics.cuh"
+
+#include <string>
+
+namespace fused_kernels {
+
+constexpr int kWarpSize = 32;
+constexpr int kBatch = 4;              // pixels whose inputs are on their way together
+constexpr int kMostColumns = 256;      // of a block, a thread each
+constexpr int kSharedBytes = 72 << 10;  // for a block's sums: three blocks a multiprocessor
+
+struct Plan {
+  ConvShape shape;
+  int64_t grad_strides[4];
+  int columns, columns_a_block, column_blocks;   // of a group
+  int outputs_a_block, output_blocks;            // of a group
+  int64_t pixels, slices;
+  bool channels_fastest;                         // the order of columns: what neighbouring threads read lies side by side
+};
+
+// Partial sums: [slice][output channel][column], the bias last.
+template <typename T>
+__global__ void __launch_bounds__(kMostColumns)
+    private_kernel(const T* grad, Winners winners, const T* input, Accumulator<T>* partial, const __grid_constant__ Plan plan) {
+  using A = Accumulator<T>;
+  extern __shared__ double dynamic_shared[];
+  A* const sums = reinterpret_cast<A*>(dynamic_shared);
+  const ConvShape& s = plan.shape;
+  const int group = blockIdx.y / plan.output_blocks, first_output = blockIdx.y % plan.output_blocks * plan.outputs_a_block;
+  const int outputs = min(plan.outputs_a_block, static_cast<int>(s.out_channels) - first_output);
+  const int first_winner = group * static_cast<int>(s.out_channels) + first_output;
+  const int column = blockIdx.x % plan.column_blocks * plan.columns_a_block + threadIdx.x;
+  const int64_t slice = blockIdx.x / plan.column_blocks;
+  const int64_t begin = plan.pixels * slice / plan.slices, end = plan.pixels * (slice + 1) / plan.slices;
+  A* const mine = sums + threadIdx.x;
+  for (int i = 0; i < outputs; ++i) mine[i * blockDim.x] = A(0);
+
+  // What this thread's column reads: a channel, shifted by a tap.
+  const int taps = s.kernel[0] * s.kernel[1];
+  const bool is_bias = column + 1 == plan.columns, exists = column < plan.columns;
+  const int channel = plan.channels_fastest ? column % static_cast<int>(s.in_channels) : column / taps;
+  const int tap = plan.channels_fastest ? column / static_cast<int>(s.in_channels) : column % taps;
+  const int64_t shift_y = tap / s.kernel[1] * s.dilation[0] - s.padding[0];
+  const int64_t shift_x = tap % s.kernel[1] * s.dilation[1] - s.padding[1];
+  const T* const source = input + (group * s.in_channels + channel) * s.input_strides[1];
+  const int width = s.output[1], height = s.output[0], lane = threadIdx.x % kWarpSize;
+
+  for (int64_t first = begin; first < end; first += kWarpSize) {
+    // A lane looks up one pixel; then all work on each of them together.
+    const int count = static_cast<int>(min(end - first, static_cast<int64_t>(kWarpSize)));
+    int row = 0, x = 0, winner = -1;
+    A g = A(0);
+    if (lane < count) {
+      const int64_t pixel = first + lane, line = pixel / width;
+      x = static_cast<int>(pixel - line * width);
+      const int64_t image = line / height;
+      row = static_cast<int>(line);
+      winner = winners[pixel] - first_winner;
+      if (winner < 0 || winner >= outputs) winner = -1;
+      g = static_cast<A>(grad[image * plan.grad_strides[0] + (line - image * height) * plan.grad_strides[2] +
+                              x * plan.grad_strides[3]]);
+    }
+    unsigned wanted = __ballot_sync(0xffffffffu, winner >= 0);
+    while (wanted) {
+      A products[kBatch];
+      int owners[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int from = wanted ? __ffs(wanted) - 1 : 0;
+        owners[k] = wanted ? __shfl_sync(0xffffffffu, winner, from) : -1;
+        const int line = __shfl_sync(0xffffffffu, row, from), at = __shfl_sync(0xffffffffu, x, from);
+        const A factor = __shfl_sync(0xffffffffu, g, from);
+        wanted &= wanted - 1;
+        const int64_t image = line / height;
+        const int64_t iy = (line - image * height) * s.stride[0] + shift_y, ix = at * s.stride[1] + shift_x;
+        const bool inside = exists && !is_bias && owners[k] >= 0 && iy >= 0 && iy < s.input[0] && ix >= 0 && ix < s.input[1];
+        A value = is_bias ? A(1) : A(0);
+        if (inside) {
+          value = static_cast<A>(source[image * s.input_strides[0] + iy * s.input_strides[2] + ix * s.input_strides[3]]);
+        }
+        // In the padding there is nothing to add, not even for a gradient that is infinite.
+        products[k] = inside || is_bias ? factor * value : A(0);
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (owners[k] >= 0) mine[owners[k] * blockDim.x] += products[k];
+      }
+    }
+  }
+
+  if (!exists) return;
+  const int64_t out_channels = s.groups * s.out_channels;
+  A* const to = partial + (slice * out_channels + first_winner) * plan.columns + column;
+  for (int i = 0; i < outputs; ++i) to[static_cast<int64_t>(i) * plan.columns] = mine[i * blockDim.x];
+}
+
+// Adds the slices, always in the same order.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    reduce_kernel(const Accumulator<T>* partial, Accumulator<T> scale, T* grad_weight, T* grad_bias,
+                  const __grid_constant__ Plan plan) {
+  const ConvShape& s = plan.shape;
+  const int64_t count = s.groups * s.out_channels * plan.columns;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= count) return;
+  Accumulator<T> sum = 0;
+  for (int64_t slice = 0; slice < plan.slices; ++slice) sum += partial[slice * count + i];
+  const int64_t output = i / plan.columns;
+  const int column = i % plan.columns, taps = s.kernel[0] * s.kernel[1], channels = s.in_channels;
+  const T rounded = static_cast<T>(sum * scale);
+  if (column + 1 == plan.columns) {
+    grad_bias[output] = rounded;
+  } else {
+    const int at = plan.channels_fastest ? column % channels * taps + column / channels : column;
+    grad_weight[output * channels * taps + at] = rounded;
+  }
+}
+
+// The launch of both; without an input, for the bias alone.
+std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winners, const std::optional<Tensor>& input,
+                                         double scale, const ConvShape& shape) {
+  const int64_t out_channels = shape.out_channels * shape.groups, columns = input ? shape.in_channels * shape.taps() + 1 : 1;
+  STD_TORCH_CHECK(columns < 1 << 30 && out_channels < 1 << 30, "input: expected fewer than 2^30 weights of an output channel");
+  STD_TORCH_CHECK(shape.images * shape.output[0] < INT32_MAX && shape.output[1] < INT32_MAX,
+                  "grad: expected fewer than 2^31 rows in all images");
+  const int64_t channels = input ? shape.in_channels : 0, kernel_h = shape.kernel[0], kernel_w = shape.kernel[1];
+  Tensor grad_weight = torch::stable::new_empty(grad, {out_channels, channels, kernel_h, kernel_w});
+  Tensor grad_bias = torch::stable::new_empty(grad, {out_channels});
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const cudaStream_t stream = current_stream(grad);
+
+  Plan plan{.shape = shape, .columns = static_cast<int>(columns), .pixels = shape.pixels(),
+            .channels_fastest = input && shape.input_strides[1] == 1};
+  for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
+  dispatch(grad.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    // As many output channels as fit beside enough columns for a few warps.
+    const int64_t fit = kSharedBytes / sizeof(A);
+    plan.outputs_a_block = static_cast<int>(std::min(shape.out_channels, fit / std::min<int64_t>(columns, 2 * kWarpSize)));
+    plan.output_blocks = static_cast<int>(ceil_div(shape.out_channels, plan.outputs_a_block));
+    plan.outputs_a_block = static_cast<int>(ceil_div(shape.out_channels, plan.output_blocks));
+    const int64_t most = std::min<int64_t>(fit / plan.outputs_a_block, kMostColumns);
+    plan.column_blocks = static_cast<int>(ceil_div(columns, most));
+    const int64_t even = ceil_div(columns, plan.column_blocks), threads = ceil_div(even, kWarpSize) * kWarpSize;
+    plan.columns_a_block = static_cast<int>(threads <= most ? threads : even);
+    plan.column_blocks = static_cast<int>(ceil_div(columns, plan.columns_a_block));
+    const int block = static_cast<int>(ceil_div(plan.columns_a_block, kWarpSize)) * kWarpSize;
+    const int shared = static_cast<int>(plan.outputs_a_block * block * sizeof(A));
+    // Slices: enough to fill the chip a few times, no fewer pixels in one than make its sums worth adding.
+    const int64_t blocks = static_cast<int64_t>(plan.column_blocks) * plan.output_blocks * shape.groups;
+    const int64_t resident = std::clamp<int64_t>((200 << 10) / (shared + 1024), 1, 2048 / block);
+    const int64_t wanted = ceil_div(multiprocessors(grad.get_device_index()) * resident, blocks);
+    plan.slices = std::clamp<int64_t>(std::min(wanted, plan.pixels / 256), 1, 1024);
+    const Tensor memory = torch::stable::new_empty(grad, {plan.slices * out_channels * columns * static_cast<int64_t>(sizeof(A))},
+                                                   torch::headeronly::ScalarType::Byte);
+    A* const partial = static_cast<A*>(memory.data_ptr());
+    STD_TORCH_CHECK(plan.output_blocks * shape.groups < 1 << 16, "groups: expected fewer than 2^16 blocks of output channels");
+    STD_CUDA_CHECK(cudaFuncSetAttribute(private_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    const dim3 grid(grid_size(plan.column_blocks * plan.slices), static_cast<unsigned>(plan.output_blocks * shape.groups));
+    private_kernel<T><<<grid, block, shared, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners),
+                                                       input ? static_cast<const T*>(input->data_ptr()) : nullptr, partial, plan);
+    reduce_kernel<T><<<grid_size(ceil_div(out_channels * columns, 256)), 256, 0, stream>>>(
+        partial, static_cast<A>(scale), static_cast<T*>(grad_weight.data_ptr()), static_cast<T*>(grad_bias.data_ptr()), plan);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor> grad_weight_private(const Tensor& grad, const Tensor& winners, const Tensor& input, double scale,
+                                               int64_t out_channels, std::vector<int64_t> kernel_size,
+                                               std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                               std::vector<int64_t> dilation, int64_t groups, std::string /*precision*/) {
+  return sum_gradients(grad, winners, input, scale,
+                       check_grad_weight(grad, winners, input, out_channels, kernel_size, stride, padding, dilation, groups));
+}
+
+Tensor grad_bias_private(const Tensor& grad, const Tensor& winners, double scale, int64_t out_channels) {
+  check_grad(grad, winners);
+  const ConvShape shape = check_sizes(grad, 1, out_channels, {grad.size(2), grad.size(3)}, {1, 1}, {1, 1}, {0, 0, 0, 0}, {1, 1}, 1);
+  return std::get<1>(sum_gradients(grad, winners, std::nullopt, scale, shape));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
+  m.impl("grad_weight_private", TORCH_BOX(&grad_weight_private));
+  m.impl("grad_bias_private", TORCH_BOX(&grad_bias_private));
+}
+
+}  // namespace fused_kernels

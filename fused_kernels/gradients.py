@@ -1,0 +1,201 @@
+"""Gradients from winners: the rules of the backward pass, for torch, and which of its kernels runs.
+
+A channel minimum hands its gradient to one channel of each pixel, the winner. So the forward operators whose names end in
+``_winners`` keep that channel's number, and the gradients of input, weights and bias are sums over pixels, not over pixels and
+channels. Each of them is linear in the incoming gradient and in one other tensor, and so are its own gradients: a second
+derivative is made of the same operators.
+"""
+
+import torch
+from torch.nn import functional as F
+
+_CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
+_FROM_WINNERS = "(Tensor grad, Tensor winners"
+
+SCHEMAS = {
+    "scale_min_backward": f"{_FROM_WINNERS}, float scale, SymInt channels, bool channels_last) -> Tensor",
+    "grad_input": f"{_FROM_WINNERS}, Tensor weight, float scale, SymInt[2] input_size, {_CONV}, bool channels_last) -> Tensor",
+    "grad_weight": f"{_FROM_WINNERS}, Tensor input, float scale, SymInt out_channels, SymInt[2] kernel_size, {_CONV}) "
+    "-> (Tensor, Tensor)",
+    "grad_bias": f"{_FROM_WINNERS}, float scale, SymInt out_channels) -> Tensor",
+}
+
+# What runs where.
+_SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized_backward"}
+_GRAD_INPUT = {"cpu": "grad_input", "cuda": "grad_input_gather"}
+_GRAD_WEIGHT = {"cpu": "grad_weight", "cuda": "grad_weight_private"}
+_GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
+
+
+def is_channels_last(tensor):
+    """Tell whether a pixel's channels lie side by side, as they shall in the gradient then."""
+    return tensor.shape[1] > 1 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def winners_dtype(channels):
+    """Give the dtype in which winners among so many channels are kept."""
+    return torch.uint8 if channels <= 256 else torch.int32
+
+
+# scale_min: forward with winners, and its gradient.
+
+
+def scale_min_winners_setup(ctx, inputs, output):
+    """Keep the winners; of the input, its size and layout."""
+    input, scale = inputs
+    ctx.save_for_backward(output[1])
+    ctx.rest = scale, input.shape[1], is_channels_last(input)
+
+
+def scale_min_winners_backward(ctx, grad, _):
+    """Give each pixel's gradient to its winner."""
+    (winners,) = ctx.saved_tensors
+    return _operator(_SCALE_MIN_BACKWARD[grad.device.type])(grad, winners, *ctx.rest), None
+
+
+def scale_min_backward_fake(grad, winners, scale, channels, channels_last):
+    """Give the shape and layout of a gradient of scale_min's input."""
+    images, _, height, width = grad.shape
+    return _new(grad, (images, channels, height, width), channels_last)
+
+
+def scale_min_backward_setup(ctx, inputs, output):
+    """Keep what says which channel's gradient comes back."""
+    _, winners, ctx.scale, *_ = inputs
+    ctx.save_for_backward(winners)
+
+
+def scale_min_backward_backward(ctx, grad):
+    """Take the gradient at the winners."""
+    (winners,) = ctx.saved_tensors
+    return _at_winners(grad, winners, ctx.scale), *[None] * 4
+
+
+# The fused convolutions: forward with winners, and the gradients of input, weights and bias.
+
+
+def conv_winners_setup(ctx, inputs, output):
+    """Keep the winners, and of input and weights what the other one's gradient needs."""
+    input, weight, _, *ctx.rest = inputs
+    needs_input, needs_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(output[1], input if needs_weight else None, weight if needs_input else None)
+    ctx.sizes = input.shape[2:], weight.shape
+    ctx.channels_last = is_channels_last(input)
+
+
+def conv_winners_backward(ctx, grad, _):
+    """Make the gradients that are wanted from the winners."""
+    winners, input, weight = ctx.saved_tensors
+    scale, *conv = ctx.rest
+    input_size, weight_size = ctx.sizes
+    grads = gradients(
+        grad, winners, input, weight, scale, conv, input_size, weight_size, ctx.channels_last, ctx.needs_input_grad[:3]
+    )
+    return *grads, *[None] * 6
+
+
+def gradients(grad, winners, input, weight, scale, conv, input_size, weight_size, channels_last, needed):
+    """Make the gradients of input, weights and bias, None for those not needed."""
+    device = grad.device.type
+    needs_input, needs_weight, needs_bias = needed
+    grad_input = grad_weight = grad_bias = None
+    if needs_input:
+        grad_input = _operator(_GRAD_INPUT[device])(grad, winners, weight, scale, input_size, *conv, channels_last)
+    if needs_weight:
+        grad_weight, grad_bias = _operator(_GRAD_WEIGHT[device])(
+            grad, winners, input, scale, weight_size[0], weight_size[2:], *conv
+        )
+    elif needs_bias:
+        grad_bias = _operator(_GRAD_BIAS[device])(grad, winners, scale, weight_size[0])
+    return grad_input, grad_weight, grad_bias if needs_bias else None
+
+
+def grad_input_fake(grad, winners, weight, scale, input_size, stride, padding, dilation, groups, precision, channels_last):
+    """Give the shape and layout of an input's gradient."""
+    return _new(weight, (grad.shape[0], weight.shape[1] * groups, *input_size), channels_last)
+
+
+def grad_input_setup(ctx, inputs, output):
+    """Keep what its own gradients need."""
+    grad, winners, weight, ctx.scale, _, *ctx.conv, _ = inputs
+    ctx.save_for_backward(grad, winners, weight)
+
+
+def grad_input_backward(ctx, grad_output):
+    """Differentiate an input's gradient: a convolution at the winners, and a gradient of weights."""
+    grad, winners, weight = ctx.saved_tensors
+    by_grad = by_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad = _at_winners(_convolve(grad_output, weight, None, ctx.conv), winners, ctx.scale)
+    if ctx.needs_input_grad[2]:
+        by_weight, _ = _operator(_GRAD_WEIGHT[grad.device.type])(
+            grad, winners, grad_output, ctx.scale, weight.shape[0], weight.shape[2:], *ctx.conv
+        )
+    return by_grad, None, by_weight, *[None] * 8
+
+
+def grad_weight_fake(grad, winners, input, scale, out_channels, kernel_size, stride, padding, dilation, groups, precision):
+    """Give the shapes of the gradients of weights and bias."""
+    return input.new_empty((out_channels, input.shape[1] // groups, *kernel_size)), input.new_empty((out_channels,))
+
+
+def grad_weight_setup(ctx, inputs, output):
+    """Keep what its own gradients need."""
+    grad, winners, input, ctx.scale, _, _, *ctx.conv = inputs
+    ctx.save_for_backward(grad, winners, input)
+
+
+def grad_weight_backward(ctx, grad_weight, grad_bias):
+    """Differentiate the gradients of weights and bias: a convolution at the winners, and a gradient of the input."""
+    grad, winners, input = ctx.saved_tensors
+    by_grad = by_input = None
+    if ctx.needs_input_grad[0]:
+        by_grad = _at_winners(_convolve(input, grad_weight, grad_bias, ctx.conv), winners, ctx.scale)
+    if ctx.needs_input_grad[2]:
+        by_input = _operator(_GRAD_INPUT[grad.device.type])(
+            grad, winners, grad_weight, ctx.scale, input.shape[2:], *ctx.conv, is_channels_last(input)
+        )
+    return by_grad, None, by_input, *[None] * 8
+
+
+def grad_bias_fake(grad, winners, scale, out_channels):
+    """Give the shape of a bias's gradient."""
+    return grad.new_empty((out_channels,))
+
+
+def grad_bias_setup(ctx, inputs, output):
+    """Keep what says which gradient comes back."""
+    _, winners, ctx.scale, _ = inputs
+    ctx.save_for_backward(winners)
+
+
+def grad_bias_backward(ctx, grad_bias):
+    """Each pixel's part in its winner's sum is its own gradient."""
+    (winners,) = ctx.saved_tensors
+    return grad_bias[winners.long()] * ctx.scale, *[None] * 3
+
+
+RULES = {
+    "scale_min_backward": (scale_min_backward_fake, scale_min_backward_backward, scale_min_backward_setup),
+    "grad_input": (grad_input_fake, grad_input_backward, grad_input_setup),
+    "grad_weight": (grad_weight_fake, grad_weight_backward, grad_weight_setup),
+    "grad_bias": (grad_bias_fake, grad_bias_backward, grad_bias_setup),
+}
+
+
+def _operator(name):
+    return getattr(torch.ops.fused_kernels, name).default
+
+
+def _at_winners(tensor, winners, scale):
+    return tensor.gather(1, winners.long()) * scale
+
+
+def _convolve(input, weight, bias, conv):
+    stride, (top, bottom, left, right), dilation, groups, _ = conv
+    return F.conv2d(F.pad(input, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
+
+
+def _new(like, size, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
