@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -37,16 +36,18 @@ inline void check_input(const Tensor& input) {
 
 // Every forward source is compiled twice: for inference, and where a gradient is wanted once more with FUSED_KERNELS_WINNERS. Then
 // its operator, whose name ends in _winners, also gives each pixel's winner: the channel that has the minimum.
+// What it returns is the minima; and the winners.
 #ifdef FUSED_KERNELS_WINNERS
 constexpr bool kWinners = true;
 #define FORWARD(name) name "_winners"
+using Forward = std::tuple<Tensor, Tensor>;
+inline Forward forward_result(const Tensor& output, const std::optional<Tensor>& winners) { return {output, *winners}; }
 #else
 constexpr bool kWinners = false;
 #define FORWARD(name) name
+using Forward = Tensor;
+inline Forward forward_result(const Tensor& output, const std::optional<Tensor>&) { return output; }
 #endif
-
-// What a forward operator returns: the minima; and the winners.
-using Forward = std::conditional_t<kWinners, std::tuple<Tensor, Tensor>, Tensor>;
 
 // Where winners lie: a byte each while there are no more than 256 channels, else an int.
 struct Winners {
@@ -76,14 +77,6 @@ inline std::optional<Tensor> new_winners(const Tensor& output, int64_t channels)
 inline Winners winners_in(const std::optional<Tensor>& winners) {
   if (!winners) return {nullptr, false};
   return {winners->data_ptr(), winners->scalar_type() == torch::headeronly::ScalarType::Int};
-}
-
-inline Forward forward_result(const Tensor& output, [[maybe_unused]] const std::optional<Tensor>& winners) {
-  if constexpr (kWinners) {
-    return {output, *winners};
-  } else {
-    return output;
-  }
 }
 
 // A convolution's sizes and strides, in elements; index 0 is vertical, 1 horizontal. Channels are those of one group.

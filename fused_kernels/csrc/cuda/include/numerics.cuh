@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "arguments.h"
 #include "ptx/min.cuh"
 
 namespace fused_kernels {
@@ -21,5 +22,21 @@ __device__ __forceinline__ float min_nan(float a, float b) { return ptx::min_nan
 
 // There is no min.NaN for double.
 __device__ __forceinline__ double min_nan(double a, double b) { return (a < b || a != a) ? a : b; }
+
+// A running minimum and, for training, the channel that it is from. It is a new one where the minimum's bits changed: NaN, which
+// min_nan gives one pattern, stays the first one's.
+__device__ __forceinline__ void take_smaller(float& smallest, float value, [[maybe_unused]] int& winner,
+                                             [[maybe_unused]] int channel) {
+  const float before = smallest;
+  smallest = min_nan(smallest, value);
+  if constexpr (kWinners) {
+    if (__float_as_int(smallest) != __float_as_int(before)) winner = channel;
+  }
+}
+
+__device__ __forceinline__ void take_smaller_of_lanes(float& smallest, int& winner, int distance) {
+  const float other = __shfl_xor_sync(0xffffffffu, smallest, distance);
+  take_smaller(smallest, other, winner, kWinners ? __shfl_xor_sync(0xffffffffu, winner, distance) : 0);
+}
 
 }  // namespace fused_kernels
