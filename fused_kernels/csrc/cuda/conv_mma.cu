@@ -819,15 +819,15 @@ void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, cons
   }
 }
 
-Tensor conv_mma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-                std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                std::string precision) {
+Forward conv_mma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                 std::string precision) {
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
-  return convolve("conv_mma", "tf32", input, shape, precision, [&](auto type, Tensor& output) {
+  return convolve("conv_mma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners) {
     run<decltype(type)>(shape, input, weight, bias, scale, output);
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("conv_mma", TORCH_BOX(&conv_mma)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(FORWARD("conv_mma"), TORCH_BOX(&conv_mma)); }
 
 }  // namespace fused_kernels

@@ -22,16 +22,16 @@
 
 namespace fused_kernels {
 
-Tensor conv_wgmma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                  std::string precision) {
+Forward conv_wgmma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                   std::string precision) {
   const ConvShape shape = check_plain_conv("conv_wgmma", input, weight, bias, stride, padding, dilation, groups);
-  return convolve("conv_wgmma", "tf32", input, shape, precision, [&](auto type, Tensor& output) {
+  return convolve("conv_wgmma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners) {
     run<decltype(type), Shape<128, 1, true>, Shape<128, 1, false>, Shape<128, 2, false>, Shape<64, 1, true>, Shape<64, 1, false>>(
         shape, input, weight, bias, scale, output);
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("conv_wgmma", TORCH_BOX(&conv_wgmma)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(FORWARD("conv_wgmma"), TORCH_BOX(&conv_wgmma)); }
 
 }  // namespace fused_kernels

@@ -17,12 +17,12 @@
 
 namespace fused_kernels {
 
-Tensor conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-                       std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                       std::string precision) {
+Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                        std::string precision) {
   const ConvShape shape = check_plain_conv("conv_wgmma_ieee", input, weight, bias, stride, padding, dilation, groups);
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_wgmma_ieee expected float32");
-  return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output) {
+  return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 4) {
       run<T, Shape<128, 1, false, true>, Shape<64, 1, false, true>>(shape, input, weight, bias, scale, output);
@@ -30,6 +30,6 @@ Tensor conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::opt
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("conv_wgmma_ieee", TORCH_BOX(&conv_wgmma_ieee)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(FORWARD("conv_wgmma_ieee"), TORCH_BOX(&conv_wgmma_ieee)); }
 
 }  // namespace fused_kernels

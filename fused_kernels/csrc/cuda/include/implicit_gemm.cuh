@@ -191,6 +191,20 @@ __global__ void combine_kernel(const float* partial, T* output, int64_t pixels, 
   output[pixel] = static_cast<T>(smallest);
 }
 
+// The same, with the winners.
+template <typename T>
+__global__ void combine_winners_kernel(const float* partial, const int32_t* partial_winners, T* output, Winners winners,
+                                       int64_t pixels, int splits) {
+  ptx::wait_for_previous_grid();
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (pixel >= pixels) return;
+  float smallest = partial[pixel];
+  int share = 0;
+  for (int s = 1; s < splits; ++s) take_smaller(smallest, partial[s * pixels + pixel], share, s);
+  output[pixel] = static_cast<T>(smallest);
+  winners.put(pixel, partial_winners[share * pixels + pixel]);
+}
+
 struct Device {
   int multiprocessors, shared_bytes;  // of a multiprocessor
 };
@@ -201,19 +215,23 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Memory for the packed weights, the constants, and where the output channels are cut the minima of each share.
+// Memory for the packed weights, the constants, and where the output channels are cut the minima of each share, and behind all of
+// them, where they are wanted, the winners.
 struct Workspace {
   Tensor memory;
   uint32_t* packed;
   float2* constants;
-  float* partial;
+  float* partial;            // [share][pixel]
+  int32_t* partial_winners;  // likewise
 
   Workspace(const Tensor& like, int64_t packed_bytes, int64_t columns, int64_t partials)
-      : memory(torch::stable::new_empty(like, {packed_bytes + columns * 8 + partials * 4}, torch::headeronly::ScalarType::Byte)) {
+      : memory(torch::stable::new_empty(like, {packed_bytes + columns * 8 + partials * (kWinners ? 8 : 4)},
+                                       torch::headeronly::ScalarType::Byte)) {
     char* const start = static_cast<char*>(memory.data_ptr());
     packed = reinterpret_cast<uint32_t*>(start);
     constants = reinterpret_cast<float2*>(start + packed_bytes);
     partial = reinterpret_cast<float*>(start + packed_bytes + columns * 8);
+    partial_winners = reinterpret_cast<int32_t*>(partial + partials);
   }
 };
 
@@ -232,10 +250,25 @@ void pack_weights(const WeightOrder& order, const ConvShape& shape, int block_n,
                block_n / kPackColumns, scale.sign, workspace.packed, workspace.constants, order);
 }
 
-// What the rungs' operators do around their kernels: checks, the result's memory, the device, and run(T(), output).
+// Makes one minimum of the shares', and one winner.
+template <typename T>
+void combine(const Workspace& workspace, int splits, int64_t pixels, Tensor& output, [[maybe_unused]] Winners winners,
+             cudaStream_t stream) {
+  constexpr int kThreads = 256;
+  T* const target = static_cast<T*>(output.data_ptr());
+  const unsigned int blocks = grid_size(ceil_div(pixels, kThreads));
+  if constexpr (kWinners) {
+    launch_early(combine_winners_kernel<T>, blocks, kThreads, 0, stream, workspace.partial, workspace.partial_winners, target,
+                 winners, pixels, splits);
+  } else {
+    launch_early(combine_kernel<T>, blocks, kThreads, 0, stream, workspace.partial, target, pixels, splits);
+  }
+}
+
+// What the rungs' operators do around their kernels: checks, the results' memory, the device, and run(T(), output, winners).
 template <typename Run>
-Tensor convolve(const char* rung, const char* float32_precision, const Tensor& input, const ConvShape& shape,
-                const std::string& precision, const Run& run) {
+Forward convolve(const char* rung, const char* float32_precision, const Tensor& input, const ConvShape& shape,
+                 const std::string& precision, const Run& run) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = input.scalar_type();
   for (int axis = 0; axis < 2; ++axis) {
@@ -247,17 +280,18 @@ Tensor convolve(const char* rung, const char* float32_precision, const Tensor& i
   STD_TORCH_CHECK(dtype != ScalarType::Float || precision == float32_precision, "precision: ", rung, " expected ",
                   float32_precision, " for float32, got ", precision);
   Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
-  if (output.numel() == 0) return output;
+  const std::optional<Tensor> winners = new_winners(output, shape.groups * shape.out_channels);
+  if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   if (dtype == ScalarType::Float) {
-    run(float(), output);
+    run(float(), output, winners_in(winners));
   } else if (dtype == ScalarType::Half) {
-    run(torch::headeronly::Half(), output);
+    run(torch::headeronly::Half(), output, winners_in(winners));
   } else {
-    run(torch::headeronly::BFloat16(), output);
+    run(torch::headeronly::BFloat16(), output, winners_in(winners));
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  return forward_result(output, winners);
 }
 
 }  // namespace fused_kernels
