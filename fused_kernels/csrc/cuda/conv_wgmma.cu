@@ -26,9 +26,9 @@ Forward conv_wgmma(const Tensor& input, const Tensor& weight, const std::optiona
                    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                    std::string precision) {
   const ConvShape shape = check_plain_conv("conv_wgmma", input, weight, bias, stride, padding, dilation, groups);
-  return convolve("conv_wgmma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners) {
+  return convolve("conv_wgmma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
     run<decltype(type), Shape<128, 1, true>, Shape<128, 1, false>, Shape<128, 2, false>, Shape<64, 1, true>, Shape<64, 1, false>>(
-        shape, input, weight, bias, scale, output);
+        shape, input, weight, bias, scale, output, winners);
   });
 }
 

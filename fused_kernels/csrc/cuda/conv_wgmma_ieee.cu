@@ -22,10 +22,10 @@ Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::op
                         std::string precision) {
   const ConvShape shape = check_plain_conv("conv_wgmma_ieee", input, weight, bias, stride, padding, dilation, groups);
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_wgmma_ieee expected float32");
-  return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners) {
+  return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 4) {
-      run<T, Shape<128, 1, false, true>, Shape<64, 1, false, true>>(shape, input, weight, bias, scale, output);
+      run<T, Shape<128, 1, false, true>, Shape<64, 1, false, true>>(shape, input, weight, bias, scale, output, winners);
     }
   });
 }

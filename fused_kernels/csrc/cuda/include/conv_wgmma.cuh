@@ -524,7 +524,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // sums of a tap are added to others outside.
   float rounded[C::SUBTILES][C::SPLIT ? C::BLOCK_N / 2 : 1];
   float low[C::SUBTILES][2];
-  int winners[C::SUBTILES][2];  // only kWinners
+  int winners[C::SUBTILES][2];  // only kWinners; from the latest block's first channel of this thread's on
   // What the sums of a tile need besides, when they are complete.
   struct Done {
     int block_n, exponent, image, row, column;
@@ -535,14 +535,16 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
 #pragma unroll
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
 #pragma unroll
-      for (auto& two : winners) two[0] = two[1] = done.block_n * C::BLOCK_N;
+      for (auto& two : winners) two[0] = two[1] = 0;
+    } else if (kWinners) {
+#pragma unroll
+      for (auto& two : winners) two[0] -= C::BLOCK_N, two[1] -= C::BLOCK_N;
     }
     const float4* const biases =
         reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N) + thread % 4;
     const float4* const factors = biases + C::BLOCK_N / 4;
     const float back = power_of_two(-done.exponent);
     const float joined = common_factor * back;
-    const int first_channel = done.block_n * C::BLOCK_N + thread % 4 * 2;
     const auto take = [&](auto scale_first, auto joins) {
 #pragma unroll
       for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
@@ -560,7 +562,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
               value = decltype(joins)::value ? fmaf(sum, joined, bias[column]) : fmaf(sum * back, factor[column], bias[column]);
             }
             if (decltype(scale_first)::value) value *= plan.factor;
-            take_smaller(low[i][k / 2 % 2], value, winners[i][k / 2 % 2], first_channel + pair * 16 + k / 4 * 8 + k % 2);
+            take_smaller(low[i][k / 2 % 2], value, winners[i][k / 2 % 2], pair * 16 + k / 4 * 8 + k % 2);
           }
         }
       }
@@ -581,7 +583,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float smallest = low[i][h];
-        int winner = winners[i][h];
+        int winner = done.block_n * C::BLOCK_N + thread % 4 * 2 + winners[i][h];
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2) take_smaller_of_lanes(smallest, winner, distance);
         if (!plan.scale_first) smallest *= plan.factor;
