@@ -24,7 +24,7 @@ SCHEMAS = {
 _SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized_backward"}
 _GRAD_INPUT = {"cpu": "grad_input", "cuda": "grad_input_gather"}
 _GRAD_WEIGHT = {"cpu": "grad_weight", "cuda": "grad_weight_private"}
-_GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
+GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
 
 
 def is_channels_last(tensor):
@@ -106,7 +106,7 @@ def gradients(grad, winners, input, weight, scale, conv, input_size, weight_size
             grad, winners, input, scale, weight_size[0], weight_size[2:], *conv
         )
     elif needs_bias:
-        grad_bias = _operator(_GRAD_BIAS[device])(grad, winners, scale, weight_size[0])
+        grad_bias = _operator(GRAD_BIAS[device])(grad, winners, scale, weight_size[0])
     return grad_input, grad_weight, grad_bias if needs_bias else None
 
 

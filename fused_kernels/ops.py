@@ -776,11 +776,11 @@ def _define_backward():
     for name in _SCALE_MIN.values():
         operator = "scale_min_backward"
         _define(rungs[name], f"{name}_backward", SCHEMAS[operator], gradients.RULES[operator], winners=True)
+    rungs_of_backward = {rung.name: rung for rung in BACKWARD}
     for rung in BACKWARD:
         _define(rung, rung.name, SCHEMAS[rung.operator], gradients.RULES[rung.operator])
-        if rung.operator == "grad_weight":
-            name = rung.name.replace("weight", "bias")
-            _define(rung, name, SCHEMAS["grad_bias"], gradients.RULES["grad_bias"])
+    for name in gradients.GRAD_BIAS.values():
+        _define(rungs_of_backward[name.replace("bias", "weight")], name, SCHEMAS["grad_bias"], gradients.RULES["grad_bias"])
 
 
 def _define_composite_winners():

@@ -246,7 +246,24 @@ COPY = Rung(
 # Gradients from winners: of a convolution's input, and of its weights and bias.
 BACKWARD = (
     Rung("grad_input_gather", "grad_input", "each pixel gathers its winners' weights", "cuda"),
+    Rung(
+        "grad_input_mma",
+        "grad_input",
+        "the weights in shared memory, gathered by ldmatrix, added by tensor cores",
+        "cuda",
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        float32_precisions=("tf32",),
+        strides_and_groups=False,
+    ),
     Rung("grad_weight_private", "grad_weight", "blocks with private sums, each with one owner", "cuda"),
+    Rung(
+        "grad_weight_sorted",
+        "grad_weight",
+        "pixels sorted by winner, summed by tensor cores in registers",
+        "cuda",
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        float32_precisions=("tf32",),
+    ),
     Rung("grad_input", "grad_input", "each pixel gathers its winners' weights, in cache", "cpu"),
     Rung("grad_weight", "grad_weight", "threads with private sums", "cpu"),
 )

@@ -1,0 +1,410 @@
+// grad_input_mma: the gather of grad_input_gather, with tensor cores to multiply and add what shared memory hands out.
+//
+// All weights of 64 input channels stay in shared memory, a row of 128 bytes for each output channel and tap. Eight pixels at a
+// tap are eight rows, wherever their winners lie: ldmatrix takes an address a row, which is a gather. Then
+//   operand A   those rows, turned: 16 input channels by 16 (8 pixels at each of two taps)
+//   operand B   the pixels' gradients, on the diagonal of a matrix of 16 by 8: a pixel's column meets its own rows alone
+//   result      16 input channels by 8 pixels, summed over the taps in float32
+// 15/16 of the products are with zero; tensor cores have time for them, and nothing else takes as few instructions a row.
+// NOTE: eight rows at the same place are eight rows in the same banks. So pixel p reads its channels in another order, group
+// i ^ p of eight at the i-th step: no two in the same banks, wherever they are (measured on an H200). What a lane holds at
+// the end is then channels of group i ^ p; as a pixel has a column of its own, nothing is mixed.
+// float32 is multiplied as float16: weights times a power of two for each input channel, gradients times one for each tile.
+// Limit: shared memory, 128 bytes a clock; then the memory that the gradient is written to.
+// Previous rung: grad_input_gather.
+
+#include "gradients.h"
+#include "implicit_gemm.cuh"
+#include "ptx/cp_async.cuh"
+
+namespace fused_kernels {
+
+constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
+constexpr int kGroup = 8;                  // channels in 16 bytes, pixels of an instruction
+constexpr int kStrips = 4, kRun = kStrips * kGroup;  // pixels side by side that a warp works on together
+constexpr int kMostTaps = 49;
+
+struct Plan {
+  int images, input[2], output[2], padding[2], dilation[2], kernel[2], taps;
+  int64_t grad_strides[4];
+  int in_channels, out_channels;
+  int tile[2], halo[2], tiles_across[2], tiles;  // of the input's gradient; the halo: output pixels that reach a tile
+  int tap_offset[kMostTaps + 1];                 // of an output pixel from the last one that reaches an input pixel, in the halo
+  bool channels_last, vectors;                   // whole vectors of pixels or channels can be stored
+};
+
+template <int CHUNK>
+struct Rows {
+  static constexpr int kBytes = CHUNK * 2, kGroups = CHUNK / kGroup, kMatrices = CHUNK / 16;
+};
+
+// Where a channel lies in its row, so that what a lane holds of two groups are neighbours: 16 e + 2 r + s at group 2 e + s.
+__device__ __forceinline__ int place_in_row(int channel) { return channel / 16 * 16 + channel % 2 * 8 + channel % 16 / 2; }
+
+// Operand A: [chunk][output channel][tap][place]. A block has eight input channels, a warp each, of all output channels.
+template <typename T, int CHUNK>
+__global__ void __launch_bounds__(kGroup* kWarpSize)
+    pack_rows_kernel(const T* weight, Strides4 strides, int in_channels, int out_channels, int kernel_w, int taps, uint16_t* rows,
+                     float* factors) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, channel = blockIdx.x * kGroup + warp;
+  const bool exists = channel < in_channels;
+  const T* const source = weight + channel * strides.of[1];
+  const int count = out_channels * taps;
+  const auto value = [&](int i) {
+    const int tap = i % taps;
+    return source[i / taps * strides.of[0] + tap / kernel_w * strides.of[2] + tap % kernel_w * strides.of[3]];
+  };
+  int exponent = 0;
+  if constexpr (sizeof(T) == 4) {
+    float most = 0.0f;
+    for (int i = lane; exists && i < count; i += kWarpSize) {
+      const float magnitude = fabsf(value(i));
+      most = fmaxf(most, magnitude < kInfinity<float> ? magnitude : 0.0f);
+    }
+    most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
+    if (most > 0.0f) exponent = exponent_for(most);
+  }
+  if (lane == 0) factors[channel] = power_of_two(-exponent);
+  uint16_t* const target = rows + static_cast<int64_t>(channel / CHUNK) * count * CHUNK + place_in_row(channel % CHUNK);
+  for (int i = lane; i < count; i += kWarpSize) {
+    uint16_t bits = 0;
+    if constexpr (sizeof(T) == 4) {
+      if (exists) bits = static_cast<uint16_t>(ptx::pack_f16(value(i) * power_of_two(exponent), 0.0f));
+    } else {
+      const T v = exists ? value(i) : T(0);
+      bits = reinterpret_cast<const uint16_t&>(v);
+    }
+    target[static_cast<int64_t>(i) * CHUNK] = bits;
+  }
+}
+
+// Four registers of each lane, in the order in which the lanes of a row of pixels have the same channels in the same one.
+template <int N>
+__device__ __forceinline__ void sort_by(int bits, float (&values)[N]) {
+#pragma unroll
+  for (int distance = 1; distance < N; distance *= 2) {
+    const bool swaps = bits & distance;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i & distance) continue;
+      const float first = values[i], second = values[i | distance];
+      values[i] = swaps ? second : first;
+      values[i | distance] = swaps ? first : second;
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  const T a = static_cast<T>(low), b = static_cast<T>(high);
+  return reinterpret_cast<const uint16_t&>(a) | static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(b)) << 16;
+}
+
+template <typename T, int CHUNK, int TAPS>
+__global__ void __launch_bounds__(kThreads, 1)
+    grad_input_kernel(const T* grad, Winners winners, const uint16_t* rows, const float* factors, float scale, T* output,
+                      const __grid_constant__ Plan plan) {
+  constexpr bool kScaled = sizeof(T) == 4;
+  constexpr int kRowBytes = Rows<CHUNK>::kBytes, kMatrices = Rows<CHUNK>::kMatrices;
+  extern __shared__ __align__(128) char shared[];
+  const int taps = TAPS > 0 ? TAPS : plan.taps, halo_pixels = plan.halo[0] * plan.halo[1];
+  const int rows_bytes = plan.out_channels * taps * kRowBytes;
+  uint32_t* const row_of = reinterpret_cast<uint32_t*>(shared + rows_bytes);  // of an output pixel's winner, first tap
+  uint32_t* const gradient_of = row_of + halo_pixels;                        // twice, as an operand
+  __shared__ uint32_t largest[2];
+
+  const uint32_t first_row = ptx::shared_address(shared);
+  const char* const source = reinterpret_cast<const char*>(rows) + static_cast<int64_t>(blockIdx.y) * rows_bytes;
+  for (int i = threadIdx.x * 16; i < rows_bytes; i += kThreads * 16) ptx::cp_async_16(first_row + i, source + i, true);
+  ptx::cp_async_commit();
+  if (threadIdx.x < 2) largest[threadIdx.x] = 0;
+
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int q = lane % 4, r = lane / 4;  // of the result a lane has pixels 2q and 2q + 1, channels of number r
+  // As ldmatrix wants it: this lane names the row of pixel lane % 8, of the first or second tap, of one of two groups.
+  const int pixel = lane % 8, second_tap = lane / 16;
+  const uint32_t group = (lane / 8 % 2 ^ pixel % Rows<CHUNK>::kGroups) * 16;
+  // The pixels of a strip: what a lane stores of one channel shall be neighbours, and what four lanes store together, too.
+  const auto column_of = [](int p, int strip) {
+    return kScaled ? strip / 2 * 16 + p / 2 * 4 + strip % 2 * 2 + p % 2 : p / 2 * 8 + strip * 2 + p % 2;
+  };
+  // Its place in operand B is on the diagonal for one of four lanes.
+  const uint32_t on_diagonal = q != r / 2 ? 0u : r % 2 == 0 ? 0xffffu : 0xffff0000u;
+
+  // What float32's channels are to be multiplied by at the end.
+  float factor[kMatrices][2];
+#pragma unroll
+  for (int m = 0; m < kMatrices; ++m) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const int channel = (m ^ (q & (kMatrices - 1))) * 16 + 2 * r + s;
+      factor[m][s] = kScaled ? scale * factors[blockIdx.y * CHUNK + channel] : scale;
+    }
+  }
+
+  int turn = 0;
+  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x) {
+    const int tile_x = index % plan.tiles_across[1] * plan.tile[1];
+    const int tile_y = index / plan.tiles_across[1] % plan.tiles_across[0] * plan.tile[0];
+    const int image = index / plan.tiles_across[1] / plan.tiles_across[0];
+    // The first output pixel of the halo.
+    const int top = tile_y + plan.padding[0] - (plan.kernel[0] - 1) * plan.dilation[0];
+    const int left = tile_x + plan.padding[1] - (plan.kernel[1] - 1) * plan.dilation[1];
+    __syncthreads();
+    float most = 0.0f;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < halo_pixels; i += kThreads) {
+      const int y = top + i / plan.halo[1], x = left + i % plan.halo[1];
+      const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(plan.output[0]) &&
+                          static_cast<unsigned>(x) < static_cast<unsigned>(plan.output[1]);
+      uint32_t row = 0, bits = 0;
+      if (inside) {
+        const int64_t at = (static_cast<int64_t>(image) * plan.output[0] + y) * plan.output[1] + x;
+        row = winners[at] * taps * kRowBytes;
+        const T g = grad[image * plan.grad_strides[0] + y * plan.grad_strides[2] + x * plan.grad_strides[3]];
+        if constexpr (kScaled) {
+          bits = __float_as_uint(g);
+          most = fmaxf(most, fabsf(g) < kInfinity<float> ? fabsf(g) : 0.0f);
+        } else {
+          bits = reinterpret_cast<const uint16_t&>(g) * 0x10001u;
+        }
+      }
+      row_of[i] = row;
+      gradient_of[i] = bits;
+    }
+    float back = 1.0f;
+    if constexpr (kScaled) {
+      // A power of two for all gradients of the tile.
+      const uint32_t of_warp = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
+      if (lane == 0) atomicMax(&largest[turn], of_warp);
+      __syncthreads();
+      const uint32_t bits = largest[turn];
+      const int exponent = bits > 0 ? exponent_for(__uint_as_float(bits)) : 0;
+      back = power_of_two(-exponent);
+      for (int i = threadIdx.x; i < halo_pixels; i += kThreads) {
+        const float g = __uint_as_float(gradient_of[i]) * power_of_two(exponent);
+        gradient_of[i] = ptx::pack_f16(g, g);
+      }
+      turn ^= 1;
+      if (threadIdx.x == 0) largest[turn] = 0;
+    }
+    ptx::cp_async_wait_all();
+    __syncthreads();
+
+    for (int run = warp; run < plan.tile[0] * plan.tile[1] / kRun; run += kWarps) {
+      const int y = run / (plan.tile[1] / kRun), x = run % (plan.tile[1] / kRun) * kRun;
+      float sums[kStrips][kMatrices][4] = {};
+      const int place = y * plan.halo[1] + x;
+      const auto add_taps = [&](int tap) {
+        // The tap after the last is the last again, times zero.
+        const bool two = tap + 1 < taps;
+        const int other = two ? tap + 1 : tap;
+        const int my_tap = second_tap ? other : tap, my_place = place + plan.tap_offset[my_tap];
+        const uint32_t my_row = first_row + my_tap * kRowBytes;
+        const int first_gradient = place + plan.tap_offset[tap], second_gradient = place + plan.tap_offset[other];
+#pragma unroll
+        for (int strip = 0; strip < kStrips; ++strip) {
+          const uint32_t address = (my_row + row_of[my_place + column_of(pixel, strip)]) ^ group;
+          const int column = column_of(r, strip);
+          const uint32_t b0 = gradient_of[first_gradient + column] & on_diagonal;
+          const uint32_t b1 = two ? gradient_of[second_gradient + column] & on_diagonal : 0u;
+#pragma unroll
+          for (int m = 0; m < kMatrices; ++m) {
+            uint32_t a[4];
+            ptx::ldmatrix_x4_transposed(a, address ^ (m * 32));
+            ptx::mma_m16n8k16(sums[strip][m], a, b0, b1, Operand<T>());
+          }
+        }
+      };
+      if constexpr (TAPS > 0) {
+#pragma unroll
+        for (int tap = 0; tap < TAPS; tap += 2) add_taps(tap);
+      } else {
+#pragma unroll 1
+        for (int tap = 0; tap < taps; tap += 2) add_taps(tap);
+      }
+
+      // Channels 16 e + 2 r and the next, where e = m ^ q: of pixel 2q they are sums 0 and 2, of pixel 2q + 1 sums 3 and 1.
+#pragma unroll
+      for (int strip = 0; strip < kStrips; ++strip) {
+#pragma unroll
+        for (int m = 0; m < kMatrices; ++m) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[strip][m][k] = sums[strip][m][k] * factor[m][k == 1 || k == 2] * back;
+        }
+      }
+      const int64_t plane = static_cast<int64_t>(plan.input[0]) * plan.input[1];
+      const int out_y = tile_y + y, out_x = tile_x + x, first_channel = blockIdx.y * CHUNK;
+      if (out_y >= plan.input[0]) continue;
+      const int64_t line = static_cast<int64_t>(out_y) * plan.input[1];
+      if (plan.channels_last) {
+#pragma unroll
+        for (int strip = 0; strip < kStrips; ++strip) {
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            const int column = out_x + column_of(2 * q + odd, strip);
+            if (column >= plan.input[1]) continue;
+            T* const to = output + (image * plane + line + column) * plan.in_channels + first_channel;
+#pragma unroll
+            for (int m = 0; m < kMatrices; ++m) {
+              const int channel = (m ^ (q & (kMatrices - 1))) * 16 + 2 * r;
+              const float first = sums[strip][m][odd ? 3 : 0], second = sums[strip][m][odd ? 1 : 2];
+              if (plan.vectors && first_channel + channel < plan.in_channels) {
+                if constexpr (kScaled) {
+                  *reinterpret_cast<float2*>(to + channel) = make_float2(first, second);
+                } else {
+                  *reinterpret_cast<uint32_t*>(to + channel) = pack_pair<T>(first, second);
+                }
+              } else {
+                if (first_channel + channel < plan.in_channels) to[channel] = static_cast<T>(first);
+                if (first_channel + channel + 1 < plan.in_channels) to[channel + 1] = static_cast<T>(second);
+              }
+            }
+          }
+        }
+      } else {
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          // A channel's pixels: of each strip two neighbours.
+          float values[kStrips][2][kMatrices];
+#pragma unroll
+          for (int strip = 0; strip < kStrips; ++strip) {
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+              for (int m = 0; m < kMatrices; ++m) values[strip][odd][m] = sums[strip][m][odd ? (s ? 1 : 3) : (s ? 2 : 0)];
+              sort_by(q, values[strip][odd]);
+            }
+          }
+#pragma unroll
+          for (int e = 0; e < kMatrices; ++e) {
+            const int channel = first_channel + e * 16 + 2 * r + s;
+            if (channel >= plan.in_channels) continue;
+            T* const to = output + (static_cast<int64_t>(image) * plan.in_channels + channel) * plane + line + out_x;
+            constexpr int kVector = kScaled ? 2 : 4;  // strips in 16 bytes
+#pragma unroll
+            for (int strip = 0; strip < kStrips; strip += kVector) {
+              const int column = column_of(2 * q, strip);
+              if (plan.vectors) {
+                if (out_x + column >= plan.input[1]) continue;
+                uint4 packed;
+                if constexpr (kScaled) {
+                  packed = make_uint4(__float_as_uint(values[strip][0][e]), __float_as_uint(values[strip][1][e]),
+                                      __float_as_uint(values[strip + 1][0][e]), __float_as_uint(values[strip + 1][1][e]));
+                } else {
+                  packed = make_uint4(pack_pair<T>(values[0][0][e], values[0][1][e]), pack_pair<T>(values[1][0][e], values[1][1][e]),
+                                      pack_pair<T>(values[2][0][e], values[2][1][e]), pack_pair<T>(values[3][0][e], values[3][1][e]));
+                }
+                *reinterpret_cast<uint4*>(to + column) = packed;
+              } else {
+#pragma unroll
+                for (int i = 0; i < 2 * kVector; ++i) {
+                  if (out_x + column + i < plan.input[1]) to[column + i] = static_cast<T>(values[strip + i / 2][i % 2][e]);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Shared memory for a tile beside the rows; zero where the rows alone do not fit.
+template <int CHUNK>
+int lay_out(Plan& plan, int most) {
+  const int rows_bytes = plan.out_channels * plan.taps * Rows<CHUNK>::kBytes;
+  plan.tile[1] = std::min(4 * kRun, static_cast<int>(ceil_div(plan.input[1], kRun)) * kRun);
+  plan.halo[1] = plan.tile[1] + (plan.kernel[1] - 1) * plan.dilation[1];
+  for (plan.tile[0] = 16; plan.tile[0] >= 4; plan.tile[0] /= 2) {
+    plan.halo[0] = plan.tile[0] + (plan.kernel[0] - 1) * plan.dilation[0];
+    const int64_t bytes = rows_bytes + int64_t{8} * plan.halo[0] * plan.halo[1];
+    if (bytes <= most) return static_cast<int>(bytes);
+  }
+  return 0;
+}
+
+template <typename T, int CHUNK, int TAPS>
+void launch(const Plan& plan, int shared_bytes, const Tensor& grad, const Tensor& winners, const Tensor& weight, float scale,
+            Tensor& output) {
+  const int chunks = static_cast<int>(ceil_div(plan.in_channels, CHUNK)), device = grad.get_device_index();
+  const int64_t rows_bytes = static_cast<int64_t>(chunks) * plan.out_channels * plan.taps * CHUNK * 2;
+  const Tensor memory =
+      torch::stable::new_empty(weight, {rows_bytes + chunks * CHUNK * 4}, torch::headeronly::ScalarType::Byte);
+  uint16_t* const rows = static_cast<uint16_t*>(memory.data_ptr());
+  float* const factors = reinterpret_cast<float*>(static_cast<char*>(memory.data_ptr()) + rows_bytes);
+  const cudaStream_t stream = current_stream(grad);
+  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  pack_rows_kernel<T, CHUNK><<<chunks * CHUNK / kGroup, kGroup * kWarpSize, 0, stream>>>(
+      static_cast<const T*>(weight.data_ptr()), Strides4(strides), plan.in_channels, plan.out_channels, plan.kernel[1], plan.taps,
+      rows, factors);
+  const auto kernel = grad_input_kernel<T, CHUNK, TAPS>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  const dim3 grid(std::min(plan.tiles, std::max(multiprocessors(device) / chunks, 1)), chunks);
+  kernel<<<grid, kThreads, shared_bytes, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners), rows, factors,
+                                                   scale, static_cast<T*>(output.data_ptr()), plan);
+}
+
+Tensor grad_input_mma(const Tensor& grad, const Tensor& winners, const Tensor& weight, double scale,
+                      std::vector<int64_t> input_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                      std::vector<int64_t> dilation, int64_t groups, std::string precision, bool channels_last) {
+  using torch::headeronly::ScalarType;
+  const ConvShape shape = check_grad_input(grad, winners, weight, input_size, stride, padding, dilation, groups);
+  for (int64_t s : shape.stride) STD_TORCH_CHECK(s == 1, "stride: grad_input_mma expected 1, got ", s);
+  STD_TORCH_CHECK(groups == 1, "groups: grad_input_mma expected 1, got ", groups);
+  STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Double, "weight: grad_input_mma does not take float64");
+  STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Float || precision == "tf32",
+                  "precision: grad_input_mma expected tf32 for float32, got ", precision);
+  STD_TORCH_CHECK(shape.taps() <= kMostTaps, "weight: grad_input_mma expected at most ", kMostTaps, " filter taps");
+  const int64_t most = std::max({shape.images, shape.in_channels, shape.out_channels, shape.input[0], shape.input[1],
+                                 shape.padding[0], shape.padding[1], shape.kernel[0] * shape.dilation[0],
+                                 shape.kernel[1] * shape.dilation[1]});
+  STD_TORCH_CHECK(most < 1 << 28, "input_size: grad_input_mma expected sizes below 2^28, got ", most);
+  Tensor output = new_gradient(weight, {shape.images, shape.in_channels, shape.input[0], shape.input[1]}, channels_last);
+  if (output.numel() == 0) return output;
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+
+  Plan plan{};
+  plan.images = static_cast<int>(shape.images), plan.taps = static_cast<int>(shape.taps());
+  plan.in_channels = static_cast<int>(shape.in_channels), plan.out_channels = static_cast<int>(shape.out_channels);
+  for (int axis = 0; axis < 2; ++axis) {
+    plan.input[axis] = static_cast<int>(shape.input[axis]);
+    plan.output[axis] = static_cast<int>(shape.output[axis]);
+    plan.kernel[axis] = static_cast<int>(shape.kernel[axis]);
+    plan.padding[axis] = static_cast<int>(shape.padding[axis]);
+    plan.dilation[axis] = static_cast<int>(shape.dilation[axis]);
+  }
+  for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
+  plan.channels_last = channels_last;
+  const int64_t run = channels_last ? shape.in_channels : shape.input[1];
+  plan.vectors = run % (channels_last ? 2 : 16 / weight.element_size()) == 0;
+
+  const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, grad.get_device_index()) - 1024;
+  bool narrow = shape.in_channels <= 32;
+  int shared_bytes = narrow ? 0 : lay_out<64>(plan, available);
+  if (shared_bytes == 0) narrow = true, shared_bytes = lay_out<32>(plan, available);
+  STD_TORCH_CHECK(shared_bytes > 0, "weight: expected weights that fit in shared memory, 32 input channels at a time");
+  for (int axis = 0; axis < 2; ++axis) plan.tiles_across[axis] = static_cast<int>(ceil_div(plan.input[axis], plan.tile[axis]));
+  const int64_t tiles = shape.images * plan.tiles_across[0] * plan.tiles_across[1];
+  STD_TORCH_CHECK(tiles < INT32_MAX / 2, "input_size: grad_input_mma expected fewer tiles, got ", tiles);
+  plan.tiles = static_cast<int>(tiles);
+  for (int tap = 0; tap < plan.taps; ++tap) {
+    const int y = plan.kernel[0] - 1 - tap / plan.kernel[1], x = plan.kernel[1] - 1 - tap % plan.kernel[1];
+    plan.tap_offset[tap] = y * plan.dilation[0] * plan.halo[1] + x * plan.dilation[1];
+  }
+
+  dispatch(weight.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) <= 4) {
+      const auto start = plan.taps == 9 ? (narrow ? launch<T, 32, 9> : launch<T, 64, 9>)
+                                        : (narrow ? launch<T, 32, 0> : launch<T, 64, 0>);
+      start(plan, shared_bytes, grad, winners, weight, static_cast<float>(scale), output);
+    }
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("grad_input_mma", TORCH_BOX(&grad_input_mma)); }
+
+}  // namespace fused_kernels
