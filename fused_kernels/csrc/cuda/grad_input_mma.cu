@@ -9,7 +9,8 @@
 // NOTE: eight rows at the same place are eight rows in the same banks. So pixel p reads its channels in another order, group
 // i ^ p of eight at the i-th step: no two in the same banks, wherever they are (measured on an H200). What a lane holds at
 // the end is then channels of group i ^ p; as a pixel has a column of its own, nothing is mixed.
-// float32 is multiplied as float16: weights times a power of two for each input channel, gradients times one for each tile.
+// A warp's pixels and the gradients that reach them are its own: no warp waits for another.
+// float32 is multiplied as float16: weights times a power of two for each input channel, gradients times one for each patch.
 // Limit: shared memory, 128 bytes a clock; then the memory that the gradient is written to.
 // Previous rung: grad_input_gather.
 
@@ -19,17 +20,19 @@
 
 namespace fused_kernels {
 
-constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
-constexpr int kGroup = 8;                  // channels in 16 bytes, pixels of an instruction
-constexpr int kStrips = 4, kRun = kStrips * kGroup;  // pixels side by side that a warp works on together
+constexpr int kWarps = 24, kThreads = kWarps * kWarpSize;
+constexpr int kGroup = 8;                            // channels in 16 bytes, pixels of an instruction
+constexpr int kStrips = 2, kRun = kStrips * kGroup;  // pixels side by side that a warp works on together
+constexpr int kPatchRows = 4, kPatchColumns = 32;    // what it works on, one run after the other
 constexpr int kMostTaps = 49;
 
 struct Plan {
   int images, input[2], output[2], padding[2], dilation[2], kernel[2], taps;
   int64_t grad_strides[4];
   int in_channels, out_channels;
-  int tile[2], halo[2], tiles_across[2], tiles;  // of the input's gradient; the halo: output pixels that reach a tile
-  int tap_offset[kMostTaps + 1];                 // of an output pixel from the last one that reaches an input pixel, in the halo
+  int halo[2], halo_pixels, patches_across[2], patches;  // the halo: output pixels that reach a patch of the input
+  uint32_t width_inverse;                                // 2^32 / its width, rounded up
+  int tap_offset[kMostTaps];                             // of an output pixel from the last one that reaches an input pixel
   bool channels_last, vectors;                   // whole vectors of pixels or channels can be stored
 };
 
@@ -78,7 +81,7 @@ __global__ void __launch_bounds__(kGroup* kWarpSize)
   }
 }
 
-// Four registers of each lane, in the order in which the lanes of a row of pixels have the same channels in the same one.
+// What lanes hold of channels i ^ bits at i, in order.
 template <int N>
 __device__ __forceinline__ void sort_by(int bits, float (&values)[N]) {
 #pragma unroll
@@ -107,61 +110,48 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kRowBytes = Rows<CHUNK>::kBytes, kMatrices = Rows<CHUNK>::kMatrices;
   extern __shared__ __align__(128) char shared[];
-  const int taps = TAPS > 0 ? TAPS : plan.taps, halo_pixels = plan.halo[0] * plan.halo[1];
-  const int rows_bytes = plan.out_channels * taps * kRowBytes;
-  uint32_t* const row_of = reinterpret_cast<uint32_t*>(shared + rows_bytes);  // of an output pixel's winner, first tap
-  uint32_t* const gradient_of = row_of + halo_pixels;                        // twice, as an operand
-  __shared__ uint32_t largest[2];
+  __shared__ alignas(8) float channel_factors[CHUNK];  // what float32's sums are to be multiplied by
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
+  const int taps = TAPS > 0 ? TAPS : plan.taps, rows_bytes = plan.out_channels * taps * kRowBytes;
+  uint32_t* const row_of = reinterpret_cast<uint32_t*>(shared + rows_bytes) + warp * 2 * plan.halo_pixels;
+  uint32_t* const gradient_of = row_of + plan.halo_pixels;
 
   const uint32_t first_row = ptx::shared_address(shared);
   const char* const source = reinterpret_cast<const char*>(rows) + static_cast<int64_t>(blockIdx.y) * rows_bytes;
   for (int i = threadIdx.x * 16; i < rows_bytes; i += kThreads * 16) ptx::cp_async_16(first_row + i, source + i, true);
-  ptx::cp_async_commit();
-  if (threadIdx.x < 2) largest[threadIdx.x] = 0;
+  if (threadIdx.x < CHUNK) channel_factors[threadIdx.x] = factors[blockIdx.y * CHUNK + threadIdx.x];
+  ptx::cp_async_wait_all();
+  __syncthreads();
 
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int q = lane % 4, r = lane / 4;  // of the result a lane has pixels 2q and 2q + 1, channels of number r
   // As ldmatrix wants it: this lane names the row of pixel lane % 8, of the first or second tap, of one of two groups.
   const int pixel = lane % 8, second_tap = lane / 16;
   const uint32_t group = (lane / 8 % 2 ^ pixel % Rows<CHUNK>::kGroups) * 16;
   // The pixels of a strip: what a lane stores of one channel shall be neighbours, and what four lanes store together, too.
-  const auto column_of = [](int p, int strip) {
-    return kScaled ? strip / 2 * 16 + p / 2 * 4 + strip % 2 * 2 + p % 2 : p / 2 * 8 + strip * 2 + p % 2;
-  };
+  const auto column_of = [](int p, int strip) { return p / 2 * (2 * kStrips) + strip * 2 + p % 2; };
   // Its place in operand B is on the diagonal for one of four lanes.
   const uint32_t on_diagonal = q != r / 2 ? 0u : r % 2 == 0 ? 0xffffu : 0xffff0000u;
 
-  // What float32's channels are to be multiplied by at the end.
-  float factor[kMatrices][2];
-#pragma unroll
-  for (int m = 0; m < kMatrices; ++m) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const int channel = (m ^ (q & (kMatrices - 1))) * 16 + 2 * r + s;
-      factor[m][s] = kScaled ? scale * factors[blockIdx.y * CHUNK + channel] : scale;
-    }
-  }
-
-  int turn = 0;
-  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x) {
-    const int tile_x = index % plan.tiles_across[1] * plan.tile[1];
-    const int tile_y = index / plan.tiles_across[1] % plan.tiles_across[0] * plan.tile[0];
-    const int image = index / plan.tiles_across[1] / plan.tiles_across[0];
-    // The first output pixel of the halo.
-    const int top = tile_y + plan.padding[0] - (plan.kernel[0] - 1) * plan.dilation[0];
-    const int left = tile_x + plan.padding[1] - (plan.kernel[1] - 1) * plan.dilation[1];
-    __syncthreads();
+  for (int patch = blockIdx.x * kWarps + warp; patch < plan.patches; patch += gridDim.x * kWarps) {
+    const int first_x = patch % plan.patches_across[1] * kPatchColumns;
+    const int first_y = patch / plan.patches_across[1] % plan.patches_across[0] * kPatchRows;
+    const int image = patch / plan.patches_across[1] / plan.patches_across[0];
+    // The halo: of each output pixel its winner's first row, and its gradient, twice, as an operand.
+    const int top = first_y + plan.padding[0] - (plan.kernel[0] - 1) * plan.dilation[0];
+    const int left = first_x + plan.padding[1] - (plan.kernel[1] - 1) * plan.dilation[1];
+    const int64_t first_output = static_cast<int64_t>(image) * plan.output[0] * plan.output[1];
+    const T* const first_grad = grad + image * plan.grad_strides[0];
     float most = 0.0f;
+    __syncwarp();
 #pragma unroll 4
-    for (int i = threadIdx.x; i < halo_pixels; i += kThreads) {
-      const int y = top + i / plan.halo[1], x = left + i % plan.halo[1];
+    for (int i = lane; i < plan.halo_pixels; i += kWarpSize) {
+      const int line = __umulhi(i, plan.width_inverse), y = top + line, x = left + i - line * plan.halo[1];
       const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(plan.output[0]) &&
                           static_cast<unsigned>(x) < static_cast<unsigned>(plan.output[1]);
       uint32_t row = 0, bits = 0;
       if (inside) {
-        const int64_t at = (static_cast<int64_t>(image) * plan.output[0] + y) * plan.output[1] + x;
-        row = winners[at] * taps * kRowBytes;
-        const T g = grad[image * plan.grad_strides[0] + y * plan.grad_strides[2] + x * plan.grad_strides[3]];
+        row = winners[first_output + static_cast<int64_t>(y) * plan.output[1] + x] * (taps * kRowBytes);
+        const T g = first_grad[y * plan.grad_strides[2] + x * plan.grad_strides[3]];
         if constexpr (kScaled) {
           bits = __float_as_uint(g);
           most = fmaxf(most, fabsf(g) < kInfinity<float> ? fabsf(g) : 0.0f);
@@ -172,42 +162,33 @@ __global__ void __launch_bounds__(kThreads, 1)
       row_of[i] = row;
       gradient_of[i] = bits;
     }
-    float back = 1.0f;
+    float back = scale;
     if constexpr (kScaled) {
-      // A power of two for all gradients of the tile.
-      const uint32_t of_warp = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
-      if (lane == 0) atomicMax(&largest[turn], of_warp);
-      __syncthreads();
-      const uint32_t bits = largest[turn];
+      const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
       const int exponent = bits > 0 ? exponent_for(__uint_as_float(bits)) : 0;
-      back = power_of_two(-exponent);
-      for (int i = threadIdx.x; i < halo_pixels; i += kThreads) {
+      back *= power_of_two(-exponent);
+      for (int i = lane; i < plan.halo_pixels; i += kWarpSize) {
         const float g = __uint_as_float(gradient_of[i]) * power_of_two(exponent);
         gradient_of[i] = ptx::pack_f16(g, g);
       }
-      turn ^= 1;
-      if (threadIdx.x == 0) largest[turn] = 0;
     }
-    ptx::cp_async_wait_all();
-    __syncthreads();
+    __syncwarp();
 
-    for (int run = warp; run < plan.tile[0] * plan.tile[1] / kRun; run += kWarps) {
-      const int y = run / (plan.tile[1] / kRun), x = run % (plan.tile[1] / kRun) * kRun;
+#pragma unroll 1
+    for (int run = 0; run < kPatchRows * kPatchColumns / kRun; ++run) {
+      const int y = run / (kPatchColumns / kRun), x = run % (kPatchColumns / kRun) * kRun;
+      if (first_y + y >= plan.input[0] || first_x + x >= plan.input[1]) continue;
       float sums[kStrips][kMatrices][4] = {};
       const int place = y * plan.halo[1] + x;
-      const auto add_taps = [&](int tap) {
-        // The tap after the last is the last again, times zero.
-        const bool two = tap + 1 < taps;
-        const int other = two ? tap + 1 : tap;
-        const int my_tap = second_tap ? other : tap, my_place = place + plan.tap_offset[my_tap];
-        const uint32_t my_row = first_row + my_tap * kRowBytes;
-        const int first_gradient = place + plan.tap_offset[tap], second_gradient = place + plan.tap_offset[other];
+      const auto operand_b = [&](int tap, int strip) {
+        return gradient_of[place + plan.tap_offset[tap] + column_of(r, strip)] & on_diagonal;
+      };
+      const auto add_two_taps = [&](int tap) {
+        const int my_tap = tap + second_tap, my_place = place + plan.tap_offset[my_tap];
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
-          const uint32_t address = (my_row + row_of[my_place + column_of(pixel, strip)]) ^ group;
-          const int column = column_of(r, strip);
-          const uint32_t b0 = gradient_of[first_gradient + column] & on_diagonal;
-          const uint32_t b1 = two ? gradient_of[second_gradient + column] & on_diagonal : 0u;
+          const uint32_t address = (first_row + my_tap * kRowBytes + row_of[my_place + column_of(pixel, strip)]) ^ group;
+          const uint32_t b0 = operand_b(tap, strip), b1 = operand_b(tap + 1, strip);
 #pragma unroll
           for (int m = 0; m < kMatrices; ++m) {
             uint32_t a[4];
@@ -216,27 +197,46 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       };
+      const auto add_tap = [&](int tap) {
+#pragma unroll
+        for (int strip = 0; strip < kStrips; ++strip) {
+          const int my_place = place + plan.tap_offset[tap] + column_of(pixel, strip);
+          const uint32_t address = (first_row + tap * kRowBytes + row_of[my_place]) ^ group, b = operand_b(tap, strip);
+#pragma unroll
+          for (int m = 0; m < kMatrices; ++m) {
+            uint32_t a[2];
+            ptx::ldmatrix_x2_transposed(a, address ^ (m * 32));
+            ptx::mma_m16n8k8(sums[strip][m], a, b, Operand<T>());
+          }
+        }
+      };
       if constexpr (TAPS > 0) {
 #pragma unroll
-        for (int tap = 0; tap < TAPS; tap += 2) add_taps(tap);
+        for (int tap = 0; tap + 1 < TAPS; tap += 2) add_two_taps(tap);
+        if (TAPS % 2 == 1) add_tap(TAPS - 1);
       } else {
 #pragma unroll 1
-        for (int tap = 0; tap < taps; tap += 2) add_taps(tap);
+        for (int tap = 0; tap + 1 < taps; tap += 2) add_two_taps(tap);
+        if (taps % 2 == 1) add_tap(taps - 1);
       }
 
       // Channels 16 e + 2 r and the next, where e = m ^ q: of pixel 2q they are sums 0 and 2, of pixel 2q + 1 sums 3 and 1.
 #pragma unroll
-      for (int strip = 0; strip < kStrips; ++strip) {
+      for (int m = 0; m < kMatrices; ++m) {
+        float2 factor = make_float2(scale, scale);
+        if constexpr (kScaled) {
+          factor = *reinterpret_cast<const float2*>(channel_factors + (m ^ (q & (kMatrices - 1))) * 16 + 2 * r);
+          factor.x *= back, factor.y *= back;
+        }
 #pragma unroll
-        for (int m = 0; m < kMatrices; ++m) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) sums[strip][m][k] = sums[strip][m][k] * factor[m][k == 1 || k == 2] * back;
+        for (auto& of_strip : sums) {
+          of_strip[m][0] *= factor.x, of_strip[m][3] *= factor.x;
+          of_strip[m][1] *= factor.y, of_strip[m][2] *= factor.y;
         }
       }
       const int64_t plane = static_cast<int64_t>(plan.input[0]) * plan.input[1];
-      const int out_y = tile_y + y, out_x = tile_x + x, first_channel = blockIdx.y * CHUNK;
-      if (out_y >= plan.input[0]) continue;
-      const int64_t line = static_cast<int64_t>(out_y) * plan.input[1];
+      const int out_x = first_x + x, first_channel = blockIdx.y * CHUNK;
+      const int64_t line = static_cast<int64_t>(first_y + y) * plan.input[1];
       if (plan.channels_last) {
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
@@ -251,9 +251,9 @@ __global__ void __launch_bounds__(kThreads, 1)
               const float first = sums[strip][m][odd ? 3 : 0], second = sums[strip][m][odd ? 1 : 2];
               if (plan.vectors && first_channel + channel < plan.in_channels) {
                 if constexpr (kScaled) {
-                  *reinterpret_cast<float2*>(to + channel) = make_float2(first, second);
+                  __stwb(reinterpret_cast<float2*>(to + channel), make_float2(first, second));
                 } else {
-                  *reinterpret_cast<uint32_t*>(to + channel) = pack_pair<T>(first, second);
+                  __stwb(reinterpret_cast<unsigned*>(to + channel), pack_pair<T>(first, second));
                 }
               } else {
                 if (first_channel + channel < plan.in_channels) to[channel] = static_cast<T>(first);
@@ -281,26 +281,21 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int channel = first_channel + e * 16 + 2 * r + s;
             if (channel >= plan.in_channels) continue;
             T* const to = output + (static_cast<int64_t>(image) * plan.in_channels + channel) * plane + line + out_x;
-            constexpr int kVector = kScaled ? 2 : 4;  // strips in 16 bytes
-#pragma unroll
-            for (int strip = 0; strip < kStrips; strip += kVector) {
-              const int column = column_of(2 * q, strip);
-              if (plan.vectors) {
-                if (out_x + column >= plan.input[1]) continue;
-                uint4 packed;
-                if constexpr (kScaled) {
-                  packed = make_uint4(__float_as_uint(values[strip][0][e]), __float_as_uint(values[strip][1][e]),
-                                      __float_as_uint(values[strip + 1][0][e]), __float_as_uint(values[strip + 1][1][e]));
-                } else {
-                  packed = make_uint4(pack_pair<T>(values[0][0][e], values[0][1][e]), pack_pair<T>(values[1][0][e], values[1][1][e]),
-                                      pack_pair<T>(values[2][0][e], values[2][1][e]), pack_pair<T>(values[3][0][e], values[3][1][e]));
-                }
-                *reinterpret_cast<uint4*>(to + column) = packed;
+            const int column = column_of(2 * q, 0);
+            // NOTE: plain stores of both branches nvcc makes one of, of single elements.
+            if (plan.vectors) {
+              if (out_x + column >= plan.input[1]) continue;
+              if constexpr (kScaled) {
+                __stwb(reinterpret_cast<float4*>(to + column),
+                       make_float4(values[0][0][e], values[0][1][e], values[1][0][e], values[1][1][e]));
               } else {
+                __stwb(reinterpret_cast<uint2*>(to + column), make_uint2(pack_pair<T>(values[0][0][e], values[0][1][e]),
+                                                                         pack_pair<T>(values[1][0][e], values[1][1][e])));
+              }
+            } else {
 #pragma unroll
-                for (int i = 0; i < 2 * kVector; ++i) {
-                  if (out_x + column + i < plan.input[1]) to[column + i] = static_cast<T>(values[strip + i / 2][i % 2][e]);
-                }
+              for (int i = 0; i < 2 * kStrips; ++i) {
+                if (out_x + column + i < plan.input[1]) to[column + i] = static_cast<T>(values[i / 2][i % 2][e]);
               }
             }
           }
@@ -308,20 +303,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
-}
-
-// Shared memory for a tile beside the rows; zero where the rows alone do not fit.
-template <int CHUNK>
-int lay_out(Plan& plan, int most) {
-  const int rows_bytes = plan.out_channels * plan.taps * Rows<CHUNK>::kBytes;
-  plan.tile[1] = std::min(4 * kRun, static_cast<int>(ceil_div(plan.input[1], kRun)) * kRun);
-  plan.halo[1] = plan.tile[1] + (plan.kernel[1] - 1) * plan.dilation[1];
-  for (plan.tile[0] = 16; plan.tile[0] >= 4; plan.tile[0] /= 2) {
-    plan.halo[0] = plan.tile[0] + (plan.kernel[0] - 1) * plan.dilation[0];
-    const int64_t bytes = rows_bytes + int64_t{8} * plan.halo[0] * plan.halo[1];
-    if (bytes <= most) return static_cast<int>(bytes);
-  }
-  return 0;
 }
 
 template <typename T, int CHUNK, int TAPS>
@@ -340,7 +321,8 @@ void launch(const Plan& plan, int shared_bytes, const Tensor& grad, const Tensor
       rows, factors);
   const auto kernel = grad_input_kernel<T, CHUNK, TAPS>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  const dim3 grid(std::min(plan.tiles, std::max(multiprocessors(device) / chunks, 1)), chunks);
+  const int blocks = std::max(multiprocessors(device) / chunks, 1);
+  const dim3 grid(std::min(static_cast<int>(ceil_div(plan.patches, kWarps)), blocks), chunks);
   kernel<<<grid, kThreads, shared_bytes, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners), rows, factors,
                                                    scale, static_cast<T*>(output.data_ptr()), plan);
 }
@@ -377,17 +359,29 @@ Tensor grad_input_mma(const Tensor& grad, const Tensor& winners, const Tensor& w
   for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
   plan.channels_last = channels_last;
   const int64_t run = channels_last ? shape.in_channels : shape.input[1];
-  plan.vectors = run % (channels_last ? 2 : 16 / weight.element_size()) == 0;
+  plan.vectors = run % (channels_last ? 2 : 2 * kStrips) == 0;
 
-  const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, grad.get_device_index()) - 1024;
-  bool narrow = shape.in_channels <= 32;
-  int shared_bytes = narrow ? 0 : lay_out<64>(plan, available);
-  if (shared_bytes == 0) narrow = true, shared_bytes = lay_out<32>(plan, available);
-  STD_TORCH_CHECK(shared_bytes > 0, "weight: expected weights that fit in shared memory, 32 input channels at a time");
-  for (int axis = 0; axis < 2; ++axis) plan.tiles_across[axis] = static_cast<int>(ceil_div(plan.input[axis], plan.tile[axis]));
-  const int64_t tiles = shape.images * plan.tiles_across[0] * plan.tiles_across[1];
-  STD_TORCH_CHECK(tiles < INT32_MAX / 2, "input_size: grad_input_mma expected fewer tiles, got ", tiles);
-  plan.tiles = static_cast<int>(tiles);
+  const int patch[2] = {kPatchRows, kPatchColumns};
+  for (int axis = 0; axis < 2; ++axis) {
+    plan.halo[axis] = patch[axis] + (plan.kernel[axis] - 1) * plan.dilation[axis];
+    plan.patches_across[axis] = static_cast<int>(ceil_div(plan.input[axis], patch[axis]));
+  }
+  STD_TORCH_CHECK(int64_t{plan.halo[0]} * plan.halo[1] < 1 << 16, "dilation: grad_input_mma expected a filter of a shorter reach");
+  plan.halo_pixels = plan.halo[0] * plan.halo[1];
+  plan.width_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.halo[1] + 1);
+  const int64_t patches = shape.images * plan.patches_across[0] * plan.patches_across[1];
+  STD_TORCH_CHECK(patches < INT32_MAX / 2, "input_size: grad_input_mma expected fewer patches, got ", patches);
+  plan.patches = static_cast<int>(patches);
+
+  // The weights of 64 input channels, or of 32.
+  const auto bytes = [&](int64_t chunk) {
+    return plan.out_channels * plan.taps * chunk * 2 + int64_t{kWarps} * plan.halo_pixels * 8 + chunk * 4;
+  };
+  const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, grad.get_device_index());
+  const bool narrow = shape.in_channels <= 32 || bytes(64) > available;
+  const int64_t shared_bytes = bytes(narrow ? 32 : 64);
+  STD_TORCH_CHECK(shared_bytes <= available,
+                  "weight: grad_input_mma expected the weights of 32 input channels to fit in shared memory");
   for (int tap = 0; tap < plan.taps; ++tap) {
     const int y = plan.kernel[0] - 1 - tap / plan.kernel[1], x = plan.kernel[1] - 1 - tap % plan.kernel[1];
     plan.tap_offset[tap] = y * plan.dilation[0] * plan.halo[1] + x * plan.dilation[1];

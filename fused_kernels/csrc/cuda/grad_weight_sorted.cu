@@ -4,10 +4,11 @@
 //   operand A   the inputs that the filter lay on: 16 input channels by 16 pixels, gathered by ldmatrix from the tile's input
 //   operand B   the pixels' gradients, each in its winner's column of eight
 //   result      16 input channels by 8 output channels, added to sums that stay in registers from the first tile to the last
-// A multiprocessor's registers have the sums of 32 input channels, 9 taps and 128 output channels: 144 KiB. A warp has a tap, and
-// walks through all the lists, whichever channels win: however skewed the winners are, all warps do the same work.
-//   sort_kernel     one block a tile: the lists; and the tile's part of the bias's gradient, in float32
-//   sum_kernel      warps of two kinds: three bring the input of the next tile, nine multiply
+// A multiprocessor's registers have the sums of 16 or 32 input channels, 9 taps and 128 output channels: 144 KiB, half of what
+// there is, or a quarter. A warp has a tap, and walks through all the lists, whichever channels win: however skewed the winners
+// are, all warps do the same work.
+//   sort_kernel     one block a tile: the lists; and the tile's part of the bias's gradient
+//   sum_kernel      warps of two kinds: some bring the input of the next tile, nine multiply
 //   reduce_kernel   adds what the blocks found
 // Every sum has one owner and one order: the same bits every time.
 // NOTE: ldmatrix reads eight rows at once, and rows at the same place modulo 8 are in the same banks. So a step's pixels are dealt
@@ -18,6 +19,7 @@
 
 #include "gradients.h"
 #include "implicit_gemm.cuh"
+#include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
 
@@ -25,14 +27,25 @@ namespace fused_kernels {
 
 constexpr int kColumns = 8, kStep = 16;               // output channels of a list, pixels of a step
 constexpr int kLists = 16;                             // of a block that sums
-constexpr int kChunk = 32, kPixelBytes = kChunk * 2 + 16;  // input channels; padded so that places modulo 8 are different banks
 constexpr int kPlaces = 8;
-constexpr int kMostTaps = 9, kInputWarps = 3, kSumThreads = (kMostTaps + kInputWarps) * kWarpSize;
-constexpr int kInputThreads = kInputWarps * kWarpSize;
+constexpr int kMostTaps = 9;
 constexpr int kMostPixels = 1024, kMostHalo = 4096;  // of a tile, and of its input
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarpSize;
 constexpr int kStages = 2;
-constexpr int kUnitsInFlight = 8;                    // of a thread that brings input, 8 channels of a pixel each
+constexpr int kInFlight = 4;                         // 16 bytes of operand each, of a thread that brings input
+constexpr int kStepBytes = kWarpSize * 8 + kStep * 4;  // operand B of a step, and where its pixels' rows begin
+
+// How a block that sums cuts the input's channels, and who brings them. 16-bit channels that lie side by side are copied past the
+// registers, and few warps do that. All else is converted or transposed by warps that then need registers of their own, and more
+// of them than there are beside the sums of 32 channels.
+template <typename T, bool DENSE>
+struct Cut {
+  static constexpr bool kCopies = DENSE && sizeof(T) == 2;
+  static constexpr int kChunk = kCopies ? 32 : 16, kGroups = kChunk / 8;
+  static constexpr int kPixelBytes = kChunk * 2 + 16;  // padded so that places modulo 8 are different banks
+  static constexpr int kInputWarps = kCopies ? 3 : 11, kInputThreads = kInputWarps * kWarpSize;
+  static constexpr int kThreads = kMostTaps * kWarpSize + kInputThreads;
+};
 
 // An entry: a gradient of 16 bits, its winner's column, and where its input begins in the tile's.
 constexpr int kColumnShift = 12;
@@ -44,9 +57,8 @@ struct Plan {
   int tile[2], halo[2], tiles_across[2], tiles;
   int lists, capacity;                 // of a tile: lists, entries
   int chunks, ranges, slices;          // of input channels, output channels, tiles
-  int tap_offset[kMostTaps];           // in pixels of the halo
-  uint32_t width_inverse, pixels_inverse;  // 2^32 / its width and / its pixels, rounded up
-  bool dense_channels;                 // the input's channels side by side and aligned
+  int tap_offset[kMostTaps];           // in bytes of the halo
+  uint32_t width_inverse;              // 2^32 / its width, rounded up
 };
 
 struct Place {
@@ -63,6 +75,8 @@ __device__ __forceinline__ Place place_of(const Plan& plan, int tile) {
 // values follow large ones they are multiplied by less.
 constexpr int kMostRise = 48;
 constexpr int kNoExponent = INT32_MAX;  // of a tile all zeros
+// A power of two was right where the largest float16 is in [2^6, 2^14): as bits.
+constexpr uint32_t kLeastSeen = 0x5400, kMostSeen = 0x7400;
 
 // For the largest of a tile's values; in steps of eight, so that most tiles have the same one: the largest value is at least 64 still.
 __device__ __forceinline__ int common_exponent(float largest) {
@@ -208,7 +222,7 @@ __global__ void __launch_bounds__(kSortThreads)
   // The bias: of a list's eight columns four lanes each sum a quarter.
   for (int list = warp; list < plan.lists; list += kSortWarps) {
     const int end = first_round[list + 1] * kPlaces;
-    float sum = 0.0f;
+    double sum = 0.0;
     for (int i = first_round[list] * kPlaces + lane / kColumns; i < end; i += kWarpSize / kColumns) {
       if ((sorted_entries[i] >> kColumnShift) % kColumns == lane % kColumns) sum += sorted[i];
     }
@@ -216,7 +230,7 @@ __global__ void __launch_bounds__(kSortThreads)
     sum += __shfl_xor_sync(0xffffffffu, sum, 16);
     const int channel = list * kColumns + lane;
     if (lane < kColumns && channel < plan.out_channels) {
-      bias_parts[static_cast<int64_t>(blockIdx.x) * plan.out_channels + channel] = sum;
+      bias_parts[static_cast<int64_t>(blockIdx.x) * plan.out_channels + channel] = static_cast<float>(sum);
     }
   }
 }
@@ -230,65 +244,118 @@ struct Stage {
   }
 };
 
-// Brings a tile's input: [pixel][channel], in 16 bits, zeros in the padding. Gives the largest magnitude that it saw.
+// Eight channels of a pixel as operand A.
 template <typename T>
-__device__ __forceinline__ float bring_input(const T* input, const Plan& plan, const Place& tile, int first_channel, int thread,
-                                             float factor, char* target) {
-  constexpr int kGroups = kChunk / 8;
-  const int top = tile.row * plan.stride[0] - plan.padding[0], left = tile.column * plan.stride[1] - plan.padding[1];
-  const int units = plan.halo[0] * plan.halo[1] * kGroups, pixels = plan.halo[0] * plan.halo[1];
-  const T* const image = input + tile.image * plan.input_strides[0] + first_channel * plan.input_strides[1];
-  const int channels = min(plan.in_channels - first_channel, kChunk);
-  float most = 0.0f;
+__device__ __forceinline__ void put_group(const Raw<T>(&values)[8], float factor, uint32_t& most, char* target) {
+  uint32_t packed[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const Raw<T> low = values[2 * c], high = values[2 * c + 1];
+    if constexpr (sizeof(T) == 4) {
+      packed[c] = ptx::pack_f16(low * factor, high * factor);
+      most = ptx::max_magnitudes_f16(most, packed[c]);
+    } else {
+      packed[c] = low | static_cast<uint32_t>(high) << 16;
+    }
+  }
+  *reinterpret_cast<uint4*>(target) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+
+// Where a tile's input lies.
+template <typename T, class C>
+struct InputTile {
+  const Raw<T>* first;  // of the tile's first pixel, the chunk's first channel; perhaps outside the image
+  int top, left, channels;
+  bool whole;  // no padding, all channels there
+
+  __device__ __forceinline__ InputTile(const T* input, const Plan& plan, const Place& tile, int first_channel)
+      : top(tile.row * plan.stride[0] - plan.padding[0]), left(tile.column * plan.stride[1] - plan.padding[1]),
+        channels(min(plan.in_channels - first_channel, C::kChunk)) {
+    const int64_t* const strides = plan.input_strides;
+    first = reinterpret_cast<const Raw<T>*>(input) + tile.image * strides[0] + first_channel * strides[1] + top * strides[2] +
+            left * strides[3];
+    whole = top >= 0 && left >= 0 && top + plan.halo[0] <= plan.input[0] && left + plan.halo[1] <= plan.input[1] &&
+            channels == C::kChunk;
+  }
+  __device__ __forceinline__ bool has(const Plan& plan, int row, int column) const {
+    return static_cast<unsigned>(top + row) < static_cast<unsigned>(plan.input[0]) &&
+           static_cast<unsigned>(left + column) < static_cast<unsigned>(plan.input[1]);
+  }
+};
+
+// Brings it: [pixel][channel] in 16 bits, zeros in the padding. Gives the largest magnitude that it saw, of two float16.
+// Past the last pixel the last one is read again, so that a whole tile's loads have no conditions.
+template <typename T, bool DENSE, bool WHOLE, class C>
+__device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, const Plan& plan, int thread, float factor,
+                                                char* target) {
+  const int pixels = plan.halo[0] * plan.halo[1];
+  const int row_stride = static_cast<int>(plan.input_strides[2]), column_stride = static_cast<int>(plan.input_strides[3]);
+  uint32_t most = 0;
+  // Of dense channels eight threads have the same group of eight neighbouring pixels, else all of them neighbouring pixels: in
+  // shared memory, different banks.
+  constexpr int kStride = DENSE ? C::kInputThreads / C::kGroups : C::kInputThreads;
+  const int group = DENSE ? thread / 8 % C::kGroups : 0;
+  const int first_pixel = DENSE ? thread / (8 * C::kGroups) * 8 + thread % 8 : thread;
+  const Raw<T>* const source = tile.first + group * 8;
+  char* const to = target + group * 16;
+  const auto offset_of = [&](int pixel, bool& inside) {
+    pixel = min(pixel, pixels - 1);
+    const int row = __umulhi(pixel, plan.width_inverse), column = pixel - row * plan.halo[1];
+    inside = WHOLE || tile.has(plan, row, column);
+    return row * row_stride + column * column_stride;
+  };
+  if constexpr (C::kCopies) {
+#pragma unroll 4
+    for (int pixel = first_pixel; pixel < pixels; pixel += kStride) {
+      bool inside;
+      const int offset = offset_of(pixel, inside);
+      inside &= WHOLE || group * 8 < tile.channels;
+      ptx::cp_async_16(ptx::shared_address(to) + pixel * C::kPixelBytes, inside ? source + offset : tile.first, inside);
+    }
+  } else {
+    constexpr int kPixels = DENSE ? kInFlight : 1, kRuns = DENSE ? 1 : C::kGroups;
 #pragma unroll 1
-  for (int first = thread; first < units; first += kInputThreads * kUnitsInFlight) {
-    Raw<T> values[kUnitsInFlight][8];
-    int targets[kUnitsInFlight];
+    for (int first = first_pixel; first < pixels; first += kStride * kPixels) {
+      Raw<T> values[kPixels][kRuns][8];
 #pragma unroll
-    for (int k = 0; k < kUnitsInFlight; ++k) {
-      // Neighbouring threads have neighbouring pixels, or groups of channels.
-      const int unit = first + k * kInputThreads;
-      const int group = plan.dense_channels ? unit % kGroups : __umulhi(unit, plan.pixels_inverse);
-      const int pixel = plan.dense_channels ? unit / kGroups : unit - group * pixels;
-      const int row = __umulhi(pixel, plan.width_inverse), column = pixel - row * plan.halo[1];
-      const int y = top + row, x = left + column;
-      targets[k] = unit < units ? pixel * kPixelBytes + group * 16 : -1;
-      const bool inside = unit < units && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
-                          static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
-      const int count = inside ? channels - group * 8 : 0;
-      const T* const source = image + y * plan.input_strides[2] + x * plan.input_strides[3] + group * 8 * plan.input_strides[1];
-      if (plan.dense_channels) {
-        constexpr int kVector = 16 / sizeof(T);
-#pragma unroll
-        for (int v = 0; v < 8; v += kVector) {
-          uint4 loaded = make_uint4(0, 0, 0, 0);
-          if (count > v) loaded = __ldg(reinterpret_cast<const uint4*>(source + v));
-          *reinterpret_cast<uint4*>(values[k] + v) = loaded;
-        }
-      } else {
-        const Raw<T>* from = reinterpret_cast<const Raw<T>*>(source);
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          values[k][c] = c < count ? __ldg(from) : Raw<T>(0);
-          from += plan.input_strides[1];
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kUnitsInFlight; ++k) {
-      uint32_t packed[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const auto low = values[k][2 * c], high = values[k][2 * c + 1];
-        if constexpr (sizeof(T) == 4) {
-          most = fmaxf(most, fmaxf(finite_magnitude(low), finite_magnitude(high)));
-          packed[c] = ptx::pack_f16(low * factor, high * factor);
+      for (int k = 0; k < kPixels; ++k) {
+        bool inside;
+        const Raw<T>* from = source + offset_of(first + k * kStride, inside);
+        if constexpr (DENSE) {
+          const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          inside &= WHOLE || group * 8 < tile.channels;
+          float4* const two = reinterpret_cast<float4*>(values[k][0]);
+          two[0] = inside ? __ldg(reinterpret_cast<const float4*>(from)) : zero;
+          two[1] = inside ? __ldg(reinterpret_cast<const float4*>(from) + 1) : zero;
         } else {
-          packed[c] = low | static_cast<uint32_t>(high) << 16;
+#pragma unroll
+          for (int c = 0; c < C::kChunk; ++c) {
+            values[k][c / 8][c % 8] = inside && (WHOLE || c < tile.channels) ? __ldg(from) : Raw<T>(0);
+            from += plan.input_strides[1];
+          }
         }
       }
-      if (targets[k] >= 0) *reinterpret_cast<uint4*>(target + targets[k]) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+#pragma unroll
+      for (int k = 0; k < kPixels; ++k) {
+        const int pixel = first + k * kStride;
+        if (pixel >= pixels) break;
+#pragma unroll
+        for (int r = 0; r < kRuns; ++r) put_group<T>(values[k][r], factor, most, to + pixel * C::kPixelBytes + r * 16);
+      }
     }
+  }
+  return most;
+}
+
+// Reads a tile's input once more, for its largest value that is finite.
+template <typename T, class C>
+__device__ __forceinline__ float largest_finite(const InputTile<T, C>& tile, const Plan& plan, int thread) {
+  float most = 0.0f;
+  for (int pixel = thread; pixel < plan.halo[0] * plan.halo[1]; pixel += C::kInputThreads) {
+    const int row = pixel / plan.halo[1], column = pixel % plan.halo[1];
+    if (!tile.has(plan, row, column)) continue;
+    const Raw<T>* const source = tile.first + row * plan.input_strides[2] + column * plan.input_strides[3];
+    for (int c = 0; c < tile.channels; ++c) most = fmaxf(most, finite_magnitude(source[c * plan.input_strides[1]]));
   }
   return most;
 }
@@ -306,15 +373,15 @@ __device__ __forceinline__ uint32_t operand_b(uint2 two, __half2 column, __half2
 }
 
 // Partial sums: [slice][tap][output channel][input channel].
-template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 1)
+template <typename T, bool DENSE>
+__global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
     sum_kernel(const T* input, const uint32_t* entries, const uint16_t* begins, const int* exponents, float* partial,
                const __grid_constant__ Plan plan) {
+  using C = Cut<T, DENSE>;
   extern __shared__ __align__(128) char shared[];
-  const int input_bytes = plan.halo[0] * plan.halo[1] * kPixelBytes, stage_bytes = input_bytes + plan.capacity * 4;
+  const int input_bytes = plan.halo[0] * plan.halo[1] * C::kPixelBytes, stage_bytes = input_bytes + plan.capacity / kStep * kStepBytes;
   __shared__ uint16_t list_begins[kStages][kLists + 1];
   __shared__ int stage_exponents[kStages];
-  __shared__ __half2 stage_factors[kStages];  // for gradients that are to be multiplied by less
   __shared__ uint32_t largest[2];
   __shared__ uint64_t barriers[2 * kStages];
   const uint32_t first_barrier = ptx::shared_address(barriers);
@@ -322,7 +389,7 @@ __global__ void __launch_bounds__(kSumThreads, 1)
   const auto empty = [&](const Stage& s) { return first_barrier + s.index * 16 + 8; };
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(first_barrier + s * 16, kInputThreads);
+      ptx::mbarrier_init(first_barrier + s * 16, C::kInputThreads);
       ptx::mbarrier_init(first_barrier + s * 16 + 8, plan.taps * kWarpSize);
     }
     ptx::mbarrier_init_fence();
@@ -340,43 +407,66 @@ __global__ void __launch_bounds__(kSumThreads, 1)
 
   if (warp >= kMostTaps) {
     const int thread = threadIdx.x - kMostTaps * kWarpSize;
+    const uint32_t n = lane / 4 << kColumnShift, both = n * 0x10001u;
+    const __half2 column = reinterpret_cast<const __half2&>(both);
     int exponent = sizeof(T) == 4 ? 8 : 0, turn = 0, least = 4 * kLargestExponent, total = 0;
     for (int tile = begin; tile < end; ++tile) {
       char* const target = shared + stage.index * stage_bytes;
       const uint16_t* const tile_begins = begins + static_cast<int64_t>(tile) * (plan.lists + 1) + first_list;
-      const int first = tile_begins[0] * kStep, count = tile_begins[lists] * kStep - first;
-      const uint32_t* const source = entries + static_cast<int64_t>(tile) * plan.capacity + first;
+      const int steps = tile_begins[lists] - tile_begins[0];
+      const uint32_t* const source = entries + static_cast<int64_t>(tile) * plan.capacity + tile_begins[0] * kStep;
       ptx::mbarrier_wait(empty(stage), stage.phase ^ 1);
-      const uint32_t list_target = ptx::shared_address(target + input_bytes);
-      for (int i = thread * 4; i < count; i += kInputThreads * 4) ptx::cp_async_16(list_target + i * 4, source + i, true);
       if (thread <= kLists) list_begins[stage.index][thread] = static_cast<uint16_t>(tile_begins[min(thread, lists)] - tile_begins[0]);
-      const Place place = place_of(plan, tile);
-      float most = bring_input(input, plan, place, chunk * kChunk, thread, power_of_two(exponent), target);
+      const InputTile<T, C> input_tile(input, plan, place_of(plan, tile), chunk * C::kChunk);
+      const auto bring = [&] {
+        const float factor = power_of_two(exponent);
+        return input_tile.whole ? bring_input<T, DENSE, true>(input_tile, plan, thread, factor, target)
+                                : bring_input<T, DENSE, false>(input_tile, plan, thread, factor, target);
+      };
+      uint32_t seen = bring();
       if constexpr (sizeof(T) == 4) {
         // The power of two was a guess, the last tile's; where it was wrong, again.
-        const uint32_t of_warp = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
-        if (lane == 0) atomicMax(&largest[turn], of_warp);
-        ptx::barrier_sync(1, kInputThreads);
-        most = __uint_as_float(largest[turn]);
-        turn ^= 1;
-        if (thread == 0) largest[turn] = 0;
-        const int wanted = common_exponent(most);
-        if (most > 0.0f && wanted != exponent) {
-          exponent = wanted;
-          bring_input(input, plan, place, chunk * kChunk, thread, power_of_two(exponent), target);
+        const auto largest_of_all = [&](uint32_t bits) {
+          bits = __reduce_max_sync(0xffffffffu, bits);
+          if (lane == 0) atomicMax(&largest[turn], bits);
+          ptx::barrier_sync(1, C::kInputThreads);
+          bits = largest[turn];
+          turn ^= 1;
+          if (thread == 0) largest[turn] = 0;
+          ptx::barrier_sync(1, C::kInputThreads);
+          return bits;
+        };
+        seen = largest_of_all(max(seen & 0xffff, seen >> 16));
+        if (seen > 0 && (seen < kLeastSeen || seen >= kMostSeen)) {
+          const float most = __uint_as_float(largest_of_all(__float_as_uint(largest_finite(input_tile, plan, thread))));
+          if (most > 0.0f && common_exponent(most) != exponent) {
+            exponent = common_exponent(most);
+            bring();
+          }
         }
-        ptx::barrier_sync(1, kInputThreads);
       }
-      if (sizeof(T) == 4 && thread == 0) {
-        int excess = 0;
-        if (const int of_gradients = exponents[tile]; of_gradients != kNoExponent && most > 0.0f) {
+      int excess = 0;
+      if constexpr (sizeof(T) == 4) {
+        if (const int of_gradients = exponents[tile]; of_gradients != kNoExponent && seen > 0) {
           total = exponent + of_gradients;
           least = min(least, total);
           excess = max(total - least - kMostRise, 0);
           total -= excess;
         }
-        stage_exponents[stage.index] = total;
-        stage_factors[stage.index] = __float2half2_rn(power_of_two(-min(excess, kLargestExponent)));
+        if (thread == 0) stage_exponents[stage.index] = total;
+      }
+      // The lists, as the tensor cores want them.
+      const __half2 factor = __float2half2_rn(power_of_two(-min(excess, kLargestExponent)));
+#pragma unroll 4
+      for (int step = thread / kWarpSize; step < steps; step += C::kInputWarps) {
+        const uint2* const four = reinterpret_cast<const uint2*>(source + step * kStep) + lane % 4;
+        const uint2 low = __ldg(four), high = __ldg(four + 4);
+        uint2* const operands = reinterpret_cast<uint2*>(target + input_bytes) + step * kWarpSize;
+        operands[lane] = make_uint2(operand_b<T>(low, column, factor), operand_b<T>(high, column, factor));
+        if (lane < kStep) {
+          uint32_t* const rows = reinterpret_cast<uint32_t*>(target + input_bytes + plan.capacity / kStep * kWarpSize * 8);
+          rows[step * kStep + lane] = (__ldg(source + step * kStep + lane) & ((1 << kColumnShift) - 1)) * C::kPixelBytes;
+        }
       }
       ptx::cp_async_wait_all();
       ptx::mbarrier_arrive(full(stage));
@@ -387,19 +477,18 @@ __global__ void __launch_bounds__(kSumThreads, 1)
   if (warp >= plan.taps) return;
 
   // A warp that multiplies: a tap.
-  float sums[kLists][kChunk / 16][4] = {};
+  float sums[kLists][C::kChunk / 16][4] = {};
   int exponent = 0;
-  const uint32_t n = lane / 4 << kColumnShift, both = n * 0x10001u;
-  const __half2 column = reinterpret_cast<const __half2&>(both);
   const int slot = lane % 8 + lane / 16 * 8;  // the pixel whose row this lane names
-  const uint32_t shift = plan.tap_offset[warp] * kPixelBytes + lane / 8 % 2 * 16;
+  const uint32_t shift = plan.tap_offset[warp] + lane / 8 % 2 * 16;
   for (int tile = begin; tile < end; ++tile) {
     const char* const inputs = shared + stage.index * stage_bytes;
-    const uint32_t* const list = reinterpret_cast<const uint32_t*>(inputs + input_bytes);
+    const uint2* operand = reinterpret_cast<const uint2*>(inputs + input_bytes) + lane;
+    const uint2* const first_operand = operand;
+    const uint32_t* row_of = reinterpret_cast<const uint32_t*>(inputs + input_bytes + plan.capacity / kStep * kWarpSize * 8) + slot;
     const uint32_t first_row = ptx::shared_address(inputs) + shift;
     ptx::mbarrier_wait(full(stage), stage.phase);
     const int change = sizeof(T) == 4 ? stage_exponents[stage.index] - exponent : 0;
-    const __half2 factor = stage_factors[stage.index];
     if (change != 0) {
       exponent += change;
 #pragma unroll
@@ -412,26 +501,23 @@ __global__ void __launch_bounds__(kSumThreads, 1)
       }
     }
     const uint16_t* const ends = list_begins[stage.index] + 1;
-    const uint32_t* at = list;
     // A step ahead: past the last there is still shared memory.
-    uint32_t mine = at[slot];
-    uint2 low = *reinterpret_cast<const uint2*>(at + lane % 4 * 2), high = *reinterpret_cast<const uint2*>(at + lane % 4 * 2 + 8);
+    uint32_t row = *row_of;
+    uint2 b = *operand;
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
-      const uint32_t* const list_end = list + ends[i] * kStep;
+      const uint2* const list_end = first_operand + ends[i] * kWarpSize;
 #pragma unroll 1
-      while (at < list_end) {
-        const uint32_t row = first_row + (mine & ((1 << kColumnShift) - 1)) * kPixelBytes;
-        const uint32_t b0 = operand_b<T>(low, column, factor), b1 = operand_b<T>(high, column, factor);
-        at += kStep;
-        mine = at[slot];
-        low = *reinterpret_cast<const uint2*>(at + lane % 4 * 2), high = *reinterpret_cast<const uint2*>(at + lane % 4 * 2 + 8);
+      while (operand < list_end) {
+        uint32_t a[C::kChunk / 16][4];
 #pragma unroll
-        for (int m = 0; m < kChunk / 16; ++m) {
-          uint32_t a[4];
-          ptx::ldmatrix_x4_transposed(a, row + m * 32);
-          ptx::mma_m16n8k16(sums[i][m], a, b0, b1, Operand<T>());
-        }
+        for (int m = 0; m < C::kChunk / 16; ++m) ptx::ldmatrix_x4_transposed(a[m], first_row + row + m * 32);
+        operand += kWarpSize, row_of += kStep;
+        row = *row_of;
+        const uint2 next = *operand;
+#pragma unroll
+        for (int m = 0; m < C::kChunk / 16; ++m) ptx::mma_m16n8k16(sums[i][m], a[m], b.x, b.y, Operand<T>());
+        b = next;
       }
     }
     ptx::mbarrier_arrive(empty(stage));
@@ -439,12 +525,12 @@ __global__ void __launch_bounds__(kSumThreads, 1)
   }
 
   const float back = power_of_two(-exponent / 2), rest = power_of_two(-(exponent - exponent / 2));
-  const int padded = plan.chunks * kChunk;
-  float* const target = partial + (static_cast<int64_t>(slice) * plan.taps + warp) * plan.out_channels * padded + chunk * kChunk;
+  const int padded = plan.chunks * C::kChunk;
+  float* const target = partial + (static_cast<int64_t>(slice) * plan.taps + warp) * plan.out_channels * padded + chunk * C::kChunk;
 #pragma unroll
   for (int i = 0; i < kLists; ++i) {
 #pragma unroll
-    for (int m = 0; m < kChunk / 16; ++m) {
+    for (int m = 0; m < C::kChunk / 16; ++m) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int output = (first_list + i) * kColumns + lane % 4 * 2 + k % 2, channel = m * 16 + lane / 4 + k / 2 * 8;
@@ -457,8 +543,7 @@ __global__ void __launch_bounds__(kSumThreads, 1)
 // A thread adds an element's slices.
 template <typename T>
 __global__ void __launch_bounds__(256)
-    reduce_kernel(const float* partial, float scale, T* grad_weight, const __grid_constant__ Plan plan) {
-  const int padded = plan.chunks * kChunk;
+    reduce_kernel(const float* partial, float scale, T* grad_weight, int padded, const __grid_constant__ Plan plan) {
   const int64_t count = static_cast<int64_t>(plan.taps) * plan.out_channels * padded;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   const int channel = i % padded;
@@ -470,41 +555,94 @@ __global__ void __launch_bounds__(256)
   grad_weight[(output * plan.in_channels + channel) * plan.taps + tap] = static_cast<T>(sum * scale);
 }
 
-// A block adds an output channel's tiles: short sums, then sums of those.
+// A block adds an output channel's tiles.
 template <typename T>
 __global__ void __launch_bounds__(256) reduce_bias_kernel(const float* parts, float scale, T* grad_bias, int tiles, int channels) {
-  __shared__ float of_warps[256 / kWarpSize];
-  float sum = 0.0f;
+  __shared__ double of_warps[256 / kWarpSize];
+  double sum = 0.0;
   for (int tile = threadIdx.x; tile < tiles; tile += 256) sum += parts[static_cast<int64_t>(tile) * channels + blockIdx.x];
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = sum;
   __syncthreads();
   if (threadIdx.x > 0) return;
-  sum = 0.0f;
-  for (float of_warp : of_warps) sum += of_warp;
-  grad_bias[blockIdx.x] = static_cast<T>(sum * scale);
+  sum = 0.0;
+  for (double of_warp : of_warps) sum += of_warp;
+  grad_bias[blockIdx.x] = static_cast<T>(static_cast<float>(sum) * scale);
 }
 
 // Cuts the work; false where no tile's input fits in shared memory.
-bool lay_out(Plan& plan, int most, int& shared_bytes) {
+bool lay_out(Plan& plan, int pixel_bytes, int most, int& shared_bytes) {
   plan.lists = static_cast<int>(ceil_div(plan.out_channels, kColumns));
-  for (int width = std::min(64, plan.output[1]), height = 16; height >= 2; height /= 2) {
-    plan.tile[1] = width;
-    plan.tile[0] = std::min({height * 64 / width, kMostPixels / width, plan.output[0]});
+  plan.tile[1] = static_cast<int>(ceil_div(plan.output[1], ceil_div(plan.output[1], 64)));
+  for (int most_rows = std::min(kMostPixels / plan.tile[1], plan.output[0]); most_rows > 0; --most_rows) {
+    plan.tile[0] = static_cast<int>(ceil_div(plan.output[0], ceil_div(plan.output[0], most_rows)));
     for (int axis = 0; axis < 2; ++axis) {
       plan.halo[axis] = (plan.tile[axis] - 1) * plan.stride[axis] + (plan.kernel[axis] - 1) * plan.dilation[axis] + 1;
     }
     plan.halo[1] = std::max(plan.halo[1], 2);  // for the inverse
     plan.capacity = (plan.tile[0] * plan.tile[1] / kStep + 1 + plan.lists) * kStep;
     const int64_t halo = static_cast<int64_t>(plan.halo[0]) * plan.halo[1];
-    // A step past the lists' end is read, and not used.
-    const int64_t bytes = kStages * (halo * kPixelBytes + plan.capacity * int64_t{4}) + kStep * 4;
+    // A step past the last is read, and not used.
+    const int64_t bytes = kStages * (halo * pixel_bytes + plan.capacity / kStep * int64_t{kStepBytes}) + kWarpSize * 8;
     if (halo > kMostHalo || bytes > most) continue;
     shared_bytes = static_cast<int>(bytes);
     return true;
   }
   return false;
+}
+
+template <typename T, bool DENSE>
+void launch(Plan plan, const Tensor& grad, const Tensor& winners, const Tensor& input, float scale, Tensor& grad_weight,
+            Tensor& grad_bias) {
+  using C = Cut<T, DENSE>;
+  const int device = input.get_device_index();
+  int shared_bytes = 0;
+  STD_TORCH_CHECK(lay_out(plan, C::kPixelBytes, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - 1024, shared_bytes),
+                  "input: grad_weight_sorted expected a tile's input to fit in shared memory");
+  for (int axis = 0; axis < 2; ++axis) plan.tiles_across[axis] = static_cast<int>(ceil_div(plan.output[axis], plan.tile[axis]));
+  const int64_t tiles = static_cast<int64_t>(plan.images) * plan.tiles_across[0] * plan.tiles_across[1];
+  STD_TORCH_CHECK(tiles < INT32_MAX / 2, "grad: grad_weight_sorted expected fewer tiles, got ", tiles);
+  plan.tiles = static_cast<int>(tiles);
+  plan.width_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.halo[1] + 1);
+  plan.chunks = static_cast<int>(ceil_div(plan.in_channels, C::kChunk));
+  plan.ranges = static_cast<int>(ceil_div(plan.lists, kLists));
+  plan.slices = std::clamp(multiprocessors(device) / (plan.chunks * plan.ranges), 1, plan.tiles);
+  for (int tap = 0; tap < plan.taps; ++tap) {
+    const int row = tap / plan.kernel[1] * plan.dilation[0], column = tap % plan.kernel[1] * plan.dilation[1];
+    plan.tap_offset[tap] = (row * plan.halo[1] + column) * C::kPixelBytes;
+  }
+
+  // Workspace, all parts multiples of 16 bytes.
+  const auto rounded = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
+  const int64_t padded = static_cast<int64_t>(plan.chunks) * C::kChunk, sums = plan.taps * plan.out_channels * padded;
+  const int64_t sizes[] = {rounded(tiles * plan.capacity * 4), rounded(tiles * (plan.lists + 1) * 2), rounded(tiles * 4),
+                           rounded(tiles * plan.out_channels * 4), rounded(plan.slices * sums * 4)};
+  int64_t bytes = 0;
+  for (int64_t size : sizes) bytes += size;
+  const Tensor memory = torch::stable::new_empty(input, {bytes}, torch::headeronly::ScalarType::Byte);
+  char* next = static_cast<char*>(memory.data_ptr());
+  char* parts[5];
+  for (int i = 0; i < 5; ++i) parts[i] = next, next += sizes[i];
+  const auto entries = reinterpret_cast<uint32_t*>(parts[0]);
+  const auto begins = reinterpret_cast<uint16_t*>(parts[1]);
+  const auto exponents = reinterpret_cast<int*>(parts[2]);
+  const auto bias_parts = reinterpret_cast<float*>(parts[3]), partial = reinterpret_cast<float*>(parts[4]);
+
+  const cudaStream_t stream = current_stream(input);
+  const int bins = plan.lists * kPlaces;
+  const int sort_bytes = plan.capacity * 8 + bins * 8 + (plan.lists + 1) * 4 + kSortWarps * bins * 2;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(sort_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sort_bytes));
+  sort_kernel<T><<<plan.tiles, kSortThreads, sort_bytes, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners),
+                                                                  entries, begins, exponents, bias_parts, plan);
+  const auto kernel = sum_kernel<T, DENSE>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<plan.chunks * plan.ranges * plan.slices, C::kThreads, shared_bytes, stream>>>(
+      static_cast<const T*>(input.data_ptr()), entries, begins, exponents, partial, plan);
+  reduce_kernel<T><<<grid_size(ceil_div(sums, 256)), 256, 0, stream>>>(
+      partial, scale, static_cast<T*>(grad_weight.data_ptr()), static_cast<int>(padded), plan);
+  reduce_bias_kernel<T><<<grid_size(plan.out_channels), 256, 0, stream>>>(
+      bias_parts, scale, static_cast<T*>(grad_bias.data_ptr()), plan.tiles, plan.out_channels);
 }
 
 std::tuple<Tensor, Tensor> grad_weight_sorted(const Tensor& grad, const Tensor& winners, const Tensor& input, double scale,
@@ -537,69 +675,26 @@ std::tuple<Tensor, Tensor> grad_weight_sorted(const Tensor& grad, const Tensor& 
     plan.stride[axis] = static_cast<int>(shape.stride[axis]);
     plan.dilation[axis] = static_cast<int>(shape.dilation[axis]);
   }
-  plan.dense_channels = shape.input_strides[1] == 1 && shape.in_channels % 8 == 0 &&
-                        reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 == 0;
+  // Eight channels side by side and aligned.
+  bool dense = shape.input_strides[1] == 1 && shape.in_channels % 8 == 0 &&
+               reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 == 0;
   for (int d = 0; d < 4; ++d) {
     plan.grad_strides[d] = grad.stride(d);
     plan.input_strides[d] = shape.input_strides[d];
-    if (d != 1 && shape.input_strides[d] % 8 != 0) plan.dense_channels = false;
+    if (d != 1 && shape.input_strides[d] % 8 != 0) dense = false;
+    // A tile's offsets are counted in an int.
+    STD_TORCH_CHECK(d < 2 || (shape.input_strides[d] >= 0 && shape.input_strides[d] < 1 << 24),
+                    "input: grad_weight_sorted expected strides from 0 to 2^24, got ", shape.input_strides[d]);
   }
-  const int device = input.get_device_index();
-  int shared_bytes = 0;
-  const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - 1024;
-  STD_TORCH_CHECK(shape.pixels() == 0 || lay_out(plan, available, shared_bytes),
-                  "input: grad_weight_sorted expected a tile's input to fit in shared memory");
   if (shape.pixels() == 0) {
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);
     return {grad_weight, grad_bias};
   }
-  for (int axis = 0; axis < 2; ++axis) plan.tiles_across[axis] = static_cast<int>(ceil_div(plan.output[axis], plan.tile[axis]));
-  const int64_t tiles = shape.images * plan.tiles_across[0] * plan.tiles_across[1];
-  STD_TORCH_CHECK(tiles < INT32_MAX / 2, "grad: grad_weight_sorted expected fewer tiles, got ", tiles);
-  plan.tiles = static_cast<int>(tiles);
-  plan.width_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.halo[1] + 1);
-  plan.pixels_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / (plan.halo[0] * plan.halo[1]) + 1);
-  plan.chunks = static_cast<int>(ceil_div(plan.in_channels, kChunk));
-  plan.ranges = static_cast<int>(ceil_div(plan.lists, kLists));
-  plan.slices = std::clamp(multiprocessors(device) / (plan.chunks * plan.ranges), 1, plan.tiles);
-  for (int tap = 0; tap < plan.taps; ++tap) {
-    plan.tap_offset[tap] = tap / plan.kernel[1] * plan.dilation[0] * plan.halo[1] + tap % plan.kernel[1] * plan.dilation[1];
-  }
-
-  // Workspace, all parts multiples of 16 bytes.
-  const auto rounded = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
-  const int64_t sums = static_cast<int64_t>(plan.taps) * out_channels * plan.chunks * kChunk;
-  const int64_t sizes[] = {rounded(tiles * plan.capacity * 4), rounded(tiles * (plan.lists + 1) * 2), rounded(tiles * 4),
-                           rounded(tiles * out_channels * 4), rounded(plan.slices * sums * 4)};
-  int64_t bytes = 0;
-  for (int64_t size : sizes) bytes += size;
-  const Tensor memory = torch::stable::new_empty(input, {bytes}, ScalarType::Byte);
-  char* next = static_cast<char*>(memory.data_ptr());
-  char* parts[5];
-  for (int i = 0; i < 5; ++i) parts[i] = next, next += sizes[i];
-  const auto entries = reinterpret_cast<uint32_t*>(parts[0]);
-  const auto begins = reinterpret_cast<uint16_t*>(parts[1]);
-  const auto exponents = reinterpret_cast<int*>(parts[2]);
-  const auto bias_parts = reinterpret_cast<float*>(parts[3]), partial = reinterpret_cast<float*>(parts[4]);
-
-  const cudaStream_t stream = current_stream(input);
-  const int bins = plan.lists * kPlaces;
-  const int sort_bytes = plan.capacity * 8 + bins * 8 + (plan.lists + 1) * 4 + kSortWarps * bins * 2;
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) <= 4) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(sort_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sort_bytes));
-      sort_kernel<T><<<plan.tiles, kSortThreads, sort_bytes, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners),
-                                                                      entries, begins, exponents, bias_parts, plan);
-      STD_CUDA_CHECK(cudaFuncSetAttribute(sum_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-      sum_kernel<T><<<plan.chunks * plan.ranges * plan.slices, kSumThreads, shared_bytes, stream>>>(
-          static_cast<const T*>(input.data_ptr()), entries, begins, exponents, partial, plan);
-      reduce_kernel<T><<<grid_size(ceil_div(sums, 256)), 256, 0, stream>>>(partial, static_cast<float>(scale),
-                                                                          static_cast<T*>(grad_weight.data_ptr()), plan);
-      reduce_bias_kernel<T><<<grid_size(out_channels), 256, 0, stream>>>(bias_parts, static_cast<float>(scale),
-                                                                        static_cast<T*>(grad_bias.data_ptr()), plan.tiles,
-                                                                        plan.out_channels);
+      (dense ? launch<T, true> : launch<T, false>)(plan, grad, winners, input, static_cast<float>(scale), grad_weight, grad_bias);
     }
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
