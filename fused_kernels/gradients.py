@@ -22,9 +22,52 @@ SCHEMAS = {
 
 # What runs where.
 _SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized_backward"}
-_GRAD_INPUT = {"cpu": "grad_input", "cuda": "grad_input_gather"}
-_GRAD_WEIGHT = {"cpu": "grad_weight", "cuda": "grad_weight_private"}
 GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
+
+
+def _grad_input_name(weight, conv):
+    """Choose what makes the input's gradient."""
+    if weight.device.type == "cpu":
+        return "grad_input"
+    stride, _, dilation, groups, precision = conv
+    out_channels, _, kernel_h, kernel_w = weight.shape
+    if not _is_16_bit(weight.dtype, precision) or groups > 1 or tuple(stride) != (1, 1) or kernel_h * kernel_w > 49:
+        return "grad_input_gather"
+    # The weights of 32 input channels, and beside them what each of 24 warps works on.
+    halo = (4 + (kernel_h - 1) * dilation[0]) * (32 + (kernel_w - 1) * dilation[1])
+    shared_bytes = out_channels * kernel_h * kernel_w * 64 + 24 * halo * 8 + 128
+    fits = shared_bytes <= _shared_bytes(weight.device.index)
+    return "grad_input_mma" if fits else "grad_input_gather"
+
+
+def _grad_weight_name(input, out_channels, kernel_size, conv):
+    """Choose what makes the gradients of weights and bias."""
+    if input.device.type == "cpu":
+        return "grad_weight"
+    stride, _, dilation, groups, precision = conv
+    kernel_h, kernel_w = kernel_size
+    if not _is_16_bit(input.dtype, precision) or groups > 1 or kernel_h * kernel_w > 9 or out_channels > 4096:
+        return "grad_weight_private"
+    # Two tiles of the least size: their input, and their pixels in steps of 16 for each 8 output channels.
+    halo = ((kernel_h - 1) * dilation[0] + 1) * (63 * stride[1] + (kernel_w - 1) * dilation[1] + 1)
+    shared_bytes = 2 * (halo * 80 + (64 // 16 + 1 + -(-out_channels // 8)) * 320) + 2**11
+    fits = halo <= 4096 and shared_bytes <= _shared_bytes(input.device.index)
+    # A tile's places are counted in 32 bits.
+    fits = fits and max(input.stride(2), input.stride(3)) < 2**24 and max(input.shape) < 2**28
+    return "grad_weight_sorted" if fits else "grad_weight_private"
+
+
+def _is_16_bit(dtype, precision):
+    """Tell whether operands of 16 bits are as exact as is asked."""
+    return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and precision == "tf32")
+
+
+def _shared_bytes(device_index):
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+
+
+# A constant of the device, which the compiler need not trace.
+_shared_bytes._dynamo_marked_constant = True
 
 
 def is_channels_last(tensor):
@@ -96,17 +139,16 @@ def conv_winners_backward(ctx, grad, _):
 
 def gradients(grad, winners, input, weight, scale, conv, input_size, weight_size, channels_last, needed):
     """Make the gradients of input, weights and bias, None for those not needed."""
-    device = grad.device.type
     needs_input, needs_weight, needs_bias = needed
     grad_input = grad_weight = grad_bias = None
     if needs_input:
-        grad_input = _operator(_GRAD_INPUT[device])(grad, winners, weight, scale, input_size, *conv, channels_last)
+        name = _grad_input_name(weight, conv)
+        grad_input = _operator(name)(grad, winners, weight, scale, input_size, *conv, channels_last)
     if needs_weight:
-        grad_weight, grad_bias = _operator(_GRAD_WEIGHT[device])(
-            grad, winners, input, scale, weight_size[0], weight_size[2:], *conv
-        )
+        name = _grad_weight_name(input, weight_size[0], weight_size[2:], conv)
+        grad_weight, grad_bias = _operator(name)(grad, winners, input, scale, weight_size[0], weight_size[2:], *conv)
     elif needs_bias:
-        grad_bias = _operator(GRAD_BIAS[device])(grad, winners, scale, weight_size[0])
+        grad_bias = _operator(GRAD_BIAS[grad.device.type])(grad, winners, scale, weight_size[0])
     return grad_input, grad_weight, grad_bias if needs_bias else None
 
 
@@ -128,9 +170,9 @@ def grad_input_backward(ctx, grad_output):
     if ctx.needs_input_grad[0]:
         by_grad = _at_winners(_convolve(grad_output, weight, None, ctx.conv), winners, ctx.scale)
     if ctx.needs_input_grad[2]:
-        by_weight, _ = _operator(_GRAD_WEIGHT[grad.device.type])(
-            grad, winners, grad_output, ctx.scale, weight.shape[0], weight.shape[2:], *ctx.conv
-        )
+        sizes = weight.shape[0], weight.shape[2:]
+        name = _grad_weight_name(grad_output, *sizes, ctx.conv)
+        by_weight, _ = _operator(name)(grad, winners, grad_output, ctx.scale, *sizes, *ctx.conv)
     return by_grad, None, by_weight, *[None] * 8
 
 
@@ -152,9 +194,9 @@ def grad_weight_backward(ctx, grad_weight, grad_bias):
     if ctx.needs_input_grad[0]:
         by_grad = _at_winners(_convolve(input, grad_weight, grad_bias, ctx.conv), winners, ctx.scale)
     if ctx.needs_input_grad[2]:
-        by_input = _operator(_GRAD_INPUT[grad.device.type])(
-            grad, winners, grad_weight, ctx.scale, input.shape[2:], *ctx.conv, is_channels_last(input)
-        )
+        name = _grad_input_name(grad_weight, ctx.conv)
+        layout = is_channels_last(input)
+        by_input = _operator(name)(grad, winners, grad_weight, ctx.scale, input.shape[2:], *ctx.conv, layout)
     return by_grad, None, by_input, *[None] * 8
 
 

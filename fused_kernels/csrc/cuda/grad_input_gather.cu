@@ -58,12 +58,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t plane = static_cast<int64_t>(height) * width;
 
   // The output pixel that meets an input pixel at a tap, on one axis; -1 where there is none.
+  const int kernel_h = s.kernel[0], kernel_w = s.kernel[1], out_channels = s.out_channels;
+  const bool grouped = s.groups > 1;
+  const int sizes[2] = {static_cast<int>(s.output[0]), static_cast<int>(s.output[1])};
+  const int strides[2] = {static_cast<int>(s.stride[0]), static_cast<int>(s.stride[1])};
+  const int paddings[2] = {static_cast<int>(s.padding[0]), static_cast<int>(s.padding[1])};
+  const int dilations[2] = {static_cast<int>(s.dilation[0]), static_cast<int>(s.dilation[1])};
   const auto meets = [&](int at, int tap, int axis) {
-    const int64_t distance = at + s.padding[axis] - tap * s.dilation[axis];
+    const int distance = at + paddings[axis] - tap * dilations[axis];
     if (distance < 0) return -1;
-    if (s.stride[axis] == 1) return distance < s.output[axis] ? static_cast<int>(distance) : -1;
-    const int64_t place = distance / s.stride[axis];
-    return place * s.stride[axis] == distance && place < s.output[axis] ? static_cast<int>(place) : -1;
+    if (strides[axis] == 1) return distance < sizes[axis] ? distance : -1;
+    const int place = distance / strides[axis];
+    return place * strides[axis] == distance && place < sizes[axis] ? place : -1;
   };
 
   for (unsigned item = threadIdx.x; item < static_cast<unsigned>(width) * all_vectors; item += kThreads) {
@@ -72,17 +78,19 @@ __global__ void __launch_bounds__(kThreads)
     const int vector = plan.channels_last ? item % all_vectors : item / width;
     const int group = vector / plan.vectors, in_group = vector % plan.vectors * VEC;
     A sums[VEC] = {};
-    for (int ky = 0; ky < s.kernel[0]; ++ky) {
+    const T* const rows = packed + in_group;
+    for (int ky = 0; ky < kernel_h; ++ky) {
       const int row = meets(y, ky, 0);
       if (row < 0) continue;
-      for (int kx = 0; kx < s.kernel[1]; ++kx) {
+      const int64_t line = (image * s.output[0] + row) * s.output[1];
+      const T* const grad_line = grad + image * plan.grad_strides[0] + row * plan.grad_strides[2];
+      for (int kx = 0; kx < kernel_w; ++kx) {
         const int column = meets(x, kx, 1);
         if (column < 0) continue;
-        const int winner = winners[(image * s.output[0] + row) * s.output[1] + column];
-        if (s.groups > 1 && winner / static_cast<int>(s.out_channels) != group) continue;
-        const A g = static_cast<A>(grad[image * plan.grad_strides[0] + row * plan.grad_strides[2] + column * plan.grad_strides[3]]);
-        const int64_t tap = static_cast<int64_t>(winner) * plan.taps + ky * s.kernel[1] + kx;
-        const auto weights = *reinterpret_cast<const Vector<T, VEC>*>(packed + tap * padded + in_group);
+        const int winner = winners[line + column];
+        if (grouped && winner / out_channels != group) continue;
+        const A g = static_cast<A>(grad_line[column * plan.grad_strides[3]]);
+        const auto weights = *reinterpret_cast<const Vector<T, VEC>*>(rows + (winner * plan.taps + ky * kernel_w + kx) * padded);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) sums[i] += g * static_cast<A>(weights.values[i]);
       }
@@ -105,6 +113,9 @@ Tensor grad_input_gather(const Tensor& grad, const Tensor& winners, const Tensor
                          std::vector<int64_t> dilation, int64_t groups, std::string /*precision*/, bool channels_last) {
   const ConvShape shape = check_grad_input(grad, winners, weight, input_size, stride, padding, dilation, groups);
   const int64_t channels = shape.in_channels * groups, height = shape.input[0], width = shape.input[1];
+  const int64_t reach = std::max({shape.padding[0], shape.padding[1], shape.stride[0], shape.stride[1],
+                                  shape.kernel[0] * shape.dilation[0], shape.kernel[1] * shape.dilation[1]});
+  STD_TORCH_CHECK(reach < 1 << 29, "padding, stride, dilation: grad_input_gather expected less than 2^29, got ", reach);
   STD_TORCH_CHECK(height < 1 << 30 && (channels + 8 * groups) * width < 1 << 30,
                   "input_size: grad_input_gather expected fewer than 2^30 rows, and elements in all channels of a row");
   Tensor output = new_gradient(weight, {shape.images, channels, height, width}, channels_last);
@@ -120,6 +131,7 @@ Tensor grad_input_gather(const Tensor& grad, const Tensor& winners, const Tensor
     constexpr int VEC = 16 / sizeof(T);
     plan.vectors = static_cast<int>(ceil_div(shape.in_channels, VEC));
     const int64_t count = weight.size(0) * plan.taps * plan.vectors * VEC;
+    STD_TORCH_CHECK(count < INT32_MAX, "weight: grad_input_gather expected fewer than 2^31 weights, got ", count);
     const Tensor packed = torch::stable::new_empty(weight, {count});
     T* const rows = static_cast<T*>(packed.data_ptr());
     pack_kernel<<<grid_size(ceil_div(count, kThreads)), kThreads, 0, stream>>>(static_cast<const T*>(weight.data_ptr()), rows,

@@ -6,7 +6,8 @@
 // every time. A second kernel adds what the blocks found.
 //   a column   an input channel at a filter tap, whose input a thread reads for pixel after pixel; one more is the bias: all ones
 //   a block    some columns, some output channels, and a slice of the pixels
-// Takes everything: any stride, padding, dilation, groups, dtype; sums are float32, or double for float64.
+// Takes everything: any stride, padding, dilation, groups, dtype. Sums are double, of 16-bit types float32: a long sum of float32
+// in float32 would lose more than the library's shorter ones do.
 // Limit: the way from shared memory and back for each product.
 // Previous rung: the dense backward convolution of PyTorch's library.
 
@@ -23,6 +24,9 @@ constexpr int kBatch = 4;              // pixels whose inputs are on their way t
 constexpr int kMostColumns = 256;      // of a block, a thread each
 constexpr int kSharedBytes = 72 << 10;  // for a block's sums: three blocks a multiprocessor
 
+template <typename T>
+using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
+
 struct Plan {
   ConvShape shape;
   int64_t grad_strides[4];
@@ -33,12 +37,11 @@ struct Plan {
 };
 
 // Partial sums: [slice][output channel][column], the bias last.
-template <typename T>
+template <typename T, bool PADDED>
 __global__ void __launch_bounds__(kMostColumns)
-    private_kernel(const T* grad, Winners winners, const T* input, Accumulator<T>* partial, const __grid_constant__ Plan plan) {
-  using A = Accumulator<T>;
+    private_kernel(const T* grad, Winners winners, const T* input, Sum<T>* partial, const __grid_constant__ Plan plan) {
   extern __shared__ double dynamic_shared[];
-  A* const sums = reinterpret_cast<A*>(dynamic_shared);
+  Sum<T>* const sums = reinterpret_cast<Sum<T>*>(dynamic_shared);
   const ConvShape& s = plan.shape;
   const int group = blockIdx.y / plan.output_blocks, first_output = blockIdx.y % plan.output_blocks * plan.outputs_a_block;
   const int outputs = min(plan.outputs_a_block, static_cast<int>(s.out_channels) - first_output);
@@ -46,54 +49,64 @@ __global__ void __launch_bounds__(kMostColumns)
   const int column = blockIdx.x % plan.column_blocks * plan.columns_a_block + threadIdx.x;
   const int64_t slice = blockIdx.x / plan.column_blocks;
   const int64_t begin = plan.pixels * slice / plan.slices, end = plan.pixels * (slice + 1) / plan.slices;
-  A* const mine = sums + threadIdx.x;
-  for (int i = 0; i < outputs; ++i) mine[i * blockDim.x] = A(0);
+  Sum<T>* const mine = sums + threadIdx.x;
+  for (int i = 0; i < outputs; ++i) mine[i * blockDim.x] = 0;
 
-  // What this thread's column reads: a channel, shifted by a tap.
-  const int taps = s.kernel[0] * s.kernel[1];
-  const bool is_bias = column + 1 == plan.columns, exists = column < plan.columns;
-  const int channel = plan.channels_fastest ? column % static_cast<int>(s.in_channels) : column / taps;
-  const int tap = plan.channels_fastest ? column / static_cast<int>(s.in_channels) : column % taps;
-  const int64_t shift_y = tap / s.kernel[1] * s.dilation[0] - s.padding[0];
-  const int64_t shift_x = tap % s.kernel[1] * s.dilation[1] - s.padding[1];
-  const T* const source = input + (group * s.in_channels + channel) * s.input_strides[1];
+  // What this thread's column reads: a channel, shifted by a tap; for the bias, ones.
+  const int taps = s.kernel[0] * s.kernel[1], channels = s.in_channels;
+  const bool is_bias = column + 1 == plan.columns, exists = column < plan.columns, reads = exists && !is_bias;
+  const int channel = plan.channels_fastest ? column % channels : column / taps;
+  const int tap = plan.channels_fastest ? column / channels : column % taps;
+  const int shift_y = reads ? tap / static_cast<int>(s.kernel[1]) * s.dilation[0] : 0;
+  const int shift_x = reads ? tap % static_cast<int>(s.kernel[1]) * s.dilation[1] : 0;
+  const T* const source = input + (reads ? (group * s.in_channels + channel) * s.input_strides[1] +
+                                               shift_y * s.input_strides[2] + shift_x * s.input_strides[3]
+                                         : 0);
   const int width = s.output[1], height = s.output[0], lane = threadIdx.x % kWarpSize;
+  const int input_height = s.input[0], input_width = s.input[1];
 
   for (int64_t first = begin; first < end; first += kWarpSize) {
-    // A lane looks up one pixel; then all work on each of them together.
+    // A lane looks up one pixel: its winner, its gradient, and where the filter's first tap lies on the input.
     const int count = static_cast<int>(min(end - first, static_cast<int64_t>(kWarpSize)));
-    int row = 0, x = 0, winner = -1;
-    A g = A(0);
+    int top = 0, left = 0, winner = -1;
+    int64_t offset = 0;
+    float g = 0.0f;
+    double wide_g = 0.0;
     if (lane < count) {
-      const int64_t pixel = first + lane, line = pixel / width;
-      x = static_cast<int>(pixel - line * width);
-      const int64_t image = line / height;
-      row = static_cast<int>(line);
+      const int64_t pixel = first + lane, line = pixel / width, image = line / height;
+      const int x = static_cast<int>(pixel - line * width), y = static_cast<int>(line - image * height);
       winner = winners[pixel] - first_winner;
       if (winner < 0 || winner >= outputs) winner = -1;
-      g = static_cast<A>(grad[image * plan.grad_strides[0] + (line - image * height) * plan.grad_strides[2] +
-                              x * plan.grad_strides[3]]);
+      const T value = grad[image * plan.grad_strides[0] + y * plan.grad_strides[2] + x * plan.grad_strides[3]];
+      g = static_cast<float>(value), wide_g = static_cast<double>(value);
+      top = static_cast<int>(y * s.stride[0] - s.padding[0]), left = static_cast<int>(x * s.stride[1] - s.padding[1]);
+      offset = image * s.input_strides[0] + top * s.input_strides[2] + left * s.input_strides[3];
     }
     unsigned wanted = __ballot_sync(0xffffffffu, winner >= 0);
+    // Then all lanes work on each of the pixels together, a few at once.
     while (wanted) {
-      A products[kBatch];
+      Sum<T> products[kBatch];
       int owners[kBatch];
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         const int from = wanted ? __ffs(wanted) - 1 : 0;
         owners[k] = wanted ? __shfl_sync(0xffffffffu, winner, from) : -1;
-        const int line = __shfl_sync(0xffffffffu, row, from), at = __shfl_sync(0xffffffffu, x, from);
-        const A factor = __shfl_sync(0xffffffffu, g, from);
         wanted &= wanted - 1;
-        const int64_t image = line / height;
-        const int64_t iy = (line - image * height) * s.stride[0] + shift_y, ix = at * s.stride[1] + shift_x;
-        const bool inside = exists && !is_bias && owners[k] >= 0 && iy >= 0 && iy < s.input[0] && ix >= 0 && ix < s.input[1];
-        A value = is_bias ? A(1) : A(0);
-        if (inside) {
-          value = static_cast<A>(source[image * s.input_strides[0] + iy * s.input_strides[2] + ix * s.input_strides[3]]);
+        const T* const at = source + __shfl_sync(0xffffffffu, offset, from);
+        bool inside = reads;
+        if constexpr (PADDED) {
+          const int y = __shfl_sync(0xffffffffu, top, from) + shift_y, x = __shfl_sync(0xffffffffu, left, from) + shift_x;
+          inside &= static_cast<unsigned>(y) < static_cast<unsigned>(input_height) &&
+                    static_cast<unsigned>(x) < static_cast<unsigned>(input_width);
         }
         // In the padding there is nothing to add, not even for a gradient that is infinite.
-        products[k] = inside || is_bias ? factor * value : A(0);
+        if constexpr (sizeof(T) == 8) {
+          const double factor = __shfl_sync(0xffffffffu, wide_g, from);
+          products[k] = inside ? factor * static_cast<double>(__ldg(at)) : is_bias ? factor : 0.0;
+        } else {
+          const Sum<T> factor = __shfl_sync(0xffffffffu, g, from);
+          products[k] = inside ? factor * static_cast<Sum<T>>(*at) : is_bias ? factor : Sum<T>(0);
+        }
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
@@ -104,20 +117,19 @@ __global__ void __launch_bounds__(kMostColumns)
 
   if (!exists) return;
   const int64_t out_channels = s.groups * s.out_channels;
-  A* const to = partial + (slice * out_channels + first_winner) * plan.columns + column;
+  Sum<T>* const to = partial + (slice * out_channels + first_winner) * plan.columns + column;
   for (int i = 0; i < outputs; ++i) to[static_cast<int64_t>(i) * plan.columns] = mine[i * blockDim.x];
 }
 
 // Adds the slices, always in the same order.
 template <typename T>
 __global__ void __launch_bounds__(256)
-    reduce_kernel(const Accumulator<T>* partial, Accumulator<T> scale, T* grad_weight, T* grad_bias,
-                  const __grid_constant__ Plan plan) {
+    reduce_kernel(const Sum<T>* partial, Sum<T> scale, T* grad_weight, T* grad_bias, const __grid_constant__ Plan plan) {
   const ConvShape& s = plan.shape;
   const int64_t count = s.groups * s.out_channels * plan.columns;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= count) return;
-  Accumulator<T> sum = 0;
+  Sum<T> sum = 0;
   for (int64_t slice = 0; slice < plan.slices; ++slice) sum += partial[slice * count + i];
   const int64_t output = i / plan.columns;
   const int column = i % plan.columns, taps = s.kernel[0] * s.kernel[1], channels = s.in_channels;
@@ -146,9 +158,16 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
   Plan plan{.shape = shape, .columns = static_cast<int>(columns), .pixels = shape.pixels(),
             .channels_fastest = input && shape.input_strides[1] == 1};
   for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
+  // Whether a filter anywhere hangs over the input's edge.
+  bool is_padded = false;
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t reach = (shape.output[axis] - 1) * shape.stride[axis] + (shape.kernel[axis] - 1) * shape.dilation[axis];
+    is_padded |= shape.padding[axis] > 0 || reach >= shape.input[axis];
+    STD_TORCH_CHECK(reach + shape.input[axis] < INT32_MAX / 2, "input: expected a padded height and width below 2^30");
+  }
   dispatch(grad.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    using A = Accumulator<T>;
+    using A = Sum<T>;
     // As many output channels as fit beside enough columns for a few warps.
     const int64_t fit = kSharedBytes / sizeof(A);
     plan.outputs_a_block = static_cast<int>(std::min(shape.out_channels, fit / std::min<int64_t>(columns, 2 * kWarpSize)));
@@ -170,10 +189,11 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
                                                    torch::headeronly::ScalarType::Byte);
     A* const partial = static_cast<A*>(memory.data_ptr());
     STD_TORCH_CHECK(plan.output_blocks * shape.groups < 1 << 16, "groups: expected fewer than 2^16 blocks of output channels");
-    STD_CUDA_CHECK(cudaFuncSetAttribute(private_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    const auto kernel = is_padded ? private_kernel<T, true> : private_kernel<T, false>;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     const dim3 grid(grid_size(plan.column_blocks * plan.slices), static_cast<unsigned>(plan.output_blocks * shape.groups));
-    private_kernel<T><<<grid, block, shared, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners),
-                                                       input ? static_cast<const T*>(input->data_ptr()) : nullptr, partial, plan);
+    kernel<<<grid, block, shared, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners),
+                                            input ? static_cast<const T*>(input->data_ptr()) : nullptr, partial, plan);
     reduce_kernel<T><<<grid_size(ceil_div(out_channels * columns, 256)), 256, 0, stream>>>(
         partial, static_cast<A>(scale), static_cast<T*>(grad_weight.data_ptr()), static_cast<T*>(grad_bias.data_ptr()), plan);
   });
