@@ -87,8 +87,7 @@ struct Plan {
   // the sums.
   int out_channels;                         // of a group
   int* columns;
-  Winners winners;
-  int* partial_winners;
+  Winners winners;                          // of each split
 };
 
 // A block's place among the tiles, which it walks without dividing: in images, rows and columns of the output.
@@ -96,7 +95,8 @@ struct Tile {
   const Plan& plan;
   int index, at[3];  // at: of images, rows, columns of tiles
 
-  __device__ __forceinline__ explicit Tile(const Plan& plan) : plan(plan), index(blockIdx.x) {
+  __device__ __forceinline__ explicit Tile(const Plan& plan) : plan(plan), index(blockIdx.x) { locate(); }
+  __device__ __forceinline__ void locate() {
     at[2] = index % plan.tiles_across[1];
     at[1] = index / plan.tiles_across[1] % plan.tiles_across[0];
     at[0] = index / plan.tiles_across[1] / plan.tiles_across[0];
@@ -302,7 +302,7 @@ __host__ __device__ __forceinline__ int halo_row(const Plan& plan, int m) {
 // Where the winners of a result of this block wait, as columns of operand B: those that one share of the warps found.
 template <class C>
 __device__ __forceinline__ int* columns_of(const Plan& plan, int result, int share) {
-  const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  const int block = blockIdx.y * gridDim.x + blockIdx.x;
   return plan.columns + ((block * kResults + result) * C::WARPS_N + share) * C::BLOCK_M;
 }
 
@@ -425,6 +425,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     Tile done(plan);
     const auto take_away = [&] {
       result_ring.wait_full();
+      // NOTE: kept from tile to tile, the place was spilled (nvcc 13.0, sm_80).
+      if constexpr (kWinners) done.locate();
 #pragma unroll 1
       for (int m = thread; m < C::BLOCK_M; m += kHaloThreads) {
         float smallest = minima[result_ring.slot][0][m];
@@ -443,11 +445,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           const int column = columns_of<C>(plan, result_ring.slot, share)[m], block_n = column / C::BLOCK_N;
           const int in_group = block_n % plan.blocks_n * C::BLOCK_N + column % C::BLOCK_N;
           const int winner = block_n / plan.blocks_n * plan.out_channels + min(in_group, plan.out_channels - 1);
-          if (plan.splits == 1) {
-            plan.winners.put(pixel, winner);
-          } else {
-            plan.partial_winners[blockIdx.y * plan.images * plane + pixel] = winner;
-          }
+          plan.winners.put(blockIdx.y * plan.images * plane + pixel, winner);
         }
         if (!plan.scale_first) smallest *= plan.factor;
         if (plan.splits == 1) {
@@ -817,8 +815,7 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
   plan.tile_step[0] = grid.x / plan.tiles_across[1] / plan.tiles_across[0];
   plan.out_channels = static_cast<int>(shape.out_channels);
   plan.columns = workspace.more_winners;
-  plan.winners = winners;
-  plan.partial_winners = workspace.partial_winners;
+  plan.winners = plan.splits == 1 ? winners : Winners{workspace.partial_winners, true};
   launch_early(kernel, grid, C::kThreads, planned.shared_bytes, stream, static_cast<const Raw<T>*>(input.data_ptr()),
                reinterpret_cast<const uint4*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
                workspace.partial, plan);
