@@ -46,6 +46,7 @@ struct Plan {
   int lane_step, tap_step;                // from a lane to the next, from a tap to the next, in columns of the halo
   int input_lanes_log2;                   // so many lanes copy neighbouring channels
   bool weight_channels_fastest;
+  Winners winners;
 };
 
 // Its image, its place in the output, its first output pixel.
@@ -184,8 +185,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   const int pieces = s.kernel[0] / TAPS * (s.kernel[1] / p.taps);
 
   float smallest[kRows];
+  int winner[kRows];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) smallest[i] = kInfinity<float>;
+  for (int i = 0; i < kRows; ++i) smallest[i] = kInfinity<float>, winner[i] = 0;
 
   Step<TAPS> ahead;
   int buffer = 0;
@@ -230,20 +232,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
       const int64_t channel = pass / p.passes * s.out_channels + first + j;
       const float bias = p.bias ? p.bias[channel * p.bias_stride] : 0;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) smallest[i] = min_nan(smallest[i], (sum[j][i] + bias) * p.scale);
+      for (int i = 0; i < kRows; ++i) {
+        take_smaller(smallest[i], (sum[j][i] + bias) * p.scale, winner[i], static_cast<int>(channel));
+      }
     }
   }
 
   // The warps of a strip take turns in finishing its rows.
 #pragma unroll
   for (int i = 0; i < kRows; ++i) partial[warp][i][lane] = smallest[i];
+  if constexpr (kWinners) {
+    __syncthreads();  // everyone is done with the buffers
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) reinterpret_cast<int*>(dynamic_shared)[i * kThreads + threadIdx.x] = winner[i];
+  }
   __syncthreads();
   const Strip mine = strips[strip];
   if (first_strip + strip >= p.strips || mine.column + column >= s.output[1]) return;
   for (int i = part; i < kRows && mine.row + i < s.output[0]; i += p.warps_a_strip) {
     float result = kInfinity<float>;
     for (int w = warp - part; w < warp - part + p.warps_a_strip; ++w) result = min_nan(result, partial[w][i][lane]);
-    p.output[mine.output + i * s.output[1] + column] = result;
+    const int64_t pixel = mine.output + i * s.output[1] + column;
+    p.output[pixel] = result;
+    if constexpr (kWinners) {
+      int w = warp - part;  // the first whose minimum it is
+      while (w < warp - part + p.warps_a_strip - 1 && !same_bits(partial[w][i][lane], result)) ++w;
+      p.winners.put(pixel, reinterpret_cast<const int*>(dynamic_shared)[i * kThreads + w * kWarpSize + lane]);
+    }
   }
 }
 
@@ -290,15 +305,16 @@ void launch(Plan p, int device, cudaStream_t stream) {
   p.tap_step = s.dilation[1] / step(taps);
 
   const auto kernel = conv_direct_kernel<CHANNELS, TAPS>;
-  const int shared = p.channels * channel_bytes(taps);
+  constexpr int64_t kWinnerBytes = kWinners ? kRows * kThreads * sizeof(int) : 0;
+  const int shared = std::max(p.channels * channel_bytes(taps), kWinnerBytes);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   kernel<<<grid_size(ceil_div(p.strips, p.strips_a_block)), kThreads, shared, stream>>>(p);
 }
 
 // The precision is a permission; ieee arithmetic needs none.
-Tensor conv_direct(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                   std::string /*precision*/) {
+Forward conv_direct(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                    std::string /*precision*/) {
   const ConvShape s = check_conv(input, weight, bias, stride, padding, dilation, groups);
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_direct expected float32, got ",
                   input.scalar_type());
@@ -306,7 +322,8 @@ Tensor conv_direct(const Tensor& input, const Tensor& weight, const std::optiona
   const int64_t most = std::max({s.input[0] + padding[0] + padding[1], s.input[1] + padding[2] + padding[3], weight.size(0)});
   STD_TORCH_CHECK(most < 1 << 30, "input: conv_direct expected fewer than 2^30 padded rows, columns and channels, got ", most);
   Tensor output = torch::stable::new_empty(input, {s.images, 1, s.output[0], s.output[1]});
-  if (output.numel() == 0) return output;
+  const std::optional<Tensor> winners = new_winners(output, weight.size(0));
+  if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
 
   Plan p{.shape = s, .scale = static_cast<float>(scale)};
@@ -315,6 +332,7 @@ Tensor conv_direct(const Tensor& input, const Tensor& weight, const std::optiona
   p.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
   p.bias_stride = bias ? bias->stride(0) : 0;
   p.output = static_cast<float*>(output.data_ptr());
+  p.winners = winners_in(winners);
   p.input_lanes_log2 = s.input_strides[1] == 1 && s.in_channels >= 4 ? 2 : 0;
   p.weight_channels_fastest = s.weight_strides[1] == 1;
 
@@ -322,11 +340,11 @@ Tensor conv_direct(const Tensor& input, const Tensor& weight, const std::optiona
   const auto run = few ? (three ? launch<4, 3> : launch<4, 1>) : (three ? launch<16, 3> : launch<16, 1>);
   run(p, input.get_device_index(), current_stream(input));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  return forward_result(output, winners);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
-  m.impl("conv_direct", TORCH_BOX(&conv_direct));
+  m.impl(FORWARD("conv_direct"), TORCH_BOX(&conv_direct));
 }
 
 }  // namespace fused_kernels

@@ -83,6 +83,11 @@ struct Plan {
   int minors, minor_step, major_step;       // how the threads that load walk over an item's units
   float factor;                             // |scale|, or where a minimum does not commute with it, scale
   bool scale_first;
+  // Only kWinners. The columns that won wait in global memory: in shared memory they would change the plan, and so the order of
+  // the sums.
+  int out_channels;                         // of a group
+  int* columns;
+  Winners winners;                          // of each split
 };
 
 // A block's place among the tiles, which it walks without dividing: in images, rows and columns of the output.
@@ -90,7 +95,8 @@ struct Tile {
   const Plan& plan;
   int index, at[3];  // at: of images, rows, columns of tiles
 
-  __device__ __forceinline__ explicit Tile(const Plan& plan) : plan(plan), index(blockIdx.x) {
+  __device__ __forceinline__ explicit Tile(const Plan& plan) : plan(plan), index(blockIdx.x) { locate(); }
+  __device__ __forceinline__ void locate() {
     at[2] = index % plan.tiles_across[1];
     at[1] = index / plan.tiles_across[1] % plan.tiles_across[0];
     at[0] = index / plan.tiles_across[1] / plan.tiles_across[0];
@@ -293,6 +299,13 @@ __host__ __device__ __forceinline__ int halo_row(const Plan& plan, int m) {
   return ((image * plan.halo[0] + row * plan.output_step[0]) * plan.halo[1] + column * plan.output_step[1]) * plan.pitch;
 }
 
+// Where the winners of a result of this block wait, as columns of operand B: those that one share of the warps found.
+template <class C>
+__device__ __forceinline__ int* columns_of(const Plan& plan, int result, int share) {
+  const int block = blockIdx.y * gridDim.x + blockIdx.x;
+  return plan.columns + ((block * kResults + result) * C::WARPS_N + share) * C::BLOCK_M;
+}
+
 // Each warp has one of three roles, and they wait for each other only through the rings.
 template <typename T, class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
@@ -412,6 +425,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     Tile done(plan);
     const auto take_away = [&] {
       result_ring.wait_full();
+      // NOTE: kept from tile to tile, the place was spilled (nvcc 13.0, sm_80).
+      if constexpr (kWinners) done.locate();
 #pragma unroll 1
       for (int m = thread; m < C::BLOCK_M; m += kHaloThreads) {
         float smallest = minima[result_ring.slot][0][m];
@@ -423,6 +438,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
         if (image >= plan.images || row >= plan.output[0] || column >= plan.output[1]) continue;
         const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
         const int64_t pixel = image * plane + static_cast<int64_t>(row) * plan.output[1] + column;
+        if constexpr (kWinners) {
+          int share = 0;  // the first whose minimum it is
+          while (share + 1 < C::WARPS_N && !same_bits(minima[result_ring.slot][share][m], smallest)) ++share;
+          // Past a group's last channel its weights were repeated.
+          const int column = columns_of<C>(plan, result_ring.slot, share)[m], block_n = column / C::BLOCK_N;
+          const int in_group = block_n % plan.blocks_n * C::BLOCK_N + column % C::BLOCK_N;
+          const int winner = block_n / plan.blocks_n * plan.out_channels + min(in_group, plan.out_channels - 1);
+          plan.winners.put(blockIdx.y * plan.images * plane + pixel, winner);
+        }
         if (!plan.scale_first) smallest *= plan.factor;
         if (plan.splits == 1) {
           output[pixel] = static_cast<T>(smallest);
@@ -574,8 +598,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
 
       // The epilogue: bias, scale and min where the sums are.
       float low[C::M_TILES][2];
+      int winner[C::M_TILES][2];
 #pragma unroll
       for (auto& row : low) row[0] = row[1] = kInfinity<float>;
+#pragma unroll
+      for (auto& row : winner) row[0] = row[1] = 0;
       constant = my_constants();
       // A scale that makes NaN of some channels multiplies each by itself; and so does a power of two that, together with the
       // weights', may leave float32's range.
@@ -604,7 +631,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           for (int h = 0; h < 4; ++h) {
             const float sum = sums[i][j][h];
             const float value = kScaled ? fmaf(sum, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) : sum;
-            low[i][h / 2] = min_nan(low[i][h / 2], value);
+            take_smaller(low[i][h / 2], value, winner[i][h / 2], j * 8 + h % 2);
           }
         }
       }
@@ -615,9 +642,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       for (int i = 0; i < C::M_TILES; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          low[i][h] = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 1));
-          low[i][h] = min_nan(low[i][h], __shfl_xor_sync(0xffffffffu, low[i][h], 2));
-          float& smallest = minima[result][warp_n][((warp_m * C::M_TILES + i) * 2 + h) * 8 + lane / 4];
+          winner[i][h] += block_n * C::BLOCK_N + warp_n * C::N_TILES * 8 + lane % 4 * 2;
+          take_smaller_of_lanes(low[i][h], winner[i][h], 1);
+          take_smaller_of_lanes(low[i][h], winner[i][h], 2);
+          const int m = ((warp_m * C::M_TILES + i) * 2 + h) * 8 + lane / 4;
+          float& smallest = minima[result][warp_n][m];
+          if constexpr (kWinners) {
+            const bool wins = block_n == first_n || !same_bits(smallest, min_nan(smallest, low[i][h]));
+            if (lane % 4 == 0 && wins) columns_of<C>(plan, result, warp_n)[m] = winner[i][h];
+          }
           if (lane % 4 == 0) smallest = block_n == first_n ? low[i][h] : min_nan(smallest, low[i][h]);
         }
       }
@@ -751,7 +784,7 @@ Planned<C> make_plan(const ConvShape& shape, bool vectors, const Device& device)
 
 template <typename T, class C>
 void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& input, const Tensor& weight,
-            const std::optional<Tensor>& bias, double scale, Tensor& output, const Device& device) {
+            const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners, const Device& device) {
   Plan plan = planned.plan;
   const Scale scaled(scale);
   plan.scale_first = scaled.first;
@@ -767,24 +800,26 @@ void launch(const Planned<C>& planned, const ConvShape& shape, const Tensor& inp
                           plan.blocks_n};
   const int64_t blocks_n = static_cast<int64_t>(plan.groups) * plan.blocks_n;
   const int64_t packed_bytes = blocks_n * plan.pieces * plan.chunks * plan.steps * C::kStepBytes;
-  const Workspace workspace(input, packed_bytes, blocks_n * C::BLOCK_N, plan.splits > 1 ? plan.splits * shape.pixels() : 0);
+  const int slots = std::max(device.multiprocessors * planned.blocks_per_sm / plan.splits, 1);
+  const dim3 grid(std::min(plan.tiles, slots), plan.splits);
+  const int64_t partials = plan.splits > 1 ? plan.splits * shape.pixels() : 0;
+  const Workspace workspace(input, packed_bytes, blocks_n * C::BLOCK_N, partials,
+                            static_cast<int64_t>(grid.x) * grid.y * kResults * C::WARPS_N * C::BLOCK_M);
   const cudaStream_t stream = current_stream(input);
   pack_weights<T, LaneOrder>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
 
   const auto kernel = conv_mma_kernel<T, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
-  const int slots = std::max(device.multiprocessors * planned.blocks_per_sm / plan.splits, 1);
-  const dim3 grid(std::min(plan.tiles, slots), plan.splits);
   plan.tile_step[2] = grid.x % plan.tiles_across[1];
   plan.tile_step[1] = grid.x / plan.tiles_across[1] % plan.tiles_across[0];
   plan.tile_step[0] = grid.x / plan.tiles_across[1] / plan.tiles_across[0];
+  plan.out_channels = static_cast<int>(shape.out_channels);
+  plan.columns = workspace.more_winners;
+  plan.winners = plan.splits == 1 ? winners : Winners{workspace.partial_winners, true};
   launch_early(kernel, grid, C::kThreads, planned.shared_bytes, stream, static_cast<const Raw<T>*>(input.data_ptr()),
                reinterpret_cast<const uint4*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
                workspace.partial, plan);
-  if (plan.splits > 1) {
-    launch_early(combine_kernel<T>, grid_size(ceil_div(shape.pixels(), 256)), 256, 0, stream, workspace.partial,
-                 static_cast<T*>(output.data_ptr()), shape.pixels(), plan.splits);
-  }
+  if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 
 // Whether eight channels of a pixel (four float32) are one aligned run of 16 bytes wherever they begin.
@@ -800,7 +835,7 @@ bool channels_are_vectors(const Tensor& input, const ConvShape& shape) {
 
 template <typename T>
 void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-         Tensor& output) {
+         Tensor& output, Winners winners) {
   const int index = input.get_device_index();
   const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
@@ -811,11 +846,11 @@ void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, cons
   const int64_t least = std::min({large.cost, medium.cost, small.cost});
   STD_TORCH_CHECK(least < INT64_MAX, "input: conv_mma has no plan for this shape");
   if (small.cost == least) {
-    launch<T>(small, shape, input, weight, bias, scale, output, device);
+    launch<T>(small, shape, input, weight, bias, scale, output, winners, device);
   } else if (medium.cost == least) {
-    launch<T>(medium, shape, input, weight, bias, scale, output, device);
+    launch<T>(medium, shape, input, weight, bias, scale, output, winners, device);
   } else {
-    launch<T>(large, shape, input, weight, bias, scale, output, device);
+    launch<T>(large, shape, input, weight, bias, scale, output, winners, device);
   }
 }
 
@@ -823,8 +858,8 @@ Forward conv_mma(const Tensor& input, const Tensor& weight, const std::optional<
                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                  std::string precision) {
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
-  return convolve("conv_mma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners) {
-    run<decltype(type)>(shape, input, weight, bias, scale, output);
+  return convolve("conv_mma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
+    run<decltype(type)>(shape, input, weight, bias, scale, output, winners);
   });
 }
 

@@ -7,6 +7,7 @@
 //   other strides  a thread owns a pixel, as in the previous rung.
 // The same kernels make a second operator, scale_min_bias, that first adds a number a channel: a convolution's bias, for which
 // PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
+// For training they also give each pixel's winner; then the backward has only to write: the gradient there, zeros elsewhere.
 // Limit: the memory's read bandwidth.
 // Previous rung: scale_min_coalesced.
 
@@ -64,6 +65,19 @@ __device__ __forceinline__ Vector<T, VEC> load_vector(const T* address) {
   return reinterpret_cast<const Vector<T, VEC>&>(bits);
 }
 
+// Several pixels' winners: one store, or where they are ints, a few.
+template <int VEC>
+__device__ __forceinline__ void put_winners(Winners winners, int64_t pixel, const int (&winner)[VEC]) {
+  const auto put = [&](auto* data) {
+    using I = std::remove_pointer_t<decltype(data)>;
+    Vector<I, VEC> vector;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) vector.values[i] = static_cast<I>(winner[i]);
+    *reinterpret_cast<Vector<I, VEC>*>(data + pixel) = vector;
+  };
+  winners.wide ? put(static_cast<int32_t*>(winners.data)) : put(static_cast<uint8_t*>(winners.data));
+}
+
 // A load of less than 8 bytes counts as one of 8: more of them at once gained nothing on an H200.
 template <typename T, int VEC>
 constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? VEC * sizeof(T) : 8);
@@ -73,7 +87,7 @@ constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? 
 template <typename T, int VEC, bool BIAS>
 __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     planes_kernel(const T* input, Accumulator<T> scale, T* output, int64_t vectors, int channels, int64_t plane, int split_bits,
-                  const T* bias) {
+                  const T* bias, Winners winners) {
   using A = Accumulator<T>;
   constexpr int kInFlight = kPlanesInFlight<T, VEC>;
   static_assert(kInFlight > 0, "kBytesInFlight: expected 16 at the least, one of the widest loads");
@@ -83,8 +97,9 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
   const bool inside = vector < vectors;
 
   A smallest[VEC];
+  int winner[VEC];
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) smallest[i] = kInfinity<A>;
+  for (int i = 0; i < VEC; ++i) smallest[i] = kInfinity<A>, winner[i] = row;
 
   if (inside) {
     const int64_t vectors_a_plane = plane / VEC;
@@ -109,20 +124,29 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], (loaded[k].values[i] + added[k]) * scale);
+        for (int i = 0; i < VEC; ++i) {
+          take_smaller(smallest[i], (loaded[k].values[i] + added[k]) * scale, winner[i], channel + k * split);
+        }
       }
     }
   }
 
   if (split > 1) {
     __shared__ A partial[VEC][Planes::kThreads];
+    __shared__ int partial_winners[kWinners ? VEC : 1][kWinners ? Planes::kThreads : 1];
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) partial[i][threadIdx.x] = smallest[i];
+    for (int i = 0; i < VEC; ++i) {
+      partial[i][threadIdx.x] = smallest[i];
+      if constexpr (kWinners) partial_winners[i][threadIdx.x] = winner[i];
+    }
     __syncthreads();
     if (row > 0) return;
     for (int r = 1; r < split; ++r) {
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) smallest[i] = min_nan(smallest[i], partial[i][r * row_threads + column]);
+      for (int i = 0; i < VEC; ++i) {
+        const int thread = r * row_threads + column;
+        take_smaller(smallest[i], partial[i][thread], winner[i], kWinners ? partial_winners[i][thread] : 0);
+      }
     }
   }
 
@@ -131,25 +155,29 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 #pragma unroll
     for (int i = 0; i < VEC; ++i) result.values[i] = static_cast<T>(smallest[i]);
     *reinterpret_cast<Vector<T, VEC>*>(output + vector * VEC) = result;
+    if constexpr (kWinners) put_winners(winners, vector * VEC, winner);
   }
 }
 
 // The least of a warp's numbers, in one instruction instead of five exchanges among lanes, each waiting for the one before.
-// It takes integers: here in the numbers' order, with NaN the least.
-__device__ __forceinline__ float warp_min(float value) {
+// It takes integers: here in the numbers' order, with NaN the least. For training also the winner, of several the first channel.
+__device__ __forceinline__ float warp_min(float value, [[maybe_unused]] int& winner) {
   const auto flip = [](int bits) { return bits < 0 ? bits ^ INT32_MAX : bits; };  // a negative number's bits count backwards
   const int ordered = value != value ? INT32_MIN : flip(__float_as_int(value));
   const int least = __reduce_min_sync(0xffffffffu, ordered);
+  if constexpr (kWinners) winner = __reduce_min_sync(0xffffffffu, ordered == least ? winner : INT32_MAX);
   return least == INT32_MIN ? __int_as_float(INT32_MAX) : __int_as_float(flip(least));
 }
 
 // channels_last. A group of threads, a power of two, owns a pixel together; each with several pixels on the way, or several
 // vectors of one. GROUP_BITS: its logarithm where that is known when compiled, for a whole warp or the whole block.
-// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120).
+// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120). So did
+// one for double with the winners.
 template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, int GROUP_BITS>
-__global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0))
+__global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0) -
+                                                              (kWinners && sizeof(T) == 8 ? 1 : 0))
     channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int any_group_bits,
-                         const T* bias) {
+                         const T* bias, Winners winners) {
   using A = Accumulator<T>;
   constexpr bool BLOCK = GROUP_BITS > kWarpBits;
   constexpr int kOwnerBits = BLOCK ? ChannelsLast::kThreadBits : kWarpBits, kOwners = ChannelsLast::kThreads >> kOwnerBits;
@@ -169,17 +197,19 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
   const int step = groups * channels;
 
   A smallest[PIXELS];
+  int winner[PIXELS];
 #pragma unroll
-  for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>;
+  for (int k = 0; k < PIXELS; ++k) smallest[k] = kInfinity<A>, winner[k] = 0;
 
   ptx::wait_for_previous_grid();  // a small kernel may begin while the one before it ends
   // NOTE: unrolled, as nvcc would have it, up to 2 % slower on small images (H200): mostly there is only one step.
 #pragma unroll 1
   for (int channel = member * VEC; channel < channels; channel += VECTORS * group * VEC) {
     Vector<T, VEC> loaded[VECTORS][PIXELS], added[VECTORS];
-    int at = channel;
+    int at = channel, first_channel[VECTORS];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
+      first_channel[v] = at;
       if constexpr (BIAS) added[v] = load_vector<T, VEC>(bias + at);
       const T* address = source + at;
 #pragma unroll
@@ -196,7 +226,8 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
       for (int k = 0; k < PIXELS; ++k) {
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          smallest[k] = min_nan(smallest[k], (loaded[v][k].values[i] + addend<BIAS>(added[v].values[i])) * scale);
+          const A value = (loaded[v][k].values[i] + addend<BIAS>(added[v].values[i])) * scale;
+          take_smaller(smallest[k], value, winner[k], first_channel[v] + i);
         }
       }
     }
@@ -204,28 +235,35 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
 
   if (std::is_same_v<A, float> && group >= kWarpSize) {
 #pragma unroll
-    for (int k = 0; k < PIXELS; ++k) smallest[k] = warp_min(smallest[k]);
+    for (int k = 0; k < PIXELS; ++k) smallest[k] = warp_min(smallest[k], winner[k]);
   } else {
     for (int distance = min(group, kWarpSize) / 2; distance > 0; distance /= 2) {
 #pragma unroll
-      for (int k = 0; k < PIXELS; ++k) {
-        smallest[k] = min_nan(smallest[k], __shfl_xor_sync(0xffffffffu, smallest[k], distance));
-      }
+      for (int k = 0; k < PIXELS; ++k) take_smaller_of_lanes(smallest[k], winner[k], distance);
     }
   }
   if constexpr (BLOCK) {
     static_assert(PIXELS == 1, "PIXELS: expected 1 where a block owns a pixel");
     __shared__ A of_warps[ChannelsLast::kThreads / kWarpSize];
-    if (thread % kWarpSize == 0) of_warps[thread / kWarpSize] = smallest[0];
+    __shared__ int winners_of_warps[ChannelsLast::kThreads / kWarpSize];
+    if (thread % kWarpSize == 0) {
+      of_warps[thread / kWarpSize] = smallest[0];
+      if constexpr (kWinners) winners_of_warps[thread / kWarpSize] = winner[0];
+    }
     __syncthreads();
-    for (const A& of_warp : of_warps) smallest[0] = min_nan(smallest[0], of_warp);
+    for (int w = 0; w < ChannelsLast::kThreads / kWarpSize; ++w) {
+      take_smaller(smallest[0], of_warps[w], winner[0], kWinners ? winners_of_warps[w] : 0);
+    }
   }
 
   // Every member now knows all the group's results; they take turns in storing them.
 #pragma unroll
   for (int k = 0; k < PIXELS; ++k) {
     const int64_t pixel = first + k * groups;
-    if (member == (k & (group - 1)) && pixel < pixels) output[pixel] = static_cast<T>(smallest[k]);
+    if (member == (k & (group - 1)) && pixel < pixels) {
+      output[pixel] = static_cast<T>(smallest[k]);
+      if constexpr (kWinners) winners.put(pixel, winner[k]);
+    }
   }
 }
 
@@ -237,17 +275,19 @@ struct Strides {
 template <typename T, bool BIAS>
 __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
     strided_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int64_t height,
-                   int64_t width, Strides strides, const T* bias) {
+                   int64_t width, Strides strides, const T* bias, Winners winners) {
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * Strided::kThreads + threadIdx.x;
   if (pixel >= pixels) return;
   const int64_t column = pixel % width, row = pixel / width % height, image = pixel / width / height;
   const T* source = input + image * strides.image + row * strides.row + column * strides.column;
   Accumulator<T> smallest = kInfinity<Accumulator<T>>;
+  int winner = 0;
 #pragma unroll Strided::kInFlight
   for (int channel = 0; channel < channels; ++channel) {
-    smallest = min_nan(smallest, (source[channel * strides.channel] + addend<BIAS>(bias[channel])) * scale);
+    take_smaller(smallest, (source[channel * strides.channel] + addend<BIAS>(bias[channel])) * scale, winner, channel);
   }
   output[pixel] = static_cast<T>(smallest);
+  if constexpr (kWinners) winners.put(pixel, winner);
 }
 
 // The widest vector that starts at an aligned address in every run of `length` elements.
@@ -277,7 +317,7 @@ bool is_channels_last(const Tensor& t) {
 }
 
 template <typename T, bool BIAS>
-void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early, Tensor& output) {
+void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early, Tensor& output, Winners winners) {
   const int channels = input.size(1);
   const int64_t height = input.size(2), width = input.size(3), plane = height * width, pixels = input.size(0) * plane;
   const T* source = static_cast<const T*>(input.data_ptr());
@@ -294,7 +334,7 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
         const int bits = known_bits == ChannelsLast::kAnyGroup ? group_bits : known_bits;
         const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group);
         launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, known_bits>, grid_size(blocks),
-                      ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, bits, bias);
+                      ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, bits, bias, winners);
       };
       constexpr std::integral_constant<int, 1> kOne;
       constexpr std::integral_constant<int, ChannelsLast::kFewVectors> kFewVectors;
@@ -331,12 +371,12 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
       }
       launch_kernel(early, planes_kernel<T, vec, BIAS>,
                     grid_size(ceil_div(vectors, Planes::kThreads >> split_bits)), Planes::kThreads, 0, stream, source, scale,
-                    target, vectors, channels, plane, split_bits, bias);
+                    target, vectors, channels, plane, split_bits, bias, winners);
     });
   } else {
     const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
     strided_kernel<T, BIAS><<<grid_size(ceil_div(pixels, Strided::kThreads)), Strided::kThreads, 0, stream>>>(
-        source, scale, target, pixels, channels, height, width, strides, bias);
+        source, scale, target, pixels, channels, height, width, strides, bias, winners);
   }
 }
 
@@ -346,24 +386,26 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
 bool is_small(const Tensor& input) { return input.numel() * input.element_size() < 2 << 20; }
 
 template <bool BIAS>
-Tensor run(const Tensor& input, const void* bias, double scale, bool early) {
+Forward run(const Tensor& input, const void* bias, double scale, bool early) {
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
-  if (output.numel() == 0) return output;
+  const std::optional<Tensor> winners = new_winners(output, input.size(1));
+  if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    launch<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input), output);
+    launch<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input), output,
+                    winners_in(winners));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  return forward_result(output, winners);
 }
 
-Tensor scale_min_vectorized(const Tensor& input, double scale) {
+Forward scale_min_vectorized(const Tensor& input, double scale) {
   check_input(input);
   return run<false>(input, nullptr, scale, true);
 }
 
-Tensor scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bool early) {
+Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bool early) {
   check_input(input);
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == input.size(1), "bias: expected one number for each of the input's ",
                   input.size(1), " channels");
@@ -372,9 +414,146 @@ Tensor scale_min_bias(const Tensor& input, const Tensor& bias, double scale, boo
   return run<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
 }
 
+#ifdef FUSED_KERNELS_WINNERS
+
+// The backward. A thread reads the gradient and the winner of its pixels once, and stores several vectors.
+struct Backward {
+  static constexpr int kThreads = 256;
+  static constexpr int kChannels = 16;  // NCHW: of a thread's vector of pixels
+  static constexpr int kVectors = 4;    // channels_last: of a thread, a block apart
+};
+
+// NCHW. Neighbouring blocks take the same pixels' other channels: what they read is in the cache.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(Backward::kThreads)
+    planes_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result, int64_t vectors,
+                           int channels, int64_t plane, int parts) {
+  const int part = blockIdx.x % parts;
+  const int64_t vector = static_cast<int64_t>(blockIdx.x / parts) * Backward::kThreads + threadIdx.x;
+  if (vector >= vectors) return;
+  T value[VEC];
+  int winner[VEC];
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    value[i] = static_cast<T>(static_cast<Accumulator<T>>(grad[(vector * VEC + i) * step]) * scale);
+    winner[i] = winners[vector * VEC + i];
+  }
+  const int64_t vectors_a_plane = plane / VEC;
+  const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
+  const int first = part * Backward::kChannels, end = min(first + Backward::kChannels, channels);
+  T* target = result + (image * channels + first) * plane + offset;
+#pragma unroll 4
+  for (int channel = first; channel < end; ++channel) {
+    Vector<T, VEC> stored;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) stored.values[i] = winner[i] == channel ? value[i] : T(0);
+    *reinterpret_cast<Vector<T, VEC>*>(target) = stored;
+    target += plane;
+  }
+}
+
+// channels_last: all vectors in their order.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(Backward::kThreads)
+    channels_last_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result,
+                                  int64_t vectors, int vectors_a_pixel) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * Backward::kThreads * Backward::kVectors + threadIdx.x;
+  int64_t pixel = first / vectors_a_pixel;
+  int place = static_cast<int>(first % vectors_a_pixel);  // of the vector in its pixel
+  const int pixel_step = Backward::kThreads / vectors_a_pixel, place_step = Backward::kThreads % vectors_a_pixel;
+  T value[Backward::kVectors];
+  int winner[Backward::kVectors];  // from the vector's first channel on
+#pragma unroll
+  for (int k = 0; k < Backward::kVectors; ++k) {
+    if (first + k * Backward::kThreads < vectors) {
+      value[k] = static_cast<T>(static_cast<Accumulator<T>>(grad[pixel * step]) * scale);
+      winner[k] = winners[pixel] - place * VEC;
+    }
+    pixel += pixel_step, place += place_step;
+    if (place >= vectors_a_pixel) place -= vectors_a_pixel, ++pixel;
+  }
+#pragma unroll
+  for (int k = 0; k < Backward::kVectors; ++k) {
+    const int64_t vector = first + k * Backward::kThreads;
+    Vector<T, VEC> stored;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) stored.values[i] = winner[k] == i ? value[k] : T(0);
+    if (vector < vectors) *reinterpret_cast<Vector<T, VEC>*>(result + vector * VEC) = stored;
+  }
+}
+
+// How far apart neighbouring pixels are, if it is the same everywhere: one in most gradients, zero in an expanded number.
+std::optional<int64_t> pixel_step(const Tensor& t) {
+  int64_t pixels = 1, step = 0;
+  for (int d : {3, 2, 0}) {
+    if (t.size(d) == 1) continue;
+    if (pixels == 1) step = t.stride(d);
+    if (t.stride(d) != step * pixels) return std::nullopt;
+    pixels *= t.size(d);
+  }
+  return step;
+}
+
+// The gradient of scale_min's input: the minimum's times the scale at the winner, elsewhere zero.
+Tensor scale_min_vectorized_backward(const Tensor& any_grad, const Tensor& any_winners, double scale, int64_t channels,
+                                     bool channels_last) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(any_grad.dim() == 4 && any_grad.size(1) == 1, "grad: expected 4 dimensions (N, 1, H, W)");
+  STD_TORCH_CHECK(channels > 0 && channels <= INT32_MAX - kMostPastChannels, "channels: expected a number from 1 to ",
+                  INT32_MAX - kMostPastChannels, ", got ", channels);
+  const ScalarType of_winners = any_winners.scalar_type();
+  STD_TORCH_CHECK(of_winners == ScalarType::Byte || of_winners == ScalarType::Int, "winners: expected uint8 or int32");
+  STD_TORCH_CHECK(any_winners.dim() == 4 && any_winners.is_cuda() &&
+                      any_winners.get_device_index() == any_grad.get_device_index(),
+                  "winners: expected 4 dimensions, on grad's device");
+  for (int d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(any_winners.size(d) == any_grad.size(d), "winners: expected grad's shape");
+  }
+  using torch::headeronly::MemoryFormat;
+  const int64_t images = any_grad.size(0), height = any_grad.size(2), width = any_grad.size(3);
+  const std::vector<int64_t> sizes{images, channels, height, width};
+  Tensor result = torch::stable::empty(sizes, any_grad.scalar_type(), std::nullopt, any_grad.device(), std::nullopt,
+                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (result.numel() == 0) return result;
+  const torch::stable::accelerator::DeviceGuard guard(any_grad.get_device_index());
+  // In any other order, the gradient is put in this one: it is small beside the result.
+  const bool even = pixel_step(any_grad).has_value();
+  const Tensor grad = even ? any_grad : torch::stable::contiguous(any_grad);
+  const std::optional<Tensor> winners = any_winners.is_contiguous() ? any_winners : torch::stable::contiguous(any_winners);
+  const int64_t step = even ? *pixel_step(any_grad) : 1, plane = height * width, pixels = images * plane;
+  const cudaStream_t stream = current_stream(grad);
+  dispatch(grad.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* source = static_cast<const T*>(grad.data_ptr());
+    T* target = static_cast<T*>(result.data_ptr());
+    const auto factor = static_cast<Accumulator<T>>(scale);
+    with_width<T>(vector_width<T>(target, channels_last ? channels : plane), [&](auto vec) {
+      if (channels_last) {
+        const int64_t vectors = pixels * (channels / vec);
+        const int64_t blocks = ceil_div(vectors, Backward::kThreads * Backward::kVectors);
+        channels_last_backward_kernel<T, vec><<<grid_size(blocks), Backward::kThreads, 0, stream>>>(
+            source, step, winners_in(winners), factor, target, vectors, static_cast<int>(channels / vec));
+      } else {
+        const int64_t vectors = pixels / vec, parts = ceil_div(channels, Backward::kChannels);
+        const int64_t blocks = ceil_div(vectors, Backward::kThreads) * parts;
+        planes_backward_kernel<T, vec><<<grid_size(blocks), Backward::kThreads, 0, stream>>>(
+            source, step, winners_in(winners), factor, target, vectors, static_cast<int>(channels), plane,
+            static_cast<int>(parts));
+      }
+    });
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
-  m.impl("scale_min_vectorized", TORCH_BOX(&scale_min_vectorized));
-  m.impl("scale_min_bias", TORCH_BOX(&scale_min_bias));
+  m.impl(FORWARD("scale_min_vectorized"), TORCH_BOX(&scale_min_vectorized));
+  m.impl(FORWARD("scale_min_bias"), TORCH_BOX(&scale_min_bias));
+#ifdef FUSED_KERNELS_WINNERS
+  m.impl("scale_min_vectorized_backward", TORCH_BOX(&scale_min_vectorized_backward));
+#endif
 }
 
 }  // namespace fused_kernels

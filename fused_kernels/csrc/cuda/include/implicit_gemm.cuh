@@ -223,15 +223,17 @@ struct Workspace {
   float2* constants;
   float* partial;            // [share][pixel]
   int32_t* partial_winners;  // likewise
+  int32_t* more_winners;     // for the kernel's own use
 
-  Workspace(const Tensor& like, int64_t packed_bytes, int64_t columns, int64_t partials)
-      : memory(torch::stable::new_empty(like, {packed_bytes + columns * 8 + partials * (kWinners ? 8 : 4)},
+  Workspace(const Tensor& like, int64_t packed_bytes, int64_t columns, int64_t partials, int64_t more = 0)
+      : memory(torch::stable::new_empty(like, {packed_bytes + columns * 8 + partials * 4 + (kWinners ? partials + more : 0) * 4},
                                        torch::headeronly::ScalarType::Byte)) {
     char* const start = static_cast<char*>(memory.data_ptr());
     packed = reinterpret_cast<uint32_t*>(start);
     constants = reinterpret_cast<float2*>(start + packed_bytes);
     partial = reinterpret_cast<float*>(start + packed_bytes + columns * 8);
     partial_winners = reinterpret_cast<int32_t*>(partial + partials);
+    more_winners = partial_winners + partials;
   }
 };
 

@@ -23,19 +23,23 @@ __device__ __forceinline__ float min_nan(float a, float b) { return ptx::min_nan
 // There is no min.NaN for double.
 __device__ __forceinline__ double min_nan(double a, double b) { return (a < b || a != a) ? a : b; }
 
+__device__ __forceinline__ bool same_bits(float a, float b) { return __float_as_int(a) == __float_as_int(b); }
+__device__ __forceinline__ bool same_bits(double a, double b) { return __double_as_longlong(a) == __double_as_longlong(b); }
+
 // A running minimum and, for training, the channel that it is from. It is a new one where the minimum's bits changed: NaN, which
-// min_nan gives one pattern, stays the first one's.
-__device__ __forceinline__ void take_smaller(float& smallest, float value, [[maybe_unused]] int& winner,
-                                             [[maybe_unused]] int channel) {
-  const float before = smallest;
+// min_nan gives one pattern (of doubles: keeps), stays the first one's.
+template <typename A>
+__device__ __forceinline__ void take_smaller(A& smallest, A value, [[maybe_unused]] int& winner, [[maybe_unused]] int channel) {
+  const A before = smallest;
   smallest = min_nan(smallest, value);
   if constexpr (kWinners) {
-    if (__float_as_int(smallest) != __float_as_int(before)) winner = channel;
+    if (!same_bits(smallest, before)) winner = channel;
   }
 }
 
-__device__ __forceinline__ void take_smaller_of_lanes(float& smallest, int& winner, int distance) {
-  const float other = __shfl_xor_sync(0xffffffffu, smallest, distance);
+template <typename A>
+__device__ __forceinline__ void take_smaller_of_lanes(A& smallest, int& winner, int distance) {
+  const A other = __shfl_xor_sync(0xffffffffu, smallest, distance);
   take_smaller(smallest, other, winner, kWinners ? __shfl_xor_sync(0xffffffffu, winner, distance) : 0);
 }
 
