@@ -171,11 +171,10 @@ __device__ __forceinline__ float warp_min(float value, [[maybe_unused]] int& win
 
 // channels_last. A group of threads, a power of two, owns a pixel together; each with several pixels on the way, or several
 // vectors of one. GROUP_BITS: its logarithm where that is known when compiled, for a whole warp or the whole block.
-// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120). So did
-// one for double with the winners.
+// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120). So do
+// winners: with as many, a kernel used its first vectors before it asked for the last ones (sm_90a).
 template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, int GROUP_BITS>
-__global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0) -
-                                                              (kWinners && sizeof(T) == 8 ? 1 : 0))
+__global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0) - (kWinners ? 1 : 0))
     channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int any_group_bits,
                          const T* bias, Winners winners) {
   using A = Accumulator<T>;
