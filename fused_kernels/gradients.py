@@ -46,7 +46,7 @@ def _grad_weight_name(input, out_channels, kernel_size, conv):
         return "grad_weight"
     stride, _, dilation, groups, precision = conv
     kernel_h, kernel_w = kernel_size
-    if not _is_16_bit(input.dtype, precision) or groups > 1 or kernel_h * kernel_w > 9 or out_channels > 4096:
+    if not _is_16_bit(input.dtype, precision) or groups > 1 or kernel_h * kernel_w > 49 or out_channels > 4096:
         return "grad_weight_private"
     # Two tiles of the least size: their input, and their pixels in steps of 16 for each 8 output channels.
     halo = ((kernel_h - 1) * dilation[0] + 1) * (63 * stride[1] + (kernel_w - 1) * dilation[1] + 1)

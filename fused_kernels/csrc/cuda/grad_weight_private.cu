@@ -20,7 +20,7 @@
 namespace fused_kernels {
 
 constexpr int kWarpSize = 32;
-constexpr int kBatch = 4;              // pixels whose inputs are on their way together
+constexpr int kBatch = 8;              // pixels whose inputs are on their way together
 constexpr int kMostColumns = 256;      // of a block, a thread each
 constexpr int kSharedBytes = 72 << 10;  // for a block's sums: three blocks a multiprocessor
 
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
     // Slices: enough to fill the chip a few times, no fewer pixels in one than make its sums worth adding.
     const int64_t blocks = static_cast<int64_t>(plan.column_blocks) * plan.output_blocks * shape.groups;
     const int64_t resident = std::clamp<int64_t>((200 << 10) / (shared + 1024), 1, 2048 / block);
-    const int64_t wanted = ceil_div(multiprocessors(grad.get_device_index()) * resident, blocks);
+    const int64_t wanted = multiprocessors(grad.get_device_index()) * resident / blocks;
     plan.slices = std::clamp<int64_t>(std::min(wanted, plan.pixels / 256), 1, 1024);
     const Tensor memory = torch::stable::new_empty(grad, {plan.slices * out_channels * columns * static_cast<int64_t>(sizeof(A))},
                                                    torch::headeronly::ScalarType::Byte);

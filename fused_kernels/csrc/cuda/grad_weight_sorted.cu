@@ -28,7 +28,7 @@ namespace fused_kernels {
 constexpr int kColumns = 8, kStep = 16;               // output channels of a list, pixels of a step
 constexpr int kLists = 16;                             // of a block that sums
 constexpr int kPlaces = 8;
-constexpr int kMostTaps = 9;
+constexpr int kTaps = 9, kMostTaps = 49;              // of a block that sums, and in all
 constexpr int kMostPixels = 1024, kMostHalo = 4096;  // of a tile, and of its input
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarpSize;
 constexpr int kStages = 2;
@@ -44,7 +44,7 @@ struct Cut {
   static constexpr int kChunk = kCopies ? 32 : 16, kGroups = kChunk / 8;
   static constexpr int kPixelBytes = kChunk * 2 + 16;  // padded so that places modulo 8 are different banks
   static constexpr int kInputWarps = kCopies ? 3 : 11, kInputThreads = kInputWarps * kWarpSize;
-  static constexpr int kThreads = kMostTaps * kWarpSize + kInputThreads;
+  static constexpr int kThreads = kTaps * kWarpSize + kInputThreads;
 };
 
 // An entry: a gradient of 16 bits, its winner's column, and where its input begins in the tile's.
@@ -384,13 +384,14 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
   __shared__ int stage_exponents[kStages];
   __shared__ uint32_t largest[2];
   __shared__ uint64_t barriers[2 * kStages];
+  const int first_tap = blockIdx.y * kTaps, taps = min(plan.taps - first_tap, kTaps);
   const uint32_t first_barrier = ptx::shared_address(barriers);
   const auto full = [&](const Stage& s) { return first_barrier + s.index * 16; };
   const auto empty = [&](const Stage& s) { return first_barrier + s.index * 16 + 8; };
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(first_barrier + s * 16, C::kInputThreads);
-      ptx::mbarrier_init(first_barrier + s * 16 + 8, plan.taps * kWarpSize);
+      ptx::mbarrier_init(first_barrier + s * 16 + 8, taps * kWarpSize);
     }
     ptx::mbarrier_init_fence();
     largest[0] = largest[1] = 0;
@@ -405,8 +406,8 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
   const int first_list = range * kLists, lists = min(plan.lists - first_list, kLists);
   Stage stage{0, 0};
 
-  if (warp >= kMostTaps) {
-    const int thread = threadIdx.x - kMostTaps * kWarpSize;
+  if (warp >= kTaps) {
+    const int thread = threadIdx.x - kTaps * kWarpSize;
     const uint32_t n = lane / 4 << kColumnShift, both = n * 0x10001u;
     const __half2 column = reinterpret_cast<const __half2&>(both);
     int exponent = sizeof(T) == 4 ? 8 : 0, turn = 0, least = 4 * kLargestExponent, total = 0;
@@ -474,13 +475,13 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
     }
     return;
   }
-  if (warp >= plan.taps) return;
+  if (warp >= taps) return;
 
   // A warp that multiplies: a tap.
   float sums[kLists][C::kChunk / 16][4] = {};
   int exponent = 0;
   const int slot = lane % 8 + lane / 16 * 8;  // the pixel whose row this lane names
-  const uint32_t shift = plan.tap_offset[warp] + lane / 8 % 2 * 16;
+  const uint32_t shift = plan.tap_offset[first_tap + warp] + lane / 8 % 2 * 16;
   for (int tile = begin; tile < end; ++tile) {
     const char* const inputs = shared + stage.index * stage_bytes;
     const uint2* operand = reinterpret_cast<const uint2*>(inputs + input_bytes) + lane;
@@ -526,7 +527,7 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
 
   const float back = power_of_two(-exponent / 2), rest = power_of_two(-(exponent - exponent / 2));
   const int padded = plan.chunks * C::kChunk;
-  float* const target = partial + (static_cast<int64_t>(slice) * plan.taps + warp) * plan.out_channels * padded + chunk * C::kChunk;
+  float* const target = partial + (static_cast<int64_t>(slice) * plan.taps + first_tap + warp) * plan.out_channels * padded + chunk * C::kChunk;
 #pragma unroll
   for (int i = 0; i < kLists; ++i) {
 #pragma unroll
@@ -607,7 +608,8 @@ void launch(Plan plan, const Tensor& grad, const Tensor& winners, const Tensor& 
   plan.width_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.halo[1] + 1);
   plan.chunks = static_cast<int>(ceil_div(plan.in_channels, C::kChunk));
   plan.ranges = static_cast<int>(ceil_div(plan.lists, kLists));
-  plan.slices = std::clamp(multiprocessors(device) / (plan.chunks * plan.ranges), 1, plan.tiles);
+  const int tap_sets = static_cast<int>(ceil_div(plan.taps, kTaps));
+  plan.slices = std::clamp(multiprocessors(device) / (plan.chunks * plan.ranges * tap_sets), 1, plan.tiles);
   for (int tap = 0; tap < plan.taps; ++tap) {
     const int row = tap / plan.kernel[1] * plan.dilation[0], column = tap % plan.kernel[1] * plan.dilation[1];
     plan.tap_offset[tap] = (row * plan.halo[1] + column) * C::kPixelBytes;
@@ -637,7 +639,7 @@ void launch(Plan plan, const Tensor& grad, const Tensor& winners, const Tensor& 
                                                                   entries, begins, exponents, bias_parts, plan);
   const auto kernel = sum_kernel<T, DENSE>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<plan.chunks * plan.ranges * plan.slices, C::kThreads, shared_bytes, stream>>>(
+  kernel<<<dim3(plan.chunks * plan.ranges * plan.slices, tap_sets), C::kThreads, shared_bytes, stream>>>(
       static_cast<const T*>(input.data_ptr()), entries, begins, exponents, partial, plan);
   reduce_kernel<T><<<grid_size(ceil_div(sums, 256)), 256, 0, stream>>>(
       partial, scale, static_cast<T*>(grad_weight.data_ptr()), static_cast<int>(padded), plan);
