@@ -104,6 +104,7 @@ __attribute__((noinline)) void convolve(const Strip<Scalar, Element>& s) {
   for (const int *offset = s.offsets, *end = offset + s.depth; offset != end;) {
     // The innermost loop: VECTORS loads, CHANNELS broadcasts, and a multiply-add for each pair of them.
     typename Compute<Scalar>::Vector sum[CHANNELS][VECTORS] = {};
+#pragma GCC unroll 2
     for (const int* stop = offset + std::min<int64_t>(CHAIN, end - offset); offset != stop; offset++, weights += CHANNELS) {
       decltype(load(s.patch)) pixels[VECTORS];
       for (int v = 0; v < VECTORS; v++) pixels[v] = load(from[v] + *offset);
