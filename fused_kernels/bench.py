@@ -817,7 +817,7 @@ def _parts_of_a_step(common, load, seconds):
         return run
 
     _, winners = forward(*load.arguments, *geometry, resolved)
-    small = _ends(load.input), _ends(winners), _ends(grad)
+    small = _ends(load.input), _ends(winners).contiguous(), _ends(grad)
     clock, done = _steady(device, load.bytes, seconds), []
     where = (precision, dtype, layout, load.shape)
     timing = clock({"winners": lambda: forward(*load.arguments, *geometry, resolved)})["winners"]

@@ -192,10 +192,11 @@ def relative_error(result, expected):
     return float((result.double() - expected).square().mean().sqrt() / scale)
 
 
-def assert_no_less_exact(results, dense, dtype, precision="ieee"):
+def assert_no_less_exact(results, dense, dtype, precision="ieee", floor=1e-14):
     """Compare with float64: an rms error no larger than the library's or, where allowed, that of TF32's operands.
 
-    Where both are next to nothing, as in a sum of few terms, it may be twice that of rounding the result.
+    Of few elements it may be more, by chance; and where both are next to nothing, as in a sum of few terms, twice that of
+    rounding the result, or the floor.
     """
     exact = dense(torch.float64)
     peers = [dense(dtype), *([dense(torch.float64, tf32=True)] if dtype == torch.float32 and precision == "tf32" else [])]
@@ -203,9 +204,10 @@ def assert_no_less_exact(results, dense, dtype, precision="ieee"):
         if result is None:
             continue
         assert result.shape == exact[i].shape
-        errors = [1.1 * relative_error(peer[i], exact[i]) for peer in peers]
-        rounding = max(relative_error(exact[i].to(dtype), exact[i]), torch.finfo(torch.float64).eps)
-        assert relative_error(result, exact[i]) <= max(*errors, 2 * rounding)
+        chance = 1.2 if result.numel() > 200 else 3.0
+        errors = [chance * relative_error(peer[i], exact[i]) for peer in peers]
+        rounding = relative_error(exact[i].to(dtype), exact[i])
+        assert relative_error(result, exact[i]) <= max(*errors, 2 * rounding, floor)
 
 
 def precisions(rung, dtype):
@@ -238,14 +240,12 @@ def test_grad_input(rung, device, dtype, layout, shape, out_channels, kernel, co
 @backward_of("grad_weight")
 @DTYPE
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "cropped", "expanded"])
-@pytest.mark.parametrize("skewed", [False, True])
 @GEOMETRY
-def test_grad_weight(rung, device, dtype, layout, skewed, shape, out_channels, kernel, conv, poisoned, set_conv_precision):
+def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, conv, poisoned, set_conv_precision):
     for precision in precisions(rung, dtype):
         set_conv_precision(precision)
-        input, weight, grad, winners, geometry, dense = problem(
-            device, dtype, layout, shape, out_channels, kernel, conv, skewed
-        )
+        layer, skewed = (shape, out_channels, kernel, conv), layout in ("channels_last", "cropped")
+        input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, *layer, skewed)
         if rung.device == "cuda":
             chosen = gradients._grad_weight_name(input, out_channels, weight.shape[2:], (*geometry, precision))
             skip_unless_it_runs(rung, chosen)
@@ -276,7 +276,8 @@ def test_gradients_of_any_strides(device, grad_layout, dtype, set_conv_precision
     sizes = input.shape[2:], weight.shape
     conv = *geometry, "tf32"
     results = gradients.gradients(grad, winners, input, weight, -1.5, conv, *sizes, False, (True, True, True))
-    assert_no_less_exact(results, dense, dtype, "tf32")
+    # Rounded to a mantissa of 10 bits, one number may be off by 2^-11, and all of an expanded gradient alike.
+    assert_no_less_exact(results, dense, dtype, "tf32", floor=6e-4)
 
 
 @ON
@@ -391,7 +392,7 @@ def test_compiled_training_step(device, dynamic, set_conv_precision):
 def test_memory_of_a_training_step(dtype, channels_last, set_conv_precision):
     """No more than the input's gradient, the winners, the output, and a tenth of them."""
     set_conv_precision("tf32")
-    input = torch.randn(16, 64, 128, 128, device="cuda", dtype=dtype)
+    input = torch.randn(64, 64, 256, 256, device="cuda", dtype=dtype)
     if channels_last:
         input = input.contiguous(memory_format=torch.channels_last)
     layer = fk.Conv2dScaleMin(64, 128, 3, 2.0, device="cuda", dtype=dtype)
@@ -402,8 +403,8 @@ def test_memory_of_a_training_step(dtype, channels_last, set_conv_precision):
     torch.cuda.reset_peak_memory_stats()
     found = torch.autograd.grad(layer(input).sum(), tensors)
     used = torch.cuda.max_memory_allocated() - before
-    pixels = 16 * 126 * 126
-    assert used <= 1.1 * (found[0].nbytes + pixels * (1 + dtype.itemsize)) + 2**20
+    pixels = 64 * 254 * 254
+    assert used <= 1.1 * (found[0].nbytes + pixels * (1 + dtype.itemsize))
 
 
 @ON
