@@ -83,6 +83,8 @@ def test_readme_opens_with_the_ladders_figure_and_recorded_table(tmp_path):
     copy.write_text(text)
     plots.update_readme(copy, bench.records())
     assert copy.read_text() == text, "README.md's table differs from figures/data: run make figures"
+    plots.update_training(copy, bench.records(data=bench.data_dir() / "training"))
+    assert copy.read_text() == text, "README.md's training table differs from figures/data/training: run make figures"
     figure = re.search(r"(!\[|<img )[^\n]*figures/\S+\.png", text)
     assert figure.start() < text.index(plots.BEGIN) < text.index("\n## ")
 
