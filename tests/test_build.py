@@ -233,7 +233,7 @@ def test_a_syntax_error_shows_the_compilers_words():
 ARCHITECTURES = {"80": (8, 0), "90a": (9, 0), "100": (10, 0), "120": (12, 0)}
 CUDA_RUNGS = [rung for rung in (*LADDER, COPY, *BACKWARD) if rung.device == "cuda"]
 # Some tens of bytes, once a tile: in the main loop there is no spill.
-KNOWN_SPILLS = {("grad_weight_sorted", "120", False), ("conv_wgmma_ieee", "90a", True)}
+KNOWN_SPILLS = {("conv_wgmma_ieee", "90a", True)}
 
 
 @pytest.fixture
@@ -329,6 +329,9 @@ def cuda_jobs():
     toolkit = build.cuda_toolkit()
     for rung in CUDA_RUNGS:
         for arch, capability in ARCHITECTURES.items():
+            # Of the backward pass the oldest and Hopper are enough: it has no instructions that others lack.
+            if rung in BACKWARD and arch not in ("80", "90a"):
+                continue
             if rung.runs_on(capability) and capability[0] * 10 + capability[1] in toolkit.architectures:
                 namespace = f"fused_kernels_test_sm_{arch}"
                 yield {"name": rung.name, "source": rung.source, "device": "cuda", "namespace": namespace, "arch": arch}
