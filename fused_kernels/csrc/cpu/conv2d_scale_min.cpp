@@ -91,7 +91,9 @@ template <class Scalar, class Element> struct Strip {
   int64_t depth, pitch;         // terms; distance between the channels of unfinished sums
   bool first, last;             // of the blocks that the whole depth is cut into
   const Scalar* bias;
-  Scalar scale, *unfinished, *minima;
+  Scalar scale, *unfinished;
+  Minima<Scalar> minima;
+  int64_t channel, last_channel;  // the block's first, the group's last
 };
 
 template <int CHANNELS, int VECTORS, class Scalar, class Element>
@@ -102,6 +104,7 @@ __attribute__((noinline)) void convolve(const Strip<Scalar, Element>& s) {
   for (const int *offset = s.offsets, *end = offset + s.depth; offset != end;) {
     // The innermost loop: VECTORS loads, CHANNELS broadcasts, and a multiply-add for each pair of them.
     typename Compute<Scalar>::Vector sum[CHANNELS][VECTORS] = {};
+#pragma GCC unroll 2
     for (const int* stop = offset + std::min<int64_t>(CHAIN, end - offset); offset != stop; offset++, weights += CHANNELS) {
       decltype(load(s.patch)) pixels[VECTORS];
       for (int v = 0; v < VECTORS; v++) pixels[v] = load(from[v] + *offset);
@@ -116,14 +119,16 @@ __attribute__((noinline)) void convolve(const Strip<Scalar, Element>& s) {
       for (int v = 0; v < VECTORS; v++) total[o][v] += sum[o][v];
   }
   for (int v = 0; v < VECTORS; v++) {
-    auto minimum = load(s.minima + v * LANES<Scalar>);
+    auto minimum = s.minima.load_vector(v * LANES<Scalar>);
+    const decltype(minimum.channel) zero = {};
     for (int o = 0; o < CHANNELS; o++) {
       Scalar* unfinished = s.unfinished + o * s.pitch + v * LANES<Scalar>;
       if (!s.first) total[o][v] += load(unfinished);
-      if (s.last) minimum = nan_min(minimum, (total[o][v] + s.bias[o]) * s.scale);
+      const auto channel = Index<Scalar>(std::min(s.channel + o, s.last_channel));
+      if (s.last) minimum.take((total[o][v] + s.bias[o]) * s.scale, zero + channel);
       else store(unfinished, total[o][v]);
     }
-    store(s.minima + v * LANES<Scalar>, minimum);
+    s.minima.store_vector(v * LANES<Scalar>, minimum);
   }
 }
 
@@ -135,7 +140,7 @@ template <int CHANNELS, class Scalar, class Element> void convolve_tile(Strip<Sc
     if (vectors >= STRIP) convolve<CHANNELS, STRIP>(s);
     else if (vectors == 2) convolve<CHANNELS, 2>(s);
     else convolve<CHANNELS, 1>(s);
-    s.starts += STRIP, s.unfinished += STRIP * LANES<Scalar>, s.minima += STRIP * LANES<Scalar>;
+    s.starts += STRIP, s.unfinished += STRIP * LANES<Scalar>, s.minima = s.minima + STRIP * LANES<Scalar>;
   }
 }
 
@@ -145,6 +150,7 @@ template <class T> struct Convolution {
   static constexpr int N = LANES<T>, PER_TERM = Term<T>::CHANNELS;
 
   const Tensor &input, &weight, &output;
+  const std::optional<Tensor>& winners;
   const int64_t groups, in_channels = weight.size(1), out_channels = weight.size(0) / groups;  // channels of one group
   const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3), taps = kernel_h * kernel_w;
   const int64_t images = output.size(0), out_rows = output.size(2), out_columns = output.size(3);
@@ -163,6 +169,7 @@ template <class T> struct Convolution {
     while (size < std::min<int64_t>(BLOCK, out_channels - block * BLOCK)) size *= 2;
     return size;
   }
+  int64_t channel_of(int64_t block) const { return block / out_blocks * out_channels + block % out_blocks * BLOCK; }
   int64_t terms_in(int64_t depth_block) const { return std::min(block_terms, terms - depth_block * block_terms); }
   int64_t weights_at(int64_t group, int64_t block, int64_t depth_block) const {
     return ((group * terms + depth_block * block_terms) * padded_out + block * BLOCK * terms_in(depth_block)) * taps;
@@ -273,11 +280,13 @@ template <class T> struct Convolution {
     // Where there are fewer tiles than threads, several threads share a tile's output channels.
     const int64_t blocks = groups * out_blocks, work = tile_rows * tile_columns * in_channels * taps * weight.size(0);
     const int64_t parts = std::max<int64_t>(std::min({ceil_div(threads, tiles), blocks, tiles * work / MIN_WORK}), 1);
-    PartialMinima<T> minima_of_parts(output, parts);
+    PartialMinima<T> minima_of_parts(output, winners, parts);
     torch::stable::parallel_for(0, tiles * parts, ceil_div(MIN_WORK, ceil_div(work, parts)), [&](int64_t begin, int64_t end) {
       const int64_t most_vectors = tile_rows * ceil_div(columns.length, N);
       std::vector<Element> patch(block_terms * pitch + N);
-      std::vector<Scalar> minima(most_vectors * N), unfinished(depth_blocks > 1 ? padded_out * most_vectors * N : 0);
+      std::vector<Scalar> values(most_vectors * N), unfinished(depth_blocks > 1 ? padded_out * most_vectors * N : 0);
+      std::vector<Index<Scalar>> winning(kWinners ? most_vectors * N : 0);
+      const Minima<Scalar> minima{values.data(), winning.data()};
       std::vector<int> starts;
       for (int64_t item = begin; item < end; item++) {
         const int64_t part = item % parts, tile = item / parts, image = tile / wide / high;
@@ -294,8 +303,8 @@ template <class T> struct Convolution {
         for (int64_t v = 0; v < vectors; v++)
           starts.push_back(int(anew ? v / in_row * columns.length + v % in_row * N : v * N));
 
-        std::fill(minima.begin(), minima.end(), Scalar(NOTHING));
         const int64_t first_block = part * blocks / parts, end_block = (part + 1) * blocks / parts;
+        minima.clear(most_vectors * N, channel_of(first_block));
         for (int64_t group = first_block / out_blocks; group * out_blocks < end_block; group++)
           for (int64_t b = 0; b < depth_blocks; b++) {
             const int64_t channel = b * block_terms * PER_TERM;
@@ -310,13 +319,14 @@ template <class T> struct Convolution {
               strip.depth = terms_in(b) * taps, strip.pitch = vectors * N;
               strip.first = b == 0, strip.last = b == depth_blocks - 1;
               strip.bias = biases.data() + group * padded_out + o * BLOCK, strip.scale = scale;
-              strip.unfinished = unfinished.data() + o * BLOCK * strip.pitch, strip.minima = minima.data();
+              strip.unfinished = unfinished.data() + o * BLOCK * strip.pitch, strip.minima = minima;
+              strip.channel = channel_of(before + o), strip.last_channel = (group + 1) * out_channels - 1;
               convolve_tile<BLOCK>(strip, block_size(o), (int)vectors);
             }
           }
         for (int64_t i = 0; i < row_count; i++) {
           const int64_t pixel = (image * out_rows + first_row + i) * out_columns + first_column;
-          minima_of_parts.put(part, pixel, &minima[i * row_pitch], column_count);
+          minima_of_parts.put(part, pixel, minima + i * row_pitch, column_count);
         }
       }
     });
@@ -325,20 +335,23 @@ template <class T> struct Convolution {
 };
 
 // The precision is a choice of GPUs; here float32 is float32.
-Tensor conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                        int64_t groups, std::string /*precision*/) {
+Forward conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                         int64_t groups, std::string /*precision*/) {
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
   Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
-  if (output.numel() == 0) return output;
+  const std::optional<Tensor> winners = new_winners(output, weight.size(0));
+  if (output.numel() == 0) return forward_result(output, winners);
   dispatch(input.scalar_type(), [&](auto* type) {
     using T = std::decay_t<decltype(*type)>;
-    Convolution<T> convolution{input, weight, output, groups};
+    Convolution<T> convolution{input, weight, output, winners, groups};
     convolution.pack_weights(bias);
     convolution.run(typename Compute<T>::Scalar(scale), stride, padding, dilation);
   });
-  return output;
+  return forward_result(output, winners);
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) { m.impl("conv2d_scale_min", TORCH_BOX(&conv2d_scale_min)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) {
+  m.impl(FORWARD("conv2d_scale_min"), TORCH_BOX(&conv2d_scale_min));
+}

@@ -4,64 +4,79 @@
 //   (NCHW), go through the channels one after the other and keep the running minima of a block of pixels in the L1 cache:
 //   pixels lie in vector lanes and the minimum needs no shuffles. Where a pixel's channels are neighbours (channels_last), a
 //   vector holds channels, and is folded into one number at the pixel's end.
-// Limit: in float32 main memory's bandwidth, in bfloat16 the conversion to float as well. The convolution before it wrote all that this kernel reads: fusing both saves the traffic.
+// Limit: in float32 main memory's bandwidth, in bfloat16 the conversion to float as well. The convolution before it wrote all
+//   that this kernel reads: fusing both saves the traffic.
 // Previous rung: PyTorch's mul and min, which read or write three such tensors instead of one, min in scalar code.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "vectors.h"
+#include "minima_grad.h"
 
 namespace {
 using namespace fused_kernels;
 
 constexpr int BLOCK = 2048;            // pixels whose running minima one thread keeps in its L1 cache
 constexpr int AT_ONCE = 8;             // channels read together: fewer passes over the minima, more loads in flight
+constexpr int64_t ZEROS = 2048;        // elements of a gradient that are zeroed before one a pixel is written
 constexpr int64_t MIN_WORK = 1 << 16;  // elements; less is not worth waking a thread for
 
-// Any strides, and what is left over from the two kernels below.
+// Any strides, and what is left over from the two kernels below. Channels are numbered from first on.
 template <class T, class Scalar>
-void minima_of_anything(const T* x, int64_t channels, int64_t channel_stride, int64_t pixel_stride, int pixels, Scalar scale,
-                        Scalar* minima) {
+void minima_of_anything(const T* x, int64_t first, int64_t channels, int64_t channel_stride, int64_t pixel_stride, int pixels,
+                        Scalar scale, Minima<Scalar> minima) {
   for (int64_t c = 0; c < channels; c++, x += channel_stride)
-    for (int i = 0; i < pixels; i++) minima[i] = nan_min(minima[i], Scalar(x[i * pixel_stride]) * scale);
+    for (int i = 0; i < pixels; i++) minima.take(i, Scalar(x[i * pixel_stride]) * scale, first + c);
 }
 
 // Neighbouring pixels are neighbours in memory: pixels in lanes, a few channels after the other.
 template <class T, class Scalar>
-void minima_of_rows(const T* x, int64_t channels, int64_t channel_stride, int pixels, Scalar scale, Scalar* minima) {
+void minima_of_rows(const T* x, int64_t first, int64_t channels, int64_t channel_stride, int pixels, Scalar scale,
+                    Minima<Scalar> minima) {
+  const Index<typename Compute<T>::Vector> zero = {};
   int64_t c = 0;
   for (; c + AT_ONCE <= channels; c += AT_ONCE, x += AT_ONCE * channel_stride) {
     int i = 0;
     for (; i + LANES<T> <= pixels; i += LANES<T>) {
-      auto minimum = load(minima + i);
-      for (int k = 0; k < AT_ONCE; k++) minimum = nan_min(minimum, load(x + k * channel_stride + i) * scale);
-      store(minima + i, minimum);
+      auto minimum = minima.load_vector(i);
+      for (int k = 0; k < AT_ONCE; k++)
+        minimum.take(load(x + k * channel_stride + i) * scale, zero + Index<Scalar>(first + c + k));
+      minima.store_vector(i, minimum);
     }
     for (; i < pixels; i++)
-      for (int k = 0; k < AT_ONCE; k++) minima[i] = nan_min(minima[i], Scalar(x[k * channel_stride + i]) * scale);
+      for (int k = 0; k < AT_ONCE; k++) minima.take(i, Scalar(x[k * channel_stride + i]) * scale, first + c + k);
   }
-  minima_of_anything(x, channels - c, channel_stride, 1, pixels, scale, minima);
+  minima_of_anything(x, first + c, channels - c, channel_stride, 1, pixels, scale, minima);
 }
 
 // A pixel's channels are neighbours in memory, at least LANES of them: channels in lanes, a vector of pixels at a time.
 template <class T, class Scalar>
-void minima_of_pixels(const T* x, int64_t channels, int64_t pixel_stride, int pixels, Scalar scale, Scalar* minima) {
-  for (int first = 0; first < pixels; first += LANES<T>) {
-    typename Compute<T>::Vector lanes[LANES<T>];
-    for (int i = 0; i < LANES<T>; i++) {
-      const T* pixel = x + std::min(first + i, pixels - 1) * pixel_stride;
-      lanes[i] = load(pixel) * scale;
+void minima_of_pixels(const T* x, int64_t first, int64_t channels, int64_t pixel_stride, int pixels, Scalar scale,
+                      Minima<Scalar> minima) {
+  using Vector = typename Compute<T>::Vector;
+  Index<Vector> numbers;  // of the channels in a pixel's first vector
+  for (int k = 0; k < LANES<T>; k++) numbers[k] = Index<Scalar>(first + k);
+  for (int i = 0; i < pixels; i += LANES<T>) {
+    Vector values[LANES<T>];
+    Index<Vector> winning[LANES<T>];
+    for (int k = 0; k < LANES<T>; k++) {
+      const T* pixel = x + std::min(i + k, pixels - 1) * pixel_stride;
+      Running<Vector> minimum{load(pixel) * scale, numbers};
       for (int64_t c = LANES<T>; c + LANES<T> <= channels; c += LANES<T>)
-        lanes[i] = nan_min(lanes[i], load(pixel + c) * scale);
+        minimum.take(load(pixel + c) * scale, numbers + Index<Scalar>(c));
       // The last vector overlaps the one before it: a minimum does not mind.
-      lanes[i] = nan_min(lanes[i], load(pixel + channels - LANES<T>) * scale);
+      const int64_t last = channels - LANES<T>;
+      minimum.take(load(pixel + last) * scale, numbers + Index<Scalar>(last));
+      values[k] = minimum.value;
+      if constexpr (kWinners) winning[k] = minimum.channel;
     }
-    const auto minimum = min_of_each(lanes);
-    std::memcpy(minima + first, &minimum, std::min(LANES<T>, pixels - first) * sizeof(Scalar));
+    min_of_each(values, winning);
+    const int count = std::min(LANES<T>, pixels - i);
+    std::memcpy(minima.values + i, values, count * sizeof(Scalar));
+    if constexpr (kWinners) std::memcpy(minima.channels + i, winning, count * sizeof(Scalar));
   }
 }
 
-template <class T> void run(const Tensor& input, double scale, Tensor& output) {
+template <class T> void run(const Tensor& input, double scale, Tensor& output, const std::optional<Tensor>& winners) {
   using Scalar = typename Compute<T>::Scalar;
   const T* x = (const T*)input.data_ptr();
   const int64_t images = input.size(0), image_stride = input.stride(0);
@@ -75,11 +90,13 @@ template <class T> void run(const Tensor& input, double scale, Tensor& output) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = std::min({ceil_div(threads, places), channels, input.numel() / MIN_WORK});
   const int64_t parts = std::max<int64_t>(wanted, 1), per_part = ceil_div(channels, parts);
-  PartialMinima<T> minima_of_parts(output, parts);
+  PartialMinima<T> minima_of_parts(output, winners, parts);
 
   const int64_t grain = ceil_div(MIN_WORK * places * parts, input.numel());
   torch::stable::parallel_for(0, places * parts, grain, [&](int64_t begin, int64_t end) {
-    Scalar minima[BLOCK];
+    Scalar values[BLOCK];
+    Index<Scalar> winning[kWinners ? BLOCK : 1];
+    const Minima<Scalar> minima{values, winning};
     for (int64_t work = begin; work < end; work++) {
       const int64_t place = work % places, first_channel = std::min(work / places * per_part, channels);
       const int64_t first = place % blocks * BLOCK, row = place / blocks % rows, image = place / blocks / rows;
@@ -87,11 +104,14 @@ template <class T> void run(const Tensor& input, double scale, Tensor& output) {
       const int64_t count = std::min(per_part, channels - first_channel);
       const T* from = x + image * image_stride + row * row_stride + first * column_stride + first_channel * channel_stride;
 
-      std::fill(minima, minima + pixels, Scalar(NOTHING));
+      minima.clear(pixels, std::min(first_channel, channels - 1));
       const Scalar s = Scalar(scale);
-      if (column_stride == 1 && pixels > 1) minima_of_rows(from, count, channel_stride, pixels, s, minima);
-      else if (channel_stride == 1 && count >= LANES<T>) minima_of_pixels(from, count, column_stride, pixels, s, minima);
-      else minima_of_anything(from, count, channel_stride, column_stride, pixels, s, minima);
+      if (column_stride == 1 && pixels > 1)
+        minima_of_rows(from, first_channel, count, channel_stride, pixels, s, minima);
+      else if (channel_stride == 1 && count >= LANES<T>)
+        minima_of_pixels(from, first_channel, count, column_stride, pixels, s, minima);
+      else
+        minima_of_anything(from, first_channel, count, channel_stride, column_stride, pixels, s, minima);
 
       minima_of_parts.put(work / places, (image * rows + row) * columns + first, minima, pixels);
     }
@@ -99,13 +119,81 @@ template <class T> void run(const Tensor& input, double scale, Tensor& output) {
   minima_of_parts.finish();
 }
 
-Tensor scale_min(const Tensor& input, double scale) {
+Forward scale_min(const Tensor& input, double scale) {
   check_input(input);
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
-  if (output.numel() == 0) return output;
-  dispatch(input.scalar_type(), [&](auto* type) { run<std::decay_t<decltype(*type)>>(input, scale, output); });
-  return output;
+  const std::optional<Tensor> winners = new_winners(output, input.size(1));
+  if (output.numel() == 0) return forward_result(output, winners);
+  dispatch(input.scalar_type(), [&](auto* type) { run<std::decay_t<decltype(*type)>>(input, scale, output, winners); });
+  return forward_result(output, winners);
+}
+
+// The gradient: zero in all channels of a pixel but one. Both are written in one pass, each element once.
+template <class Bits>
+void write_channel(const Bits* __restrict grads, const Bits* __restrict winners, Bits channel, int pixels,
+                   Bits* __restrict to) {
+  for (int i = 0; i < pixels; i++) to[i] = winners[i] == channel ? grads[i] : Bits(0);
+}
+
+template <class T>
+void run_backward(const Tensor& grad, const Tensor& winners, double scale, bool channels_last, Tensor& result) {
+  // Numbers are copied as bits, and winners compared as integers of the same size, so that both fill vectors alike.
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const MinimaGrad<T> minima(grad, winners, scale, result.size(1));
+  const int64_t channels = result.size(1), pixels = minima.rows * minima.columns;
+  const int64_t channel_stride = channels_last ? 1 : pixels, pixel_stride = channels_last ? channels : 1;
+  const bool by_channel = !channels_last && channels <= int64_t(std::numeric_limits<Bits>::max() >> 1);
+
+  // One piece of work: a block of one image's pixels and, where those are too few for all threads, a part of the channels.
+  const int64_t blocks = ceil_div(pixels, BLOCK), places = minima.images * blocks;
+  const int64_t wanted = std::min({ceil_div(torch::stable::get_num_threads(), places), channels, result.numel() / MIN_WORK});
+  const int64_t parts = by_channel ? std::max<int64_t>(wanted, 1) : 1;
+  const int64_t grain = ceil_div(MIN_WORK * places * parts, result.numel());
+  torch::stable::parallel_for(0, places * parts, grain, [&](int64_t begin, int64_t end) {
+    Bits grads[BLOCK], winning[BLOCK];
+    for (int64_t work = begin; work < end; work++) {
+      const int64_t place = work % places, part = work / places, first = place % blocks * BLOCK, image = place / blocks;
+      const int64_t count = std::min<int64_t>(BLOCK, pixels - first);
+      Bits* to = (Bits*)result.data_ptr() + image * channels * pixels + first * pixel_stride;
+      if (by_channel) {
+        // NCHW: one channel after the other, the pixels' gradients and winners stay in the L1 cache.
+        minima.for_each(image * pixels + first, count, [&](int64_t i, auto value, int channel) {
+          const T rounded = T(value);
+          std::memcpy(grads + i, &rounded, sizeof rounded);
+          winning[i] = Bits(channel);
+        });
+        for (int64_t c = part * channels / parts; c < (part + 1) * channels / parts; c++)
+          write_channel(grads, winning, Bits(c), (int)count, to + c * channel_stride);
+        continue;
+      }
+      // A few pixels' channels are zeroed and then corrected while they are in the L1 cache.
+      const int64_t few = std::max<int64_t>(ZEROS / channels, 1);
+      for (int64_t i = 0; i < count; i += few) {
+        const int64_t now = std::min(few, count - i), run = channels_last ? now * channels : now;
+        for (int64_t c = 0; c < (channels_last ? 1 : channels); c++)
+          std::fill_n(to + c * channel_stride + i * pixel_stride, run, Bits(0));
+        minima.for_each(image * pixels + first + i, now, [&](int64_t k, auto value, int channel) {
+          const T rounded = T(value);
+          std::memcpy(to + channel * channel_stride + (i + k) * pixel_stride, &rounded, sizeof rounded);
+        });
+      }
+    }
+  });
+}
+
+Tensor scale_min_backward(const Tensor& grad, const Tensor& winners, double scale, int64_t channels, bool channels_last) {
+  check_grad(grad, winners);
+  STD_TORCH_CHECK(channels > 0 && channels <= INT32_MAX, "channels: expected a positive number, got ", channels);
+  Tensor result = new_gradient(grad, {grad.size(0), channels, grad.size(2), grad.size(3)}, channels_last);
+  if (result.numel() == 0) return result;
+  dispatch(grad.scalar_type(), [&](auto* type) {
+    run_backward<std::decay_t<decltype(*type)>>(grad, winners, scale, channels_last, result);
+  });
+  return result;
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) { m.impl("scale_min", TORCH_BOX(&scale_min)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) {
+  m.impl(FORWARD("scale_min"), TORCH_BOX(&scale_min));
+  if constexpr (kWinners) m.impl("scale_min_backward", TORCH_BOX(&scale_min_backward));
+}
