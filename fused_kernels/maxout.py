@@ -147,7 +147,7 @@ class MaxoutLayer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two layers of maxout units, a mean over 2 x 2 pixels after each, and a linear layer over what is left of each ninth of the image.
+    """Two layers of maxout units, a mean over 2 x 2 pixels after each, and a linear layer over the means of nine parts of the image.
 
     Parameters
     ----------
