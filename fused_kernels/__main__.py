@@ -46,9 +46,10 @@ def run_bench(options):
     """Check and time every rung that runs here beside its peers."""
     dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
     # Apart, for the newest run of a machine's file is what all figures show.
-    data = options.data or (bench.data_dir() / "layers" if options.layers else bench.data_dir())
+    apart = "layers" if options.layers else "training" if options.training else ""
+    data = options.data or bench.data_dir() / apart
     keep = (lambda part: bench.append(part, data)) if options.record else None
-    how = {"quick": options.quick, "layers": options.layers, "machine": options.machine}
+    how = {"quick": options.quick, "layers": options.layers, "training": options.training, "machine": options.machine}
     new = bench.run(options.device, dtypes=dtypes, each=keep, **how)
     print(bench.summary(new))
     if options.record:
@@ -89,6 +90,9 @@ def main(arguments=None):
     parser_bench.add_argument("--quick", action="store_true", help="float32 alone, without torch.compile's max-autotune")
     parser_bench.add_argument(
         "--layers", action="store_true", help="conv2d_scale_min alone, on many layers of networks; records: figures/data/layers"
+    )
+    parser_bench.add_argument(
+        "--training", action="store_true", help="training steps of the whole model; records: figures/data/training"
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES["conv2d_scale_min"]]
     parser_bench.add_argument("--dtypes", nargs="+", choices=names, help="which to run, in this order")

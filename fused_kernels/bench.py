@@ -12,7 +12,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import arguments, build, check, ops, progress, reference
+from . import arguments, build, check, gradients, ops, progress, reference
 from .check import Errors
 from .rungs import LADDER, rungs
 
@@ -384,6 +384,9 @@ class Record:
     ("library", operator "conv2d"), or a ceiling (operator "ceiling": "copy", "read", "read-sum" by torch.sum, "matmul").
     Where the operator is "choice", the rung is what conv2d_scale_min chose for the shape, and its time the public function's;
     where it is "host", times are the processor's for a call, and "operator" is that rung's operator by itself.
+    Direction "training" is forward and backward with all three gradients; "forward with winners" and "backward" are its parts,
+    whose operator is "grad_input" or "grad_weight" and whose error is relative, given the same winners; ``peak_bytes`` is then
+    what is needed beside the input.
     ``bytes`` counts what must move at the least, for the whole model also between the kernels that the work is divided into;
     ``run`` is one id an invocation, and ratios are taken within one run.
     """
@@ -493,7 +496,7 @@ class Candidate:
     operator: str = "conv2d_scale_min"
 
 
-def run(device=None, *, dtypes=None, quick=False, layers=False, machine=None, seconds=0.3, each=None):
+def run(device=None, *, dtypes=None, quick=False, layers=False, training=False, machine=None, seconds=0.3, each=None):
     """Check and time the whole model and scale_min alone: rungs, peers and ceilings, all in this process.
 
     And the public function on other shapes, where there is a choice to make.
@@ -507,11 +510,13 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, machine=None, se
         By default :func:`default_device`.
     dtypes : sequence of torch.dtype, optional
         By default float32, bfloat16 and float16 on a GPU, float32 and bfloat16 on a CPU or if ``layers``; float32 alone if
-        ``quick``.
+        ``quick``, or on a CPU if ``training``.
     quick : bool
         One dtype and shape, and without torch.compile's max-autotune, whose search takes minutes.
     layers : bool
         In place of all that, the public function on :data:`LAYERS`.
+    training : bool
+        In place of all that, training steps of the whole model, and their parts.
     machine : str, optional
         By default :func:`machine`.
     seconds : float
@@ -527,9 +532,15 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, machine=None, se
     common = _environment(device, machine)
     if dtypes is None:
         most = 1 if quick else 2 if layers or device.type == "cpu" else 3
+        most = 1 if training and device.type == "cpu" else most
         dtypes = [torch.float32, torch.bfloat16, torch.float16][:most]
     done = []
-    parts = _layers(common, device, dtypes, seconds / 5) if layers else _parts(common, device, dtypes, quick, seconds)
+    if training:
+        parts = _training(common, device, dtypes, quick, seconds)
+    elif layers:
+        parts = _layers(common, device, dtypes, seconds / 5)
+    else:
+        parts = _parts(common, device, dtypes, quick, seconds)
     for part in parts:
         done += part
         if each:
@@ -696,6 +707,139 @@ def _whole_model(common, load, precision, quick, seconds):
     return done + _section(common, [alone], conv64, library, load.input, load.shape, precision, clock)
 
 
+# What decides how the winners are spread: the reference's own input, in which few channels win; one in which all channels are
+# alike; and one in which neighbours mostly have the same winner.
+INPUTS = ("uniform", "normal", "smooth")
+
+
+def _filled(load, kind):
+    """Give the workload with other input."""
+    if kind == "uniform":
+        return load
+    batch, channels, height, width = load.input.shape
+    generator = torch.Generator(load.input.device).manual_seed(1)
+    size = (height, width) if kind == "normal" else (height // 8 + 1, width // 8 + 1)
+    input = torch.randn(batch, channels, *size, device=load.input.device, generator=generator)
+    if kind == "smooth":
+        input = F.interpolate(input, size=(height, width), mode="bicubic")
+    layout = torch.channels_last if _layout(load.input) == "channels_last" else torch.contiguous_format
+    return replace(load, input=input.to(load.input.dtype).contiguous(memory_format=layout))
+
+
+def _training(common, device, dtypes, quick, seconds):
+    """Time whole training steps on each kind of input, and on the reference's own their parts."""
+    for dtype in dtypes:
+        for channels_last in (False, True):
+            for kind in INPUTS[: 1 if quick else None]:
+                load = _filled(workload(device, dtype, channels_last), kind)
+                yield _steps(common, load, kind, quick, seconds)
+                if kind == "uniform":
+                    yield _parts_of_a_step(common, load, seconds)
+                del load
+
+
+def _steps(common, load, kind, quick, seconds):
+    device, scale = load.input.device, load.scale
+    tensors = [t.detach().requires_grad_() for t in (load.input, load.weight, load.bias)]
+    grad = torch.randn(load.output_shape[0], 1, *load.output_shape[2:], device=device).to(load.input.dtype)
+
+    def eager(input, weight, bias):
+        return reference.scale_min(F.conv2d(input, weight, bias), scale)
+
+    def step(function):
+        return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
+
+    chosen = ops.explain(*load.arguments).rung
+    makers = {"eager": lambda: eager, chosen: lambda: lambda *t: ops.conv2d_scale_min(*t, scale)}
+    for name, mode in _compile_modes(device, quick):
+        makers[name] = functools.partial(torch.compile, eager, mode=mode, dynamic=False)
+    dense, needed = 3 * load.flops, load.input.numel() * load.input.element_size()
+    functions, peaks, yardstick = {}, {}, None
+    precision, layout = _precisions(device, load.input.dtype)[0], _layout(load.input)
+    for name, make in makers.items():
+        with progress.task(f"checking a training step, {name} ({precision}, {layout}, {kind})"):
+            function = step(make())
+            grads, peak = _run_and_peak(function, load.input)
+        weights = grads[1].double()
+        yardstick = weights if yardstick is None else yardstick
+        # Not even the winners are quite the same; the parts are held against float64.
+        if not (weights - yardstick).norm() < yardstick.norm():
+            raise RuntimeError(f"{name}: the weights' gradient is not eager's")
+        functions[name], peaks[name] = function, max(peak - needed, 0)
+        del grads
+    with progress.task(f"timing {len(functions)} training steps ({precision}, {layout}, {kind})"):
+        timings = _steady(device, load.bytes_moved(8), seconds)(functions)
+    torch.compiler.reset()
+    shape = load.shape + f", {kind}" * (kind != "uniform")
+    done = []
+    for name, timing in timings.items():
+        # Ours: the input twice, its gradient once; a sum over winners is one output channel's share.
+        flops, bytes = (dense, load.bytes_moved(8)) if name != chosen else (load.flops + dense // len(load.weight), load.bytes)
+        where = ("conv2d_scale_min", name, precision, load.input.dtype, layout, shape)
+        done.append(_record(common, *where, timing, bytes + 2 * needed, flops, peaks[name], direction="training"))
+    return done
+
+
+@torch.no_grad()
+def _parts_of_a_step(common, load, seconds):
+    """Time forward with winners, and each gradient beside the library's of the same winners; errors on two images."""
+    device, dtype, scale = load.input.device, load.input.dtype, load.scale
+    precision, layout = _precisions(device, dtype)[0], _layout(load.input)
+    geometry = ([1, 1], [0] * 4, [1, 1], 1)
+    explained = ops.explain(*load.arguments)
+    resolved = arguments.resolve_precision(load.input, "auto")
+    forward = getattr(torch.ops.fused_kernels, f"{explained.rung}_winners").default
+    grad = torch.randn(load.output_shape[0], 1, *load.output_shape[2:], device=device).to(dtype)
+
+    def ours(operator, input, winners, grad):
+        conv = *geometry, resolved
+        if operator == "grad_input":
+            name, last = gradients._grad_input_name(load.weight, conv), gradients.is_channels_last(input)
+            args = grad, winners, load.weight, scale, input.shape[2:], *conv, last
+        else:
+            name = gradients._grad_weight_name(input, len(load.weight), load.weight.shape[2:], conv)
+            args = grad, winners, input, scale, len(load.weight), load.weight.shape[2:], *conv
+        return name, lambda: getattr(torch.ops.fused_kernels, name).default(*args)
+
+    def library(operator, input, winners, grad, dtype=dtype):
+        """Scatter, then the dense pass: what PyTorch does, but for its multiplication by the scale."""
+        mask = [operator == "grad_input", operator == "grad_weight", operator == "grad_weight"]
+        indices, geometry = winners.long(), ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
+        tensors = (grad * scale).to(dtype), input.to(dtype), load.weight.to(dtype)
+
+        def run():
+            conv_grad = torch.zeros((len(input), *load.output_shape[1:]), dtype=dtype, device=device)
+            if layout == "channels_last":
+                conv_grad = conv_grad.contiguous(memory_format=torch.channels_last)
+            conv_grad.scatter_(1, indices, tensors[0])
+            return torch.ops.aten.convolution_backward(conv_grad, *tensors[1:], [len(load.weight)], *geometry)
+
+        return run
+
+    _, winners = forward(*load.arguments, *geometry, resolved)
+    small = _ends(load.input), _ends(winners).contiguous(), _ends(grad)
+    clock, done = _steady(device, load.bytes, seconds), []
+    where = (precision, dtype, layout, load.shape)
+    timing = clock({"winners": lambda: forward(*load.arguments, *geometry, resolved)})["winners"]
+    what = ("conv2d_scale_min", explained.rung, *where, timing, load.bytes, load.flops)
+    done.append(_record(common, *what, direction="forward with winners"))
+    for operator in ("grad_input", "grad_weight"):
+        name, function = ours(operator, load.input, winners, grad)
+        with progress.task(f"checking and timing {operator} ({precision}, {layout})"):
+            exact = library(operator, *small, dtype=torch.float64)()
+            which = 0 if operator == "grad_input" else 1
+            found = {name: ours(operator, *small)[1](), "library": library(operator, *small)()[which]}
+            timings = clock({name: function, "library": library(operator, load.input, winners, grad)})
+        for rung, result in found.items():
+            result = result if isinstance(result, torch.Tensor) else result[0]
+            apart, size = result.double() - exact[which], exact[which].square().mean().sqrt()
+            errors = float(apart.square().mean().sqrt() / size), float(apart.abs().max() / size)
+            flops = load.flops if rung == "library" else load.flops // len(load.weight)
+            what = (operator, rung, *where, timings[rung], load.bytes, flops, 0, *errors)
+            done.append(_record(common, *what, direction="backward"))
+    return done
+
+
 def _steady(device, bytes, seconds):
     """Give the clock of the large workloads: on a GPU warm enough to be as fast as it stays."""
     return lambda functions: compare(
@@ -778,11 +922,27 @@ def _ceiling_records(common, device, dtype, precision):
     return done
 
 
-def _record(common, operator, rung, precision, dtype, layout, shape, t, bytes, flops=0, peak=0, rms=0.0, max=0.0, correct=True):
+def _record(
+    common,
+    operator,
+    rung,
+    precision,
+    dtype,
+    layout,
+    shape,
+    t,
+    bytes,
+    flops=0,
+    peak=0,
+    rms=0.0,
+    max=0.0,
+    correct=True,
+    direction="forward",
+):
     times = (round(1e3 * seconds, 6) for seconds in (t.p20, t.p50, t.p80))
     # Three figures of an error are more than enough; more only make the file hard to read.
     rms, max = (float(f"{error:.3g}") for error in (rms, max))
-    fixed = (operator, rung, precision, _name(dtype), layout, shape, "forward")
+    fixed = (operator, rung, precision, _name(dtype), layout, shape, direction)
     return Record(*common, *fixed, *times, bytes, flops, peak, rms, max, correct)
 
 
@@ -959,11 +1119,12 @@ def _by(shape):
 def summary(records):
     """Lay out one run's records as plain text: time, speedup over eager in the same group, error, right or not."""
     lines = []
-    groups = dict.fromkeys((r.operator, r.dtype, r.precision, r.layout, r.shape) for r in records if r.operator != "ceiling")
-    for operator, dtype, precision, layout, shape in groups:
-        title = " ".join(dict.fromkeys((operator, dtype, precision, layout)))
+    names = ("operator", "dtype", "precision", "layout", "direction", "shape")
+    for group in dict.fromkeys(tuple(getattr(r, name) for name in names) for r in records if r.operator != "ceiling"):
+        operator, dtype, precision, layout, direction, shape = group
+        title = " ".join(dict.fromkeys((operator, dtype, precision, layout, *[direction] * (direction != "forward"))))
         lines += ["", f"{title}, {shape}", f"{'rung':<22}{'ms':>10}{'speedup':>10}{'rms error':>12}  correct"]
-        group = select(records, operator=operator, dtype=dtype, precision=precision, layout=layout, shape=shape)
+        group = select(records, **dict(zip(names, group, strict=True)))
         eager = next((r.p50_ms for r in group if r.rung == "eager"), None)
         for r in group:
             speedup = f"{eager / r.p50_ms:.2f}x" if eager else ""

@@ -462,7 +462,7 @@ def _convolve_then_minimum(input, weight, bias, scale, stride, padding, dilation
     geometry = arguments.ConvArguments(stride, padding, dilation, groups)
     input, weight, stride, early = _in_fastest_layout(input, weight, geometry, precision)
     conv = (stride, padding, dilation, groups, precision)
-    if bias is None or not input.is_cuda:
+    if bias is None or not _adds_bias(input):
         return _run(_SCALE_MIN[input.device.type] + suffix, _library_conv(input, weight, bias, *conv), scale)
     output = _library_conv(input, weight, None, *conv)
     if bias.dtype != output.dtype:
@@ -470,6 +470,11 @@ def _convolve_then_minimum(input, weight, bias, scale, stride, padding, dilation
     # After a 16-bit matrix product of the library's it loses a little by beginning early, unless the copy before did so, too.
     early |= input.dtype == torch.float32 or math.prod(weight.shape[2:]) > 1
     return _run("scale_min_bias" + suffix, output, bias, scale, early)
+
+
+def _adds_bias(input):
+    """Tell whether there is a kernel that takes the minimum and adds the bias on its way."""
+    return input.is_cuda
 
 
 def reference_operator(input, weight, bias, scale, stride, padding, dilation, groups, precision):

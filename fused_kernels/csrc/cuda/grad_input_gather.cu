@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kThreads)
       const int row = meets(y, ky, 0);
       if (row < 0) continue;
       const int64_t line = (image * s.output[0] + row) * s.output[1];
+      A of_row[VEC] = {};  // short sums have small rounding errors
       const T* const grad_line = grad + image * plan.grad_strides[0] + row * plan.grad_strides[2];
       for (int kx = 0; kx < kernel_w; ++kx) {
         const int column = meets(x, kx, 1);
@@ -92,8 +93,10 @@ __global__ void __launch_bounds__(kThreads)
         const A g = static_cast<A>(grad_line[column * plan.grad_strides[3]]);
         const auto weights = *reinterpret_cast<const Vector<T, VEC>*>(rows + (winner * plan.taps + ky * kernel_w + kx) * padded);
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) sums[i] += g * static_cast<A>(weights.values[i]);
+        for (int i = 0; i < VEC; ++i) of_row[i] += g * static_cast<A>(weights.values[i]);
       }
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) sums[i] += of_row[i];
     }
     const int channel = group * static_cast<int>(s.in_channels) + in_group;
     const int count = min(VEC, static_cast<int>(s.in_channels) - in_group);

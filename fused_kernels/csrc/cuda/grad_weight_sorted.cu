@@ -438,8 +438,9 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
           return bits;
         };
         seen = largest_of_all(max(seen & 0xffff, seen >> 16));
-        if (seen > 0 && (seen < kLeastSeen || seen >= kMostSeen)) {
-          const float most = __uint_as_float(largest_of_all(__float_as_uint(largest_finite(input_tile, plan, thread))));
+        if (seen < kLeastSeen || seen >= kMostSeen) {
+          seen = largest_of_all(__float_as_uint(largest_finite(input_tile, plan, thread)));
+          const float most = __uint_as_float(seen);
           if (most > 0.0f && common_exponent(most) != exponent) {
             exponent = common_exponent(most);
             bring();
