@@ -84,7 +84,7 @@ def _distance(name, u, v):
         return torch.stack([v, 0.866 * u - 0.5 * v, -0.866 * u - 0.5 * v]).amax(0) - 0.55
     if name == "cross":
         return torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.25, square - 0.15)
-    pattern = torch.sin(5 * u) if name == "stripes" else torch.sin(4.5 * u) * torch.sin(4.5 * v)
+    pattern = torch.sin(5 * u) if name == "stripes" else torch.sin(3.7 * u) * torch.sin(3.7 * v)
     return torch.maximum(square, -0.3 * pattern)
 
 
@@ -147,7 +147,7 @@ class MaxoutLayer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two layers of maxout units, a mean over 2 x 2 pixels after each, and a linear layer over the means of nine parts of the image.
+    """Two layers of maxout units, a mean over 2 x 2 pixels after each, and a linear layer over the means of nine regions.
 
     Parameters
     ----------
@@ -192,12 +192,15 @@ class Training:
         The median time of a step: forward, backward and the optimizer's.
     peak_bytes : int or None
         The most memory taken at a time, beyond what was taken before; None on a CPU.
+    model : Classifier
+        What learned, in evaluation mode.
     """
 
     losses: list
     accuracy: float
     step_ms: float
     peak_bytes: int | None
+    model: Classifier
 
 
 def train(
@@ -276,7 +279,7 @@ def train(
     with torch.no_grad(), _autocast(device, autocast):
         found = torch.cat([model(some).argmax(1) for some in tests.to(dtype).split(batch)])
     accuracy = (found == test_labels).double().mean().item()
-    return Training(losses, accuracy, _median_ms(marks), peak)
+    return Training(losses, accuracy, _median_ms(marks), peak, model)
 
 
 def _autocast(device, dtype):
