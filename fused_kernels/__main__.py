@@ -57,7 +57,7 @@ def run_bench(options):
 
 
 def figures(options):
-    """Draw every machine's figures from its newest run, and the README's table."""
+    """Draw every machine's figures from its newest run, and the README's tables."""
     from . import plots
 
     records = bench.records(data=options.data)
@@ -66,11 +66,14 @@ def figures(options):
             f"no records in {options.data or bench.data_dir()}; make some with: python -m fused_kernels bench --record"
         )
     out = options.out or (options.data or bench.data_dir()).parent
-    for path in plots.save_all(records, out):
+    training = bench.records(data=(options.data or bench.data_dir()) / "training")
+    for path in plots.save_all(records, out, training):
         print(path)
     readme = out.parent / "README.md"
     if readme.exists() and plots.BEGIN in readme.read_text():
         plots.update_readme(readme, records)
+        if training and plots.TRAINING_BEGIN in readme.read_text():
+            plots.update_training(readme, training)
         print(readme)
 
 

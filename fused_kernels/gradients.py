@@ -33,9 +33,9 @@ def _grad_input_name(weight, conv):
     out_channels, _, kernel_h, kernel_w = weight.shape
     if not _is_16_bit(weight.dtype, precision) or groups > 1 or tuple(stride) != (1, 1) or kernel_h * kernel_w > 49:
         return "grad_input_gather"
-    # The weights of 32 input channels, and beside them what each of 24 warps works on.
+    # The weights of 32 input channels, and beside them what each of 20 warps works on.
     halo = (4 + (kernel_h - 1) * dilation[0]) * (32 + (kernel_w - 1) * dilation[1])
-    shared_bytes = out_channels * kernel_h * kernel_w * 64 + 24 * halo * 8 + 128
+    shared_bytes = out_channels * kernel_h * kernel_w * 64 + 20 * halo * 8 + 128
     fits = shared_bytes <= _shared_bytes(weight.device.index)
     return "grad_input_mma" if fits else "grad_input_gather"
 
@@ -53,7 +53,7 @@ def _grad_weight_name(input, out_channels, kernel_size, conv):
     shared_bytes = 2 * (halo * 80 + (64 // 16 + 1 + -(-out_channels // 8)) * 320) + 2**11
     fits = halo <= 4096 and shared_bytes <= _shared_bytes(input.device.index)
     # A tile's places are counted in 32 bits.
-    fits = fits and max(input.stride(2), input.stride(3)) < 2**24 and max(input.shape) < 2**28
+    fits = fits and max(input.stride(2), input.stride(3)) < 2**24 and max(*input.shape, input.stride(1)) < 2**28
     return "grad_weight_sorted" if fits else "grad_weight_private"
 
 

@@ -10,6 +10,7 @@ from . import bench
 from .rungs import LADDER
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
+TRAINING_BEGIN, TRAINING_END = "<!-- training:begin -->", "<!-- training:end -->"
 
 PEERS = ("eager", "compile", "compile-max-autotune", "cudnn-graph")
 
@@ -34,6 +35,8 @@ COLOURS = {
     "backward": "#d55e00",
 }
 OTHER = "#332288"
+# Of a training step.
+_PARTS = {"forward with winners": "#117733", "gradient of the input": "#56b4e9", "gradients of weights and bias": "#d55e00"}
 
 
 def ladder(records, dtype="float32", precision=None):
@@ -294,24 +297,113 @@ def table(records, dtypes=("float32", "bfloat16")):
     return "\n".join(lines)
 
 
+def training(records):
+    """Draw a training step's time beside its peers', and where ours goes: forward, and the gradients of input and weights.
+
+    Parameters
+    ----------
+    records : list of Record
+        Of one run of ``bench --training``.
+    """
+    steps = [r for r in bench.select(records, direction="training") if "," not in r.shape and r.dtype != "float16"]
+    columns = list(dict.fromkeys((r.precision, r.layout) for r in steps))
+    across = min(len(columns), 2)
+    down = math.ceil(len(columns) / across)
+    names = [*(name for name in PEERS if name in {r.rung for r in steps}), "ours"]
+    figure, axes = _figure(across, (0.9 + 0.36 * len(names)) * down + 0.3, down=down, sharey=True)
+    for axis, (precision, layout) in zip(axes, columns, strict=False):
+        times = {
+            r.rung if r.rung in PEERS else "ours": r.p50_ms for r in steps if (r.precision, r.layout) == (precision, layout)
+        }
+        for y, name in enumerate(names):
+            axis.barh(y, times[name], color=_colour(name), height=0.72)
+            speedup = "" if name == "eager" else f"  {times['eager'] / times[name]:.2f}x"
+            _label(axis, times[name], y, f"{_ms(times[name])}{speedup}")
+        # In the shares that they have by themselves, each at a clock of its own.
+        parts, left = _parts(records, precision, layout), 0.0
+        share = times["ours"] / sum(part.p50_ms for part in parts)
+        for part, (title, colour) in zip(parts, _PARTS.items(), strict=True):
+            axis.barh(len(names) - 1, share * part.p50_ms, left=left, color=colour, height=0.72, label=title)
+            left += share * part.p50_ms
+        axis.set_xlim(0, 1.35 * max(times.values()))
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"{precision}, {layout}", fontsize=9, loc="left")
+    for axis in axes[-across:]:
+        axis.set_xlabel("ms, less is better")
+    axes[0].legend(loc="lower right", fontsize=7.5, frameon=False)
+    return _finish(figure, f"A training step, {steps[0].shape}", steps[0])
+
+
+def training_table(records, dtypes=("float32", "bfloat16")):
+    """Lay out one run's training steps in Markdown: times, speedups over eager, memory, our parts beside the library's."""
+    steps = bench.select(records, direction="training", dtype=tuple(dtypes))
+    columns = list(dict.fromkeys((r.precision, r.layout) for r in steps if "," not in r.shape))
+    shape = next(r.shape for r in steps if "," not in r.shape)
+
+    def at(rung, column, kind=""):
+        (found,) = (r for r in steps if r.shape == shape + kind and (r.precision, r.layout) == column and rung(r.rung))
+        return found
+
+    def row(title, cells):
+        return f"| {title} | {' | '.join(cells)} |"
+
+    first = steps[0]
+    lines = [
+        f"Milliseconds of a training step (forward, and the gradients of input, weights and bias), and speedup over eager; "
+        f"{shape}. {first.device}, torch {first.torch}, {first.date[:10]}, commit {first.commit}.",
+        "",
+        "| | " + " | ".join(f"{precision}, {layout}" for precision, layout in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for name in (name for name in PEERS if name in {r.rung for r in steps}):
+        found = [(at(name.__eq__, column), at("eager".__eq__, column)) for column in columns]
+        lines.append(row(name, [_three(r.p50_ms) + _times(r, eager) for r, eager in found]))
+    for kind in dict.fromkeys(r.shape.removeprefix(shape) for r in steps):
+        found = [(at(_is_ours, column, kind), at("eager".__eq__, column, kind)) for column in columns]
+        title = f"**fused_kernels**{kind} input" if kind else "**fused_kernels**"
+        lines.append(row(title, [_three(r.p50_ms) + _times(r, eager) for r, eager in found]))
+    if any(r.peak_bytes for r in steps):
+        found = [(at(_is_ours, column), at("eager".__eq__, column)) for column in columns]
+        cells = [f"{r.peak_bytes / 2**30:.2f} GiB, eager {eager.peak_bytes / 2**30:.2f}" for r, eager in found]
+        lines.append(row("memory beside the input", cells))
+    for i, title in enumerate(_PARTS):
+        cells = []
+        for column in columns:
+            part = _parts(records, *column)[i]
+            library = bench.select(
+                records, operator=part.operator, rung="library", precision=part.precision, layout=part.layout
+            )
+            cells.append(_three(part.p50_ms) + (f", library {_three(library[0].p50_ms)}" if library else ""))
+        lines.append(row(title, cells))
+    for operator, title in (("grad_input", "error, input"), ("grad_weight", "error, weights")):
+        cells = []
+        for precision, layout in columns:
+            found = bench.select(records, operator=operator, precision=precision, layout=layout, direction="backward")
+            ours, library = (next(r for r in found if (r.rung == "library") == is_library) for is_library in (False, True))
+            cells.append(f"{ours.rms_error:.1e}, library {library.rms_error:.1e}")
+        lines.append(row(title, cells))
+    return "\n".join(lines)
+
+
 def update_readme(path, records):
-    """Write every machine's newest table between the README's markers.
+    """Write every machine's newest ladder between the README's markers.
 
     Raises
     ------
     ValueError
         The file lacks the markers.
     """
-    path = Path(path)
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"path: expected a file with the lines {BEGIN} and {END}, got {path}")
-    tables = [table(bench.latest(records, machine=name)) for name in _machines(records)]
-    before, rest = text.split(BEGIN, 1)
-    path.write_text("\n\n".join([before + BEGIN, *tables, END + rest.split(END, 1)[1]]))
+    _write_between(path, BEGIN, END, [table(bench.latest(records, machine=name)) for name in _machines(records)])
 
 
-def save_all(records, out):
+def update_training(path, records):
+    """Write every machine's newest training steps between the README's other markers; raises as :func:`update_readme`."""
+    tables = [training_table(bench.latest(records, machine=name)) for name in _machines(records)]
+    _write_between(path, TRAINING_BEGIN, TRAINING_END, tables)
+
+
+def save_all(records, out, training_records=()):
     """Draw every machine's figures from its newest run into a folder; give the paths."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -322,12 +414,39 @@ def save_all(records, out):
             drawn[f"{draw.__name__.replace('_', '-')}-{name}"] = draw(newest)
         for dtype in sorted({r.dtype for r in newest if r.operator == "conv2d_scale_min"} - {"float32"}):
             drawn[f"ladder-{dtype}-{name}"] = ladder(newest, dtype)
+    for name in _machines(training_records):
+        drawn[f"training-{name}"] = training(bench.latest(training_records, machine=name))
     paths = []
     for name, figure in drawn.items():
         paths.append(out / f"{name}.png")
         # Without the date that matplotlib would put in, the same records give the same file.
         figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
     return paths
+
+
+def _write_between(path, begin, end, tables):
+    path = Path(path)
+    text = path.read_text()
+    if begin not in text or end not in text:
+        raise ValueError(f"path: expected a file with the lines {begin} and {end}, got {path}")
+    before, rest = text.split(begin, 1)
+    path.write_text("\n\n".join([before + begin, *tables, end + rest.split(end, 1)[1]]))
+
+
+def _is_ours(rung):
+    return rung not in PEERS
+
+
+def _times(record, eager):
+    return "" if record.rung == "eager" else f" · {eager.p50_ms / record.p50_ms:.2f}x"
+
+
+def _parts(records, precision, layout):
+    """Give our parts of a training step, in the order in which they run."""
+    where = {"precision": precision, "layout": layout}
+    (forward,) = bench.select(records, direction="forward with winners", **where)
+    backward = [r for r in bench.select(records, direction="backward", **where) if r.rung != "library"]
+    return [forward, *(next(r for r in backward if r.operator == operator) for operator in ("grad_input", "grad_weight"))]
 
 
 def _machines(records):

@@ -298,6 +298,27 @@ def test_figures_are_drawn_and_reproducible(measured, tmp_path):
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_training_records_have_a_table_and_a_figure(tmp_path):
+    training = bench.latest(bench.records(data=bench.data_dir() / "training"), machine="nvidia-h200")
+    text = plots.training_table(training)
+    (eager,), (ours,) = (
+        [
+            r
+            for r in training
+            if r.direction == "training"
+            and r.precision == "tf32"
+            and r.layout == "NCHW"
+            and "," not in r.shape
+            and r.rung == name
+        ]
+        for name in ("eager", "conv_wgmma")
+    )
+    (row,) = (line for line in text.splitlines() if line.startswith("| **fused_kernels** |"))
+    assert f"{eager.p50_ms / ours.p50_ms:.2f}x" in row
+    (path,) = (path for path in plots.save_all([], tmp_path, training) if path.name.startswith("training"))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 # The command line.
 
 

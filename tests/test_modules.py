@@ -110,8 +110,7 @@ def test_explain_names_the_rung_that_runs(device):
         fast = fk.explain(input, layer.weight, layer.bias, 2.0)
     training = fk.explain(input, layer.weight, layer.bias, 2.0)
     assert fk.rungs[fast.rung].device in (None, device)
-    assert training.rung == "composite"
-    assert "gradient" in training.why or device == "cuda"
+    assert training == fast  # it gives the winners, too
     with torch.no_grad():
         assert fk.rungs[fast.rung](input, layer.weight, layer.bias, 2.0).equal(layer(input))
 

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from fused_kernels import bench, build, plots
-from fused_kernels.rungs import COPY, LADDER
+from fused_kernels.rungs import BACKWARD, COPY, LADDER
 
 try:
     import tomllib
@@ -83,6 +83,8 @@ def test_readme_opens_with_the_ladders_figure_and_recorded_table(tmp_path):
     copy.write_text(text)
     plots.update_readme(copy, bench.records())
     assert copy.read_text() == text, "README.md's table differs from figures/data: run make figures"
+    plots.update_training(copy, bench.records(data=bench.data_dir() / "training"))
+    assert copy.read_text() == text, "README.md's training table differs from figures/data/training: run make figures"
     figure = re.search(r"(!\[|<img )[^\n]*figures/\S+\.png", text)
     assert figure.start() < text.index(plots.BEGIN) < text.index("\n## ")
 
@@ -143,9 +145,9 @@ def test_no_file_names_a_place_on_one_machine():
 
 
 def test_ladder_and_sources_agree():
-    """A rung's name is its file's name, and every kernel is on the ladder, or the copy beside it."""
+    """A rung's name is its file's name, and every kernel is on the ladder, of the backward pass, or the copy beside them."""
     files = {path for path in build.CSRC.rglob("*") if path.suffix in (".cpp", ".cu")}
-    assert files == {rung.source_file for rung in (*LADDER, COPY) if rung.device}
+    assert files == {rung.source_file for rung in (*LADDER, COPY, *BACKWARD) if rung.device}
     assert len({rung.name for rung in LADDER}) == len(LADDER)
 
 
@@ -155,13 +157,14 @@ def test_every_rung_says_its_idea(rung):
     assert rung.operator in ("scale_min", "conv2d_scale_min")
     assert 10 < len(rung.idea) < 120
     if rung.device:
-        assert f'm.impl("{rung.name}"' in rung.source
+        assert re.search(rf'm\.impl\((FORWARD\()?"{rung.name}"', rung.source)
         assert "FUSED_KERNELS_NAMESPACE" in rung.source
 
 
 def test_records_are_of_rungs_and_peers_that_are_named():
     known = {rung.name for rung in LADDER} | {"eager", "compile", "compile-max-autotune", "cudnn-graph", "library"}
-    for record in bench.records() + bench.records(data=bench.data_dir() / "layers"):
+    known |= {rung.name for rung in BACKWARD}
+    for record in [r for part in ("", "layers", "training") for r in bench.records(data=bench.data_dir() / part)]:
         also = {"host": {"operator"}, "ceiling": {"copy", "read", "read-sum", "matmul"}}.get(record.operator, set())
         assert record.rung in known | also
         assert record.correct

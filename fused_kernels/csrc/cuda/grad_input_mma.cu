@@ -20,7 +20,7 @@
 
 namespace fused_kernels {
 
-constexpr int kWarps = 24, kThreads = kWarps * kWarpSize;
+constexpr int kWarps = 20, kThreads = kWarps * kWarpSize;
 constexpr int kGroup = 8;                            // channels in 16 bytes, pixels of an instruction
 constexpr int kStrips = 2, kRun = kStrips * kGroup;  // pixels side by side that a warp works on together
 constexpr int kPatchRows = 4, kPatchColumns = 32;    // what it works on, one run after the other

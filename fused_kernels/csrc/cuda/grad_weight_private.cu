@@ -38,7 +38,7 @@ struct Plan {
 
 // Partial sums: [slice][output channel][column], the bias last.
 template <typename T, bool PADDED>
-__global__ void __launch_bounds__(kMostColumns)
+__global__ void __launch_bounds__(kMostColumns, 1)
     private_kernel(const T* grad, Winners winners, const T* input, Sum<T>* partial, const __grid_constant__ Plan plan) {
   extern __shared__ double dynamic_shared[];
   Sum<T>* const sums = reinterpret_cast<Sum<T>*>(dynamic_shared);

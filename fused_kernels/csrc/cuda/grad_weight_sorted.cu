@@ -32,7 +32,7 @@ constexpr int kTaps = 9, kMostTaps = 49;              // of a block that sums, a
 constexpr int kMostPixels = 1024, kMostHalo = 4096;  // of a tile, and of its input
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarpSize;
 constexpr int kStages = 2;
-constexpr int kInFlight = 4;                         // 16 bytes of operand each, of a thread that brings input
+constexpr int kInFlight = 2;                         // 16 bytes of operand each, of a thread that brings input
 constexpr int kStepBytes = kWarpSize * 8 + kStep * 4;  // operand B of a step, and where its pixels' rows begin
 
 // How a block that sums cuts the input's channels, and who brings them. 16-bit channels that lie side by side are copied past the
@@ -290,6 +290,7 @@ __device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, con
                                                 char* target) {
   const int pixels = plan.halo[0] * plan.halo[1];
   const int row_stride = static_cast<int>(plan.input_strides[2]), column_stride = static_cast<int>(plan.input_strides[3]);
+  const int channel_stride = static_cast<int>(plan.input_strides[1]);
   uint32_t most = 0;
   // Of dense channels eight threads have the same group of eight neighbouring pixels, else all of them neighbouring pixels: in
   // shared memory, different banks.
@@ -331,7 +332,7 @@ __device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, con
 #pragma unroll
           for (int c = 0; c < C::kChunk; ++c) {
             values[k][c / 8][c % 8] = inside && (WHOLE || c < tile.channels) ? __ldg(from) : Raw<T>(0);
-            from += plan.input_strides[1];
+            from += channel_stride;
           }
         }
       }
@@ -686,8 +687,8 @@ std::tuple<Tensor, Tensor> grad_weight_sorted(const Tensor& grad, const Tensor& 
     plan.input_strides[d] = shape.input_strides[d];
     if (d != 1 && shape.input_strides[d] % 8 != 0) dense = false;
     // A tile's offsets are counted in an int.
-    STD_TORCH_CHECK(d < 2 || (shape.input_strides[d] >= 0 && shape.input_strides[d] < 1 << 24),
-                    "input: grad_weight_sorted expected strides from 0 to 2^24, got ", shape.input_strides[d]);
+    STD_TORCH_CHECK(d == 0 || (shape.input_strides[d] >= 0 && shape.input_strides[d] < (d == 1 ? INT32_MAX : 1 << 24)),
+                    "input: grad_weight_sorted expected smaller strides, got ", shape.input_strides[d]);
   }
   if (shape.pixels() == 0) {
     torch::stable::zero_(grad_weight);
