@@ -93,7 +93,7 @@ def scale_min_winners_setup(ctx, inputs, output):
 def scale_min_winners_backward(ctx, grad, _):
     """Give each pixel's gradient to its winner."""
     (winners,) = ctx.saved_tensors
-    return _operator(_SCALE_MIN_BACKWARD[grad.device.type])(grad, winners, *ctx.rest), None
+    return _run(_SCALE_MIN_BACKWARD[grad.device.type], grad, winners, *ctx.rest), None
 
 
 def scale_min_backward_fake(grad, winners, scale, channels, channels_last):
@@ -143,12 +143,12 @@ def gradients(grad, winners, input, weight, scale, conv, input_size, weight_size
     grad_input = grad_weight = grad_bias = None
     if needs_input:
         name = _grad_input_name(weight, conv)
-        grad_input = _operator(name)(grad, winners, weight, scale, input_size, *conv, channels_last)
+        grad_input = _run(name, grad, winners, weight, scale, input_size, *conv, channels_last)
     if needs_weight:
         name = _grad_weight_name(input, weight_size[0], weight_size[2:], conv)
-        grad_weight, grad_bias = _operator(name)(grad, winners, input, scale, weight_size[0], weight_size[2:], *conv)
+        grad_weight, grad_bias = _run(name, grad, winners, input, scale, weight_size[0], weight_size[2:], *conv)
     elif needs_bias:
-        grad_bias = _operator(GRAD_BIAS[grad.device.type])(grad, winners, scale, weight_size[0])
+        grad_bias = _run(GRAD_BIAS[grad.device.type], grad, winners, scale, weight_size[0])
     return grad_input, grad_weight, grad_bias if needs_bias else None
 
 
@@ -172,7 +172,7 @@ def grad_input_backward(ctx, grad_output):
     if ctx.needs_input_grad[2]:
         sizes = weight.shape[0], weight.shape[2:]
         name = _grad_weight_name(grad_output, *sizes, ctx.conv)
-        by_weight, _ = _operator(name)(grad, winners, grad_output, ctx.scale, *sizes, *ctx.conv)
+        by_weight, _ = _run(name, grad, winners, grad_output, ctx.scale, *sizes, *ctx.conv)
     return by_grad, None, by_weight, *[None] * 8
 
 
@@ -196,7 +196,7 @@ def grad_weight_backward(ctx, grad_weight, grad_bias):
     if ctx.needs_input_grad[2]:
         name = _grad_input_name(grad_weight, ctx.conv)
         layout = is_channels_last(input)
-        by_input = _operator(name)(grad, winners, grad_weight, ctx.scale, input.shape[2:], *ctx.conv, layout)
+        by_input = _run(name, grad, winners, grad_weight, ctx.scale, input.shape[2:], *ctx.conv, layout)
     return by_grad, None, by_input, *[None] * 8
 
 
@@ -225,8 +225,13 @@ RULES = {
 }
 
 
-def _operator(name):
-    return getattr(torch.ops.fused_kernels, name).default
+def _run(name, *args):
+    """Call an operator. Its rule for gradients is Python, and where no second derivative is wanted it is passed by."""
+    operator = getattr(torch.ops.fused_kernels, name).default
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def _at_winners(tensor, winners, scale):
