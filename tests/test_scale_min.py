@@ -361,10 +361,9 @@ class TestBias:
             self.run(torch.zeros(2, 5, 3, 4, device="cuda"), bias, 2.0)
         assert_one_sentence(str(error.value).splitlines()[0])
 
-    @pytest.mark.parametrize("requires_grad", [False, True])
-    def test_opcheck(self, requires_grad):
-        input = torch.randn(2, 6, 4, 5, device="cuda", requires_grad=requires_grad)
-        bias = torch.randn(6, device="cuda", requires_grad=requires_grad)
+    def test_opcheck(self):
+        """It has no gradient of its own: the composite's is made from the winners."""
+        input, bias = torch.randn(2, 6, 4, 5, device="cuda"), torch.randn(6, device="cuda")
         for sample in ((input, bias, 2.0, True), (input[:, :, ::2], bias, -1.0, False)):
             torch.library.opcheck(torch.ops.fused_kernels.scale_min_bias.default, sample)
 

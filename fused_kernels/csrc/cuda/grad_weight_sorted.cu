@@ -32,8 +32,14 @@ constexpr int kTaps = 9, kMostTaps = 49;              // of a block that sums, a
 constexpr int kMostPixels = 1024, kMostHalo = 4096;  // of a tile, and of its input
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarpSize;
 constexpr int kStages = 2;
-constexpr int kInFlight = 2;                         // 16 bytes of operand each, of a thread that brings input
 constexpr int kStepBytes = kWarpSize * 8 + kStep * 4;  // operand B of a step, and where its pixels' rows begin
+
+// What a thread that brings input has under way, 16 bytes of operand each. Before Hopper more of them spill.
+#if __CUDA_ARCH__ >= 900
+constexpr int kInFlight = 4;
+#else
+constexpr int kInFlight = 2;
+#endif
 
 // How a block that sums cuts the input's channels, and who brings them. 16-bit channels that lie side by side are copied past the
 // registers, and few warps do that. All else is converted or transposed by warps that then need registers of their own, and more
