@@ -5,7 +5,7 @@
 //   operand A   those rows, turned: 16 input channels by 16 (8 pixels at each of two taps)
 //   operand B   the pixels' gradients, on the diagonal of a matrix of 16 by 8: a pixel's column meets its own rows alone
 //   result      16 input channels by 8 pixels, summed over the taps in float32
-// 15/16 of the products are with zero; tensor cores have time for them, and nothing else takes as few instructions a row.
+// Seven of eight products are with zero; tensor cores have time for them, and nothing else takes as few instructions a row.
 // NOTE: eight rows at the same place are eight rows in the same banks. So pixel p reads its channels in another order, group
 // i ^ p of eight at the i-th step: no two in the same banks, wherever they are (measured on an H200). What a lane holds at
 // the end is then channels of group i ^ p; as a pixel has a column of its own, nothing is mixed.
