@@ -385,8 +385,8 @@ class Record:
     Where the operator is "choice", the rung is what conv2d_scale_min chose for the shape, and its time the public function's;
     where it is "host", times are the processor's for a call, and "operator" is that rung's operator by itself.
     Direction "training" is forward and backward with all three gradients; "forward with winners" and "backward" are its parts,
-    whose operator is "grad_input" or "grad_weight" and whose error is relative, given the same winners; ``peak_bytes`` is then
-    what is needed beside the input.
+    whose operator is "grad_input" or "grad_weight" and whose error is relative, given the same winners. Of a whole step no
+    error is recorded, for its winners are its own, and ``peak_bytes`` is what it needs beside the input.
     ``bytes`` counts what must move at the least, for the whole model also between the kernels that the work is divided into;
     ``run`` is one id an invocation, and ratios are taken within one run.
     """
@@ -794,10 +794,10 @@ def _parts_of_a_step(common, load, seconds):
     def ours(operator, input, winners, grad):
         conv = *geometry, resolved
         if operator == "grad_input":
-            name, last = gradients._grad_input_name(load.weight, conv), gradients.is_channels_last(input)
+            name, last = gradients.choose_grad_input(load.weight, conv), gradients.is_channels_last(input)
             args = grad, winners, load.weight, scale, input.shape[2:], *conv, last
         else:
-            name = gradients._grad_weight_name(input, len(load.weight), load.weight.shape[2:], conv)
+            name = gradients.choose_grad_weight(input, len(load.weight), load.weight.shape[2:], conv)
             args = grad, winners, input, scale, len(load.weight), load.weight.shape[2:], *conv
         return name, lambda: getattr(torch.ops.fused_kernels, name).default(*args)
 

@@ -25,8 +25,8 @@ _SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorize
 GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
 
 
-def _grad_input_name(weight, conv):
-    """Choose what makes the input's gradient."""
+def choose_grad_input(weight, conv):
+    """Choose the operator that makes the input's gradient; ``conv``: stride, padding, dilation, groups, precision."""
     if weight.device.type == "cpu":
         return "grad_input"
     stride, _, dilation, groups, precision = conv
@@ -40,8 +40,8 @@ def _grad_input_name(weight, conv):
     return "grad_input_mma" if fits else "grad_input_gather"
 
 
-def _grad_weight_name(input, out_channels, kernel_size, conv):
-    """Choose what makes the gradients of weights and bias."""
+def choose_grad_weight(input, out_channels, kernel_size, conv):
+    """Choose the operator that makes the gradients of weights and bias."""
     if input.device.type == "cpu":
         return "grad_weight"
     stride, _, dilation, groups, precision = conv
@@ -52,7 +52,7 @@ def _grad_weight_name(input, out_channels, kernel_size, conv):
     halo = ((kernel_h - 1) * dilation[0] + 1) * (63 * stride[1] + (kernel_w - 1) * dilation[1] + 1)
     shared_bytes = 2 * (halo * 80 + (64 // 16 + 1 + -(-out_channels // 8)) * 320) + 2**11
     fits = halo <= 4096 and shared_bytes <= _shared_bytes(input.device.index)
-    # A tile's places are counted in 32 bits.
+    # The kernel counts offsets within a tile in 32 bits.
     fits = fits and max(input.stride(2), input.stride(3)) < 2**24 and max(*input.shape, input.stride(1)) < 2**28
     return "grad_weight_sorted" if fits else "grad_weight_private"
 
@@ -142,10 +142,10 @@ def gradients(grad, winners, input, weight, scale, conv, input_size, weight_size
     needs_input, needs_weight, needs_bias = needed
     grad_input = grad_weight = grad_bias = None
     if needs_input:
-        name = _grad_input_name(weight, conv)
+        name = choose_grad_input(weight, conv)
         grad_input = _run(name, grad, winners, weight, scale, input_size, *conv, channels_last)
     if needs_weight:
-        name = _grad_weight_name(input, weight_size[0], weight_size[2:], conv)
+        name = choose_grad_weight(input, weight_size[0], weight_size[2:], conv)
         grad_weight, grad_bias = _run(name, grad, winners, input, scale, weight_size[0], weight_size[2:], *conv)
     elif needs_bias:
         grad_bias = _run(GRAD_BIAS[grad.device.type], grad, winners, scale, weight_size[0])
@@ -171,7 +171,7 @@ def grad_input_backward(ctx, grad_output):
         by_grad = _at_winners(_convolve(grad_output, weight, None, ctx.conv), winners, ctx.scale)
     if ctx.needs_input_grad[2]:
         sizes = weight.shape[0], weight.shape[2:]
-        name = _grad_weight_name(grad_output, *sizes, ctx.conv)
+        name = choose_grad_weight(grad_output, *sizes, ctx.conv)
         by_weight, _ = _run(name, grad, winners, grad_output, ctx.scale, *sizes, *ctx.conv)
     return by_grad, None, by_weight, *[None] * 8
 
@@ -194,7 +194,7 @@ def grad_weight_backward(ctx, grad_weight, grad_bias):
     if ctx.needs_input_grad[0]:
         by_grad = _at_winners(_convolve(input, grad_weight, grad_bias, ctx.conv), winners, ctx.scale)
     if ctx.needs_input_grad[2]:
-        name = _grad_input_name(grad_weight, ctx.conv)
+        name = choose_grad_input(grad_weight, ctx.conv)
         layout = is_channels_last(input)
         by_input = _run(name, grad, winners, grad_weight, ctx.scale, input.shape[2:], *ctx.conv, layout)
     return by_grad, None, by_input, *[None] * 8

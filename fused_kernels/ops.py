@@ -78,9 +78,9 @@ def conv2d_scale_min(
 
     Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable, any number of
     times. Where a gradient will be needed each pixel's winning channel is kept, a byte each up to 256 channels; the backward
-    pass sums over the winners alone, and gives the same bits every time. A fused
-    kernel runs where it can take the arguments and was measured to be faster (:func:`explain` says which), else the library's
-    convolution followed by :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
+    pass sums over the winners alone, and gives the same bits every time. A fused kernel runs where it can take the arguments
+    and was measured to be faster (:func:`explain` says which), else the library's convolution followed by :func:`scale_min`.
+    Under autocast the arguments are cast as PyTorch casts a convolution's.
 
     Parameters
     ----------
@@ -662,7 +662,10 @@ def edit(name, source):
 
 
 def load():
-    """Build and load now, several at a time, every kernel that can run here; else each is built on its first call.
+    """Build and load now, several at a time, every rung that can run here; else each is built on its first call.
+
+    What training needs besides, the same sources compiled to give winners and the backward kernels, is built when it is first
+    called in any case.
 
     Returns
     -------

@@ -229,7 +229,7 @@ def test_grad_input(rung, device, dtype, layout, shape, out_channels, kernel, co
         set_conv_precision(precision)
         _, weight, grad, winners, geometry, dense = problem(device, dtype, layout, shape, out_channels, kernel, conv)
         if rung.device == "cuda":
-            skip_unless_it_runs(rung, gradients._grad_input_name(weight, (*geometry, precision)))
+            skip_unless_it_runs(rung, gradients.choose_grad_input(weight, (*geometry, precision)))
         is_channels_last = layout == "channels_last"
         result = operator(rung.name)(grad, winners, weight, -1.5, shape[2:], *geometry, precision, is_channels_last)
         assert_no_less_exact((result, None, None), dense, dtype, precision)
@@ -247,7 +247,7 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
         layer, skewed = (shape, out_channels, kernel, conv), layout in ("channels_last", "cropped")
         input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, *layer, skewed)
         if rung.device == "cuda":
-            chosen = gradients._grad_weight_name(input, out_channels, weight.shape[2:], (*geometry, precision))
+            chosen = gradients.choose_grad_weight(input, out_channels, weight.shape[2:], (*geometry, precision))
             skip_unless_it_runs(rung, chosen)
         args = grad, winners, input, -1.5, out_channels, weight.shape[2:], *geometry, precision
         results = operator(rung.name)(*args)
@@ -411,9 +411,12 @@ def test_memory_of_a_training_step(dtype, channels_last, set_conv_precision):
 def test_inference_keeps_no_winners(device):
     layer = fk.Conv2dScaleMin(4, 6, 3, 2.0).to(device)
     input = torch.randn(2, 4, 9, 11, device=device)
-    with torch.profiler.profile() as profile, torch.no_grad():
-        layer(input)
-    assert not [event.key for event in profile.key_averages() if "winners" in event.key]
+    found = []
+    for enabled in (False, True):
+        with torch.profiler.profile() as profile, torch.set_grad_enabled(enabled):
+            layer(input)
+        found.append(any("winners" in event.key for event in profile.key_averages()))
+    assert found == [False, True]
 
 
 def test_errors_are_one_sentence():

@@ -7,7 +7,7 @@
 //   result      16 input channels by 8 pixels, summed over the taps in float32
 // Seven of eight products are with zero; tensor cores have time for them, and nothing else takes as few instructions a row.
 // NOTE: eight rows at the same place are eight rows in the same banks. So pixel p reads its channels in another order, group
-// i ^ p of eight at the i-th step: no two in the same banks, wherever they are (measured on an H200). What a lane holds at
+// i ^ p of eight at the i-th step: no two in the same banks, wherever they are. What a lane holds at
 // the end is then channels of group i ^ p; as a pixel has a column of its own, nothing is mixed.
 // A warp's pixels and the gradients that reach them are its own: no warp waits for another.
 // float32 is multiplied as float16: weights times a power of two for each input channel, gradients times one for each patch.

@@ -4,9 +4,8 @@
 //   operand A   the inputs that the filter lay on: 16 input channels by 16 pixels, gathered by ldmatrix from the tile's input
 //   operand B   the pixels' gradients, each in its winner's column of eight
 //   result      16 input channels by 8 output channels, added to sums that stay in registers from the first tile to the last
-// A multiprocessor's registers have the sums of 16 or 32 input channels, 9 taps and 128 output channels: 144 KiB, half of what
-// there is, or a quarter. A warp has a tap, and walks through all the lists, whichever channels win: however skewed the winners
-// are, all warps do the same work.
+// A multiprocessor's registers have the sums of 16 or 32 input channels, 9 taps and 128 output channels: 72 or 144 KiB. A warp has
+// a tap, and walks through all the lists, whichever channels win: however skewed the winners are, all warps do the same work.
 //   sort_kernel     one block a tile: the lists; and the tile's part of the bias's gradient
 //   sum_kernel      warps of two kinds: some bring the input of the next tile, nine multiply
 //   reduce_kernel   adds what the blocks found
