@@ -117,6 +117,14 @@ LAYOUTS = {
 }
 
 
+def compiled(function, dynamic=None, backend="aot_eager"):
+    """Compile anew, in one graph."""
+    torch._dynamo.reset()
+    # NOTE: with this on, torch 2.11 writes to memory that it freed once a compiled module dies (pytorch/pytorch#179730).
+    torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
 def far_apart(x):
     """Copy to where the channels lie 2^30 + 1 elements apart; the memory in between is never touched."""
     batch, channels, height, width = x.shape

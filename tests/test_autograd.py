@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICES, call, implementations, precision_for, skip_unless_takes
+from conftest import DEVICES, call, compiled, implementations, precision_for, skip_unless_takes
 from torch.nn import functional as F
 
 import fused_kernels as fk
@@ -176,11 +176,6 @@ def test_opcheck(rung, device, requires_grad):
         ]
     for sample in samples:
         torch.library.opcheck(operator, sample)
-
-
-def compiled(function, dynamic, backend="aot_eager"):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
 @ON

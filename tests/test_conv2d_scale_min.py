@@ -11,6 +11,7 @@ from conftest import (
     LAYOUTS,
     assert_within,
     call,
+    compiled,
     dtype_for,
     exact,
     far_apart,
@@ -488,9 +489,8 @@ class TestCompositeAddsBias:
     def test_compiles_in_one_graph(self, composite_adds_bias, requires_grad):
         tensors = problem(composite_adds_bias, (2, 4, 9, 11), 6, (3, 3), torch.float64)
         tensors = [t.requires_grad_(requires_grad) for t in tensors]
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda *t: rungs["composite"](*t, -1.3), fullgraph=True, backend="aot_eager")
-        result, expected = compiled(*tensors), self.eager(*tensors, -1.3)
+        function = compiled(lambda *t: rungs["composite"](*t, -1.3))
+        result, expected = function(*tensors), self.eager(*tensors, -1.3)
         torch.testing.assert_close(result, expected)
         if requires_grad:
             for one, other in zip(*(torch.autograd.grad(y.square().sum(), tensors) for y in (result, expected)), strict=True):

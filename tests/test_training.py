@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_takes
+from conftest import DEVICES, LAYOUTS, assert_one_sentence, compiled, on, skip_unless_takes
 from torch.nn import functional as F
 
 import fused_kernels as fk
@@ -375,8 +375,7 @@ def test_functional_gradient(device, set_conv_precision):
 def test_compiled_training_step(device, dynamic, set_conv_precision):
     set_conv_precision("ieee")
     layer = fk.Conv2dScaleMin(4, 6, 3, 2.0, padding=1).to(device)
-    torch._dynamo.reset()
-    step = torch.compile(lambda x: layer(x.relu()).square().mean(), fullgraph=True, dynamic=dynamic)
+    step = compiled(lambda x: layer(x.relu()).square().mean(), dynamic, "inductor")
     for size in (9, 12):
         input = torch.randn(2, 4, size, size, device=device, requires_grad=True)
         parameters = [input, *layer.parameters()]
