@@ -46,7 +46,7 @@ def run_bench(options):
     """Check and time every rung that runs here beside its peers."""
     dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
     # Apart, for the newest run of a machine's file is what all figures show.
-    apart = "layers" if options.layers else "training" if options.training else ""
+    apart = "-".join(name for name in ("training", "layers") if getattr(options, name))
     data = options.data or bench.data_dir() / apart
     keep = (lambda part: bench.append(part, data)) if options.record else None
     how = {"quick": options.quick, "layers": options.layers, "training": options.training, "machine": options.machine}
@@ -95,7 +95,7 @@ def main(arguments=None):
         "--layers", action="store_true", help="conv2d_scale_min alone, on many layers of networks; records: figures/data/layers"
     )
     parser_bench.add_argument(
-        "--training", action="store_true", help="training steps of the whole model; records: figures/data/training"
+        "--training", action="store_true", help="training steps, of the whole model (figures/data/training) or of layers"
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES["conv2d_scale_min"]]
     parser_bench.add_argument("--dtypes", nargs="+", choices=names, help="which to run, in this order")

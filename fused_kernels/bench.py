@@ -12,7 +12,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import arguments, build, check, gradients, ops, progress, reference
+from . import arguments, build, check, ops, progress, reference
 from .check import Errors
 from .rungs import LADDER, rungs
 
@@ -516,7 +516,7 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, training=False, 
     layers : bool
         In place of all that, the public function on :data:`LAYERS`.
     training : bool
-        In place of all that, training steps of the whole model, and their parts.
+        In place of all that, training steps of the whole model, and their parts; with ``layers``, training steps of those.
     machine : str, optional
         By default :func:`machine`.
     seconds : float
@@ -536,7 +536,9 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, training=False, 
         dtypes = [torch.float32, torch.bfloat16, torch.float16][:most]
     done = []
     if training:
-        parts = _training(common, device, dtypes, quick, seconds)
+        from . import bench_training  # which needs this module
+
+        parts = bench_training.parts(common, device, dtypes, quick, layers, seconds)
     elif layers:
         parts = _layers(common, device, dtypes, seconds / 5)
     else:
@@ -608,15 +610,7 @@ def _host(common, load, seconds, calls=100):
     """Time calls that nobody waits for: on a GPU, checking, choosing, allocating and launching."""
 
     def clock(functions):
-        times = {candidate: [] for candidate in functions}
-        for candidate, function in _in_turns(functions, max(5, math.ceil(seconds / (calls * 2e-5)))):
-            if load.input.device.type == "cuda":
-                torch.cuda.synchronize(load.input.device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            times[candidate].append((time.perf_counter() - start) / calls)
-        return {candidate: _timing(found) for candidate, found in times.items()}
+        return _unwaited(functions, load.input.device, max(5, math.ceil(seconds / (calls * 2e-5))), calls)
 
     (call, rung), precision = _public(load), _precisions(load.input.device, load.input.dtype)[0]
     geometry = ops._decide(*load.arguments[:3], load.stride, load.padding, 1, 1, "auto").geometry
@@ -624,6 +618,19 @@ def _host(common, load, seconds, calls=100):
     alone = functools.partial(ops._run, rung, *load.arguments, *geometry, resolved)
     ours = {"conv2d_scale_min": lambda: call, "operator": lambda: alone}
     return _on_a_shape(common, load, precision, "host", ours, clock)
+
+
+def _unwaited(functions, device, repeats, calls):
+    """Time so many calls in a row by the host's clock, in turns."""
+    times = {name: [] for name in functions}
+    for name, function in _in_turns(functions, repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        times[name].append((time.perf_counter() - start) / calls)
+    return {name: _timing(found) for name, found in times.items()}
 
 
 def _on_a_shape(common, load, precision, operator, ours, clock, prepare=None):
@@ -705,139 +712,6 @@ def _whole_model(common, load, precision, quick, seconds):
     # The convolution alone, for Amdahl.
     alone = Candidate("library", lambda: conv, load.bytes_moved(1) - load.result_bytes, load.flops, "conv2d")
     return done + _section(common, [alone], conv64, library, load.input, load.shape, precision, clock)
-
-
-# What decides how the winners are spread: the reference's own input, in which few channels win; one in which all channels are
-# alike; and one in which neighbours mostly have the same winner.
-INPUTS = ("uniform", "normal", "smooth")
-
-
-def _filled(load, kind):
-    """Give the workload with other input."""
-    if kind == "uniform":
-        return load
-    batch, channels, height, width = load.input.shape
-    generator = torch.Generator(load.input.device).manual_seed(1)
-    size = (height, width) if kind == "normal" else (height // 8 + 1, width // 8 + 1)
-    input = torch.randn(batch, channels, *size, device=load.input.device, generator=generator)
-    if kind == "smooth":
-        input = F.interpolate(input, size=(height, width), mode="bicubic")
-    layout = torch.channels_last if _layout(load.input) == "channels_last" else torch.contiguous_format
-    return replace(load, input=input.to(load.input.dtype).contiguous(memory_format=layout))
-
-
-def _training(common, device, dtypes, quick, seconds):
-    """Time whole training steps on each kind of input, and on the reference's own their parts."""
-    for dtype in dtypes:
-        for channels_last in (False, True):
-            for kind in INPUTS[: 1 if quick else None]:
-                load = _filled(workload(device, dtype, channels_last), kind)
-                yield _steps(common, load, kind, quick, seconds)
-                if kind == "uniform":
-                    yield _parts_of_a_step(common, load, seconds)
-                del load
-
-
-def _steps(common, load, kind, quick, seconds):
-    device, scale = load.input.device, load.scale
-    tensors = [t.detach().requires_grad_() for t in (load.input, load.weight, load.bias)]
-    grad = torch.randn(load.output_shape[0], 1, *load.output_shape[2:], device=device).to(load.input.dtype)
-
-    def eager(input, weight, bias):
-        return reference.scale_min(F.conv2d(input, weight, bias), scale)
-
-    def step(function):
-        return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
-
-    chosen = ops.explain(*load.arguments).rung
-    makers = {"eager": lambda: eager, chosen: lambda: lambda *t: ops.conv2d_scale_min(*t, scale)}
-    for name, mode in _compile_modes(device, quick):
-        makers[name] = functools.partial(torch.compile, eager, mode=mode, dynamic=False)
-    dense, needed = 3 * load.flops, load.input.numel() * load.input.element_size()
-    functions, peaks, yardstick = {}, {}, None
-    precision, layout = _precisions(device, load.input.dtype)[0], _layout(load.input)
-    for name, make in makers.items():
-        with progress.task(f"checking a training step, {name} ({precision}, {layout}, {kind})"):
-            function = step(make())
-            grads, peak = _run_and_peak(function, load.input)
-        weights = grads[1].double()
-        yardstick = weights if yardstick is None else yardstick
-        # Not even the winners are quite the same; the parts are held against float64.
-        if not (weights - yardstick).norm() < yardstick.norm():
-            raise RuntimeError(f"{name}: the weights' gradient is not eager's")
-        functions[name], peaks[name] = function, max(peak - needed, 0)
-        del grads
-    with progress.task(f"timing {len(functions)} training steps ({precision}, {layout}, {kind})"):
-        timings = _steady(device, load.bytes_moved(8), seconds)(functions)
-    torch.compiler.reset()
-    shape = load.shape + f", {kind}" * (kind != "uniform")
-    done = []
-    for name, timing in timings.items():
-        # Ours: the input twice, its gradient once; a sum over winners is one output channel's share.
-        flops, bytes = (dense, load.bytes_moved(8)) if name != chosen else (load.flops + dense // len(load.weight), load.bytes)
-        where = ("conv2d_scale_min", name, precision, load.input.dtype, layout, shape)
-        done.append(_record(common, *where, timing, bytes + 2 * needed, flops, peaks[name], direction="training"))
-    return done
-
-
-@torch.no_grad()
-def _parts_of_a_step(common, load, seconds):
-    """Time forward with winners, and each gradient beside the library's of the same winners; errors on two images."""
-    device, dtype, scale = load.input.device, load.input.dtype, load.scale
-    precision, layout = _precisions(device, dtype)[0], _layout(load.input)
-    geometry = ([1, 1], [0] * 4, [1, 1], 1)
-    explained = ops.explain(*load.arguments)
-    resolved = arguments.resolve_precision(load.input, "auto")
-    forward = getattr(torch.ops.fused_kernels, f"{explained.rung}_winners").default
-    grad = torch.randn(load.output_shape[0], 1, *load.output_shape[2:], device=device).to(dtype)
-
-    def ours(operator, input, winners, grad):
-        conv = *geometry, resolved
-        if operator == "grad_input":
-            name, last = gradients.choose_grad_input(load.weight, conv), gradients.is_channels_last(input)
-            args = grad, winners, load.weight, scale, input.shape[2:], *conv, last
-        else:
-            name = gradients.choose_grad_weight(input, len(load.weight), load.weight.shape[2:], conv)
-            args = grad, winners, input, scale, len(load.weight), load.weight.shape[2:], *conv
-        return name, lambda: getattr(torch.ops.fused_kernels, name).default(*args)
-
-    def library(operator, input, winners, grad, dtype=dtype):
-        """Scatter, then the dense pass: what PyTorch does, but for its multiplication by the scale."""
-        mask = [operator == "grad_input", operator == "grad_weight", operator == "grad_weight"]
-        indices, geometry = winners.long(), ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
-        tensors = (grad * scale).to(dtype), input.to(dtype), load.weight.to(dtype)
-
-        def run():
-            conv_grad = torch.zeros((len(input), *load.output_shape[1:]), dtype=dtype, device=device)
-            if layout == "channels_last":
-                conv_grad = conv_grad.contiguous(memory_format=torch.channels_last)
-            conv_grad.scatter_(1, indices, tensors[0])
-            return torch.ops.aten.convolution_backward(conv_grad, *tensors[1:], [len(load.weight)], *geometry)
-
-        return run
-
-    _, winners = forward(*load.arguments, *geometry, resolved)
-    small = _ends(load.input), _ends(winners).contiguous(), _ends(grad)
-    clock, done = _steady(device, load.bytes, seconds), []
-    where = (precision, dtype, layout, load.shape)
-    timing = clock({"winners": lambda: forward(*load.arguments, *geometry, resolved)})["winners"]
-    what = ("conv2d_scale_min", explained.rung, *where, timing, load.bytes, load.flops)
-    done.append(_record(common, *what, direction="forward with winners"))
-    for operator in ("grad_input", "grad_weight"):
-        name, function = ours(operator, load.input, winners, grad)
-        with progress.task(f"checking and timing {operator} ({precision}, {layout})"):
-            exact = library(operator, *small, dtype=torch.float64)()
-            which = 0 if operator == "grad_input" else 1
-            found = {name: ours(operator, *small)[1](), "library": library(operator, *small)()[which]}
-            timings = clock({name: function, "library": library(operator, load.input, winners, grad)})
-        for rung, result in found.items():
-            result = result if isinstance(result, torch.Tensor) else result[0]
-            apart, size = result.double() - exact[which], exact[which].square().mean().sqrt()
-            errors = float(apart.square().mean().sqrt() / size), float(apart.abs().max() / size)
-            flops = load.flops if rung == "library" else load.flops // len(load.weight)
-            what = (operator, rung, *where, timings[rung], load.bytes, flops, 0, *errors)
-            done.append(_record(common, *what, direction="backward"))
-    return done
 
 
 def _steady(device, bytes, seconds):

@@ -80,6 +80,30 @@ def winners_dtype(channels):
     return torch.uint8 if channels <= 256 else torch.int32
 
 
+class FromWinners(torch.autograd.Function):
+    """Call an operator that gives winners, and differentiate it by its rule: ``apply(*args, (operator, backward, setup))``.
+
+    The same rule is registered with the operator. But what torch.library runs around it, in Python, takes longer than a small
+    kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        """Call the operator below autograd."""
+        *args, (operator, ctx.rule, setup) = args
+        with torch._C._AutoDispatchBelowAutograd():
+            result = operator(*args)
+        setup(ctx, args, result)
+        # Else each backward pass would begin with a tensor of zeros for the winners.
+        ctx.set_materialize_grads(False)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        """Follow the rule, which knows of the operator's own arguments alone."""
+        return (None,) * len(ctx.needs_input_grad) if grad is None else (*ctx.rule(ctx, grad, None), None)
+
+
 # scale_min: forward with winners, and its gradient.
 
 

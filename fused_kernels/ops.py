@@ -247,8 +247,17 @@ def _run_forward(name, return_indices, *args):
     """Call a forward operator, and where its winners are wanted the one that gives them, too."""
     if not return_indices and not _wants_gradient(*args):
         return _run(name, *args)
-    output, winners = _run(f"{name}_winners", *args)
+    output, winners = _run_with_winners(name, *args)
     return (output, winners.long()) if return_indices else output
+
+
+def _run_with_winners(name, *args):
+    """Call the operator of a rung that gives winners, too."""
+    if torch.compiler.is_compiling() or not _wants_gradient(*args):
+        return _run(f"{name}_winners", *args)
+    operator = getattr(torch.ops.fused_kernels, f"{name}_winners").default
+    _, backward, setup = _RULES[f"{rungs[name].operator}_winners"]
+    return gradients.FromWinners.apply(*args, (operator, backward, setup))
 
 
 def _wants_gradient(*args):
@@ -448,7 +457,7 @@ def _composite(input, weight, bias, scale, stride, padding, dilation, groups, pr
     if return_indices or _wants_gradient(input, weight, bias):
         # The gradients' precision is what it is now, whatever the setting will be then.
         precision = arguments.resolve_precision(input, precision)
-        output, winners = _run("composite_winners", input, weight, bias, scale, *conv[:4], precision)
+        output, winners = _run_with_winners("composite", input, weight, bias, scale, *conv[:4], precision)
         return (output, winners.long()) if return_indices else output
     return _convolve_then_minimum(input, weight, bias, scale, *conv)
 

@@ -174,6 +174,53 @@ def test_layers_are_timed_alone_and_recorded_apart(other_shapes, monkeypatch, tm
     assert len({(r.shape, r.layout) for r in found}) == 4
 
 
+@pytest.fixture
+def training(monkeypatch, tmp_path):
+    """Record small training steps on the CPU; without torch.compile, whose first call takes longer than all tests here."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(reference, name, value)
+    monkeypatch.setattr(bench, "LAYERS", [((32, 3, 7, 9), 5, 3, 2, 1), ((1, 3, 7, 9), 5, 3, 1, 1), ((32, 4, 5, 6), 3, 1, 1, 0)])
+    monkeypatch.setattr(bench, "_compile_modes", lambda device, quick: [])
+    monkeypatch.setattr(bench, "run", functools.partial(bench.run, seconds=0.01))
+    monkeypatch.setattr(bench, "data_dir", lambda: tmp_path)
+
+    def run(*options):
+        __main__.main(["bench", "--device", "cpu", "--training", "--record", *options])
+        (path,) = tmp_path.rglob("cpu.csv")
+        return path.parent.name, bench.records(data=path.parent)
+
+    return run
+
+
+def test_training_steps_and_their_parts_are_recorded_apart(training):
+    folder, found = training()
+    assert folder == "training"
+    for layout in ("NCHW", "channels_last"):
+        here = bench.select(found, layout=layout)
+        steps = [(r.rung, r.shape) for r in here if r.direction == "training"]
+        shape = "2x3x12x14 * 8x3x3x3"
+        assert steps == [(n, shape + kind) for kind in ("", ", normal", ", smooth") for n in ("eager", "conv2d_scale_min")]
+        assert [r.rung for r in here if r.direction == "forward with winners"] == ["conv2d_scale_min"]
+        parts = [r for r in here if r.direction == "backward"]
+        assert [r.rung for r in parts] == ["grad_input", "library", "grad_weight", "library"]
+        assert all(0 < r.rms_error < 1e-6 for r in parts)
+        dense = 2 * 2 * 8 * 10 * 12 * 3 * 3 * 3
+        assert {r.rung: r.flops for r in parts} == {"grad_input": dense // 8, "grad_weight": dense // 8, "library": dense}
+    assert all(r.p50_ms > 0 for r in found)
+
+
+def test_training_steps_of_layers_are_recorded_apart(training):
+    folder, found = training("--layers")
+    assert folder == "training-layers"
+    assert {(r.operator, r.direction) for r in found} == {("choice", "training")}
+    for layout in ("NCHW", "channels_last"):
+        assert [(r.rung, r.shape) for r in bench.select(found, layout=layout)] == [
+            (name, shape)
+            for shape in ("2x3x7x9 * 5x3x3x3 stride 2 padding 1", "2x4x5x6 * 3x4x1x1")
+            for name in ("eager", "conv2d_scale_min")
+        ]
+
+
 def test_layers_cover_what_is_promised():
     """Sizes from 56 to 14 with 32 images and with one; kernels of 1, 3, 5 and 7."""
     for images in (32, 1):

@@ -195,8 +195,8 @@ def relative_error(result, expected):
 def assert_no_less_exact(results, dense, dtype, precision="ieee", floor=1e-14):
     """Compare with float64: an rms error no larger than the library's or, where allowed, that of TF32's operands.
 
-    Of few elements it may be more, by chance; and where both are next to nothing, as in a sum of few terms, twice that of
-    rounding the result, or the floor.
+    Of few elements it may be more, by chance; and where both are next to nothing, as in a sum of few terms, four times that
+    of rounding the result, or the floor.
     """
     exact = dense(torch.float64)
     peers = [dense(dtype), *([dense(torch.float64, tf32=True)] if dtype == torch.float32 and precision == "tf32" else [])]
@@ -207,7 +207,7 @@ def assert_no_less_exact(results, dense, dtype, precision="ieee", floor=1e-14):
         chance = 1.2 if result.numel() > 200 else 3.0
         errors = [chance * relative_error(peer[i], exact[i]) for peer in peers]
         rounding = relative_error(exact[i].to(dtype), exact[i])
-        assert relative_error(result, exact[i]) <= max(*errors, 2 * rounding, floor)
+        assert relative_error(result, exact[i]) <= max(*errors, 4 * rounding, floor)
 
 
 def precisions(rung, dtype):
@@ -359,6 +359,23 @@ def test_gradients_accumulate(device):
     once = layer.weight.grad.clone()
     layer(input).sum().backward()
     assert layer.weight.grad.equal(2 * once)
+
+
+@ON
+def test_no_gradient_comes_back_where_none_arrives(device):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, input):
+            return input.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    input = torch.randn(2, 4, 7, 8, device=device, requires_grad=True)
+    layer = fk.Conv2dScaleMin(4, 6, 3, 2.0).to(device)
+    for function in (layer, lambda x: fk.scale_min(x, 2.0)):
+        assert torch.autograd.grad(Stop.apply(function(input)).sum(), input, allow_unused=True) == (None,)
 
 
 @ON
