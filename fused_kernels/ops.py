@@ -129,11 +129,15 @@ def conv2d_scale_min(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found: the rung that would run, at which precision, and why not a faster one."""
+    """What :func:`explain` found: the rung that would run, at which precision, and why not a faster one.
+
+    And the operators that would make the gradients of input and weights; none where PyTorch's own operations do.
+    """
 
     rung: str
     precision: str
     why: str
+    backward: tuple[str, ...] = ()
 
     def __str__(self):
         return f"{self.rung} at {self.precision}: {self.why}"
@@ -142,7 +146,7 @@ class Explanation:
 def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"):
     """Say which rung :func:`conv2d_scale_min` would run for these arguments, at which precision, and why not a faster one.
 
-    Takes the same arguments, raises the same errors, computes nothing.
+    And which operators its backward pass would. Takes the same arguments, raises the same errors, computes nothing.
 
     Returns
     -------
@@ -159,8 +163,12 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
         missing = _why_unavailable(inner, input.device.index) if inner else f"no kernel for {input.device.type} tensors"
         why = f"the library's convolution, then scale and min: {why}"
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
-    dtype = str(input.dtype).removeprefix("torch.")
-    return Explanation(name, decision.precision if dtype == "float32" else dtype, why)
+    dtype, backward = str(input.dtype).removeprefix("torch."), ()
+    if name != "composite" or _has_scale_min(input):
+        conv = *decision.geometry, decision.precision
+        by_weight = gradients.choose_grad_weight(input, weight.shape[0], weight.shape[2:], conv)
+        backward = gradients.choose_grad_input(weight, conv), by_weight
+    return Explanation(name, decision.precision if dtype == "float32" else dtype, why, backward)
 
 
 # What runs where it can.
@@ -761,12 +769,20 @@ def _fake_with_winners(fake, channels):
 
 
 def _library_conv2d_setup(ctx, inputs, output):
-    input, weight, bias, *ctx.geometry, _ = inputs
+    input, weight, bias, *ctx.geometry, ctx.tf32 = inputs
     ctx.save_for_backward(input, weight, bias)
 
 
 def _library_conv2d_backward(ctx, grad):
-    return *_conv2d_vjp(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:3]), *[None] * 5
+    """Differentiate at the forward's precision: this function of torch's has only the setting to say which."""
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32" if ctx.tf32 else "ieee"
+    try:
+        grads = _conv2d_vjp(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:3])
+    finally:
+        setting.fp32_precision = before
+    return *grads, *[None] * 5
 
 
 def _conv2d_vjp(grad, input, weight, bias, stride, padding, dilation, groups, needed):

@@ -156,6 +156,21 @@ def test_training_step_changes_the_weights_as_eager_does(device):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_gradient_of_the_librarys_convolution_has_the_precision_asked_for(precision, set_conv_precision):
+    set_conv_precision("tf32" if precision == "ieee" else "ieee")
+    input, weight = torch.randn(8, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda", requires_grad=True)
+    plain = ([1, 1], [0, 0], [1, 1], 1)
+    output = torch.ops.fused_kernels.library_conv2d.default(input, weight, None, *plain, precision == "tf32")
+    grad = torch.randn_like(output)
+    (found,) = torch.autograd.grad(output, weight, grad)
+    expected = torch.nn.grad.conv2d_weight(input.double(), weight.shape, grad.double())
+    error = float((found - expected).norm() / expected.norm())
+    assert error < 1e-5 if precision == "ieee" else 1e-4 < error < 1e-3
+    assert torch.backends.cudnn.conv.fp32_precision != precision
+
+
 OPERATORS = [p for operator in ("scale_min", "conv2d_scale_min") for p in implementations(operator, public=False)]
 
 

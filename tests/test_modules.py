@@ -115,6 +115,19 @@ def test_explain_names_the_rung_that_runs(device):
         assert fk.rungs[fast.rung](input, layer.weight, layer.bias, 2.0).equal(layer(input))
 
 
+@ON
+def test_explain_names_the_operators_of_the_backward_pass(device):
+    """Those that a profiler sees; where PyTorch's own operations run, none."""
+    layer, input = fk.Conv2dScaleMin(16, 40, 3, 2.0, device=device), torch.randn(1, 16, 8, 8, device=device)
+    explained = fk.explain(input, layer.weight, layer.bias, 2.0)
+    output = layer(input.requires_grad_()).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        output.backward()
+    called = {event.name.removeprefix("fused_kernels::") for event in profile.events() if "fused_kernels::" in event.name}
+    assert set(explained.backward) == called
+    assert fk.explain(*(torch.empty(1, 3, 4, 4, device="meta"),) * 2).backward == ()
+
+
 @pytest.mark.parametrize(
     ("device", "precision", "setting", "expected"),
     [
