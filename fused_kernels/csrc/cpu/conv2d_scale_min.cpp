@@ -29,6 +29,7 @@ constexpr int64_t CHAIN = 48;                   // ... over few terms: a sum of 
 constexpr int64_t DEPTH = 576;                  // terms of one patch: BLOCK x DEPTH weights stay in the L1 cache
 constexpr int64_t PATCH_BYTES = 256 << 10;      // leaves most of an L2 cache to the weights
 constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
+constexpr int64_t SQUARES_BYTES = 384 << 10;    // of squares' 16 numbers over all input channels, for one tile
 constexpr int64_t MIN_WORK = 1 << 20;           // multiply-adds; less is not worth waking a thread for
 
 // One term of a pixel's sum: a number of one input channel or, where the processor has bfloat16 dot products, of two.
@@ -144,6 +145,42 @@ template <int CHANNELS, class Scalar, class Element> void convolve_tile(Strip<Sc
   }
 }
 
+// The four pixels of each square from its 16 sums, and their minima: the pixels at one place of all squares lie together.
+template <int CHANNELS, class Scalar, class Element>
+void finish_squares(const Strip<Scalar, Element>& s, int channels, int64_t squares) {
+  if constexpr (CHANNELS > 1)
+    if (channels < CHANNELS) return finish_squares<CHANNELS / 2>(s, channels, squares);
+  using Vector = typename Compute<Scalar>::Vector;
+  const Index<Vector> zero = {};
+  for (int64_t at = 0; at < s.pitch; at += LANES<Scalar>) {
+    Running<Vector> minimum[4];
+    for (int v = 0; v < 4; v++) minimum[v] = s.minima.load_vector(v * squares + at);
+    for (int o = 0; o < CHANNELS; o++) {
+      Vector total[CHANNELS][4], rows[2][4];
+      for (int i = 0; i < 4; i++) {
+        const Scalar* from = s.unfinished + (i * BLOCK + o) * s.pitch + at;
+        const Vector a = load(from), b = load(from + 4 * BLOCK * s.pitch), c = load(from + 8 * BLOCK * s.pitch);
+        rows[0][i] = a + (b + c);
+        rows[1][i] = (b - c) - load(from + 12 * BLOCK * s.pitch);
+      }
+      for (int i = 0; i < 2; i++) {
+        total[o][2 * i] = rows[i][0] + (rows[i][1] + rows[i][2]);
+        total[o][2 * i + 1] = (rows[i][1] - rows[i][2]) - rows[i][3];
+      }
+      const auto channel = Index<Scalar>(std::min(s.channel + o, s.last_channel));
+      for (int v = 0; v < 4; v++) minimum[v].take((total[o][v] + s.bias[o]) * s.scale, zero + channel);
+    }
+    for (int v = 0; v < 4; v++) s.minima.store_vector(v * squares + at, minimum[v]);
+  }
+}
+
+// How the output is cut into tiles, which places of the input each needs, and how far apart these lie of two terms.
+struct Tiling {
+  int64_t tile_rows, tile_columns, high, wide;
+  Axis rows, columns;
+  int64_t pitch;
+};
+
 template <class T> struct Convolution {
   using Scalar = typename Compute<T>::Scalar;
   using Element = typename Term<T>::Type;
@@ -161,7 +198,7 @@ template <class T> struct Convolution {
   const int64_t block_terms = ceil_div(terms, cuts), depth_blocks = ceil_div(terms, block_terms);
   const int64_t out_blocks = ceil_div(out_channels, BLOCK);
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
-  const std::unique_ptr<Element[]> weights{new Element[groups * padded_out * terms * taps]};
+  std::unique_ptr<Element[]> weights;
   std::vector<Scalar> biases = std::vector<Scalar>(groups * padded_out);
 
   int block_size(int64_t block) const {
@@ -175,20 +212,29 @@ template <class T> struct Convolution {
     return ((group * terms + depth_block * block_terms) * padded_out + block * BLOCK * terms_in(depth_block)) * taps;
   }
 
+  // The output channel whose weights are read in some place of a block.
+  int64_t packed_channel(int64_t group, int64_t block, int64_t o) const {
+    return group * out_channels + std::min(block * BLOCK + o, out_channels - 1);
+  }
+
+  void pack_biases(const std::optional<Tensor>& bias) {
+    for (int64_t group = 0; group < groups; group++)
+      for (int64_t o = 0; o < padded_out; o++) {
+        const int64_t channel = packed_channel(group, o / BLOCK, o % BLOCK);
+        biases[group * padded_out + o] = bias ? Scalar(((const T*)bias->data_ptr())[channel * bias->stride(0)]) : Scalar(0);
+      }
+  }
+
   // Put the weights in the order in which they are read: depth block, block of output channels, term, tap, output channel.
-  void pack_weights(const std::optional<Tensor>& bias) {
+  void pack_weights() {
     const int64_t s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), s3 = weight.stride(3);
     const int64_t grain = ceil_div(MIN_WORK / 16, BLOCK * in_channels * taps);
+    weights.reset(new Element[groups * padded_out * terms * taps]);
     torch::stable::parallel_for(0, groups * out_blocks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t work = begin; work < end; work++) {
         const int64_t group = work / out_blocks, block = work % out_blocks, size = block_size(block);
         const T* from[BLOCK];
-        for (int64_t o = 0; o < size; o++) {
-          const int64_t channel = group * out_channels + std::min(block * BLOCK + o, out_channels - 1);
-          from[o] = (const T*)weight.data_ptr() + channel * s0;
-          const T* value = bias ? (const T*)bias->data_ptr() + channel * bias->stride(0) : nullptr;
-          biases[group * padded_out + block * BLOCK + o] = value ? Scalar(*value) : Scalar(0);
-        }
+        for (int64_t o = 0; o < size; o++) from[o] = (const T*)weight.data_ptr() + packed_channel(group, block, o) * s0;
         for (int64_t b = 0; b < depth_blocks; b++) {
           Element* to = weights.get() + weights_at(group, block, b);
           for (int64_t tap = 0; tap < taps; tap++)
@@ -252,85 +298,276 @@ template <class T> struct Convolution {
   }
 
   using Ints = const std::vector<int64_t>&;
-  void run(Scalar scale, Ints stride, Ints padding, Ints dilation) {
-    // A tile: columns in even parts, as many rows as keep the patch in the cache and leave every thread several tiles.
+  Tiling tiling(int64_t tile_rows, int64_t tile_columns, Ints stride, Ints padding, Ints dilation) const {
+    const Axis rows(kernel_h, dilation[0], stride[0], padding[0], input.size(2), tile_rows);
+    const Axis columns(kernel_w, dilation[1], stride[1], padding[2], input.size(3), tile_columns);
+    // An odd number of cache lines between a patch's channels spreads them over all sets of the cache.
+    const int64_t line = 64 / sizeof(Element), pitch = (ceil_div(rows.size() * columns.size(), line) | 1) * line;
+    return {tile_rows, tile_columns, ceil_div(out_rows, tile_rows), ceil_div(out_columns, tile_columns), rows, columns, pitch};
+  }
+
+  // Columns in even parts, as many rows as keep the patch in the cache and leave every thread several tiles.
+  Tiling tile_patches(Ints stride, Ints padding, Ints dilation) const {
     const int64_t threads = torch::stable::get_num_threads(), wide = ceil_div(out_columns, TILE_COLUMNS);
     const int64_t tile_columns = wide == 1 ? out_columns : ceil_div(ceil_div(out_columns, wide), N) * N;
-    const Axis columns(kernel_w, dilation[1], stride[1], padding[2], input.size(3), tile_columns);
-    const auto rows_of = [&](int64_t tile) { return Axis(kernel_h, dilation[0], stride[0], padding[0], input.size(2), tile); };
+    const int64_t columns = tiling(1, tile_columns, stride, padding, dilation).columns.size();
     const int64_t least = std::min(out_rows, ceil_div(STRIP * N, tile_columns));
     const int64_t fair = images * wide * out_rows / (4 * threads);
     int64_t tile_rows = std::max(least, std::min({out_rows, TILE_PIXELS / tile_columns, fair}));
-    const int64_t most = PATCH_BYTES / (int64_t)sizeof(Element) / (block_terms * columns.size());
-    while (tile_rows > least && rows_of(tile_rows).size() > most) tile_rows -= ceil_div(tile_rows, 16);
-    const int64_t high = ceil_div(out_rows, tile_rows), tiles = images * high * wide;
-    tile_rows = ceil_div(out_rows, high);
-    const Axis rows = rows_of(tile_rows);
+    const int64_t most = PATCH_BYTES / (int64_t)sizeof(Element) / (block_terms * columns);
+    while (tile_rows > least && tiling(tile_rows, tile_columns, stride, padding, dilation).rows.size() > most)
+      tile_rows -= ceil_div(tile_rows, 16);
+    return tiling(ceil_div(out_rows, ceil_div(out_rows, tile_rows)), tile_columns, stride, padding, dilation);
+  }
 
-    // An odd number of cache lines between a patch's channels spreads them over all sets of the cache.
-    const int64_t line = 64 / sizeof(Element), pitch = (ceil_div(rows.size() * columns.size(), line) | 1) * line;
-    std::vector<int> offsets;
-    for (int64_t t = 0; t < block_terms; t++)
-      for (int64_t y = 0; y < kernel_h; y++)
-        for (int64_t x = 0; x < kernel_w; x++) {
-          const int64_t plane = rows.plane_of[y] * (int64_t)columns.planes.size() + columns.plane_of[x];
-          offsets.push_back(int(t * pitch + (plane * rows.length + rows.shift_of[y]) * columns.length + columns.shift_of[x]));
-        }
+  void run(Scalar scale, const std::optional<Tensor>& bias, Ints stride, Ints padding, Ints dilation) {
+    pack_biases(bias);
+    const Scalar limit = takes_squares(stride, dilation) ? pack_squares() : Scalar(0);
+    const Tiling tiling = limit > 0 ? tile_squares(padding) : tile_patches(stride, padding, dilation);
 
     // Where there are fewer tiles than threads, several threads share a tile's output channels.
-    const int64_t blocks = groups * out_blocks, work = tile_rows * tile_columns * in_channels * taps * weight.size(0);
-    const int64_t parts = std::max<int64_t>(std::min({ceil_div(threads, tiles), blocks, tiles * work / MIN_WORK}), 1);
+    const int64_t threads = torch::stable::get_num_threads(), tiles = images * tiling.high * tiling.wide;
+    const int64_t work = tiling.tile_rows * tiling.tile_columns * in_channels * taps * weight.size(0);
+    const int64_t parts =
+        std::max<int64_t>(std::min({ceil_div(threads, tiles), groups * out_blocks, tiles * work / MIN_WORK}), 1);
+    const int64_t grain = ceil_div(MIN_WORK, ceil_div(work, parts));
     PartialMinima<T> minima_of_parts(output, winners, parts);
-    torch::stable::parallel_for(0, tiles * parts, ceil_div(MIN_WORK, ceil_div(work, parts)), [&](int64_t begin, int64_t end) {
-      const int64_t most_vectors = tile_rows * ceil_div(columns.length, N);
-      std::vector<Element> patch(block_terms * pitch + N);
-      std::vector<Scalar> values(most_vectors * N), unfinished(depth_blocks > 1 ? padded_out * most_vectors * N : 0);
-      std::vector<Index<Scalar>> winning(kWinners ? most_vectors * N : 0);
-      const Minima<Scalar> minima{values.data(), winning.data()};
-      std::vector<int> starts;
-      for (int64_t item = begin; item < end; item++) {
-        const int64_t part = item % parts, tile = item / parts, image = tile / wide / high;
-        const int64_t first_column = tile % wide * tile_columns, first_row = tile / wide % high * tile_rows;
-        const int64_t column_count = std::min(tile_columns, out_columns - first_column);
-        const int64_t row_count = std::min(tile_rows, out_rows - first_row);
+    std::vector<char> done(tiles * parts);
+    if (limit > 0)
+      torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
+        run_squares(begin, end, scale, tiling, limit, minima_of_parts, done.data());
+      });
+    if (std::find(done.begin(), done.end(), 0) != done.end()) {
+      pack_weights();
+      torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
+        run_patches(begin, end, scale, tiling, minima_of_parts, done.data());
+      });
+    }
+    minima_of_parts.finish();
+  }
 
-        // Vectors run on through the whole patch, row ends included, or begin anew in each row: whichever are fewer.
-        const int64_t in_row = ceil_div(column_count, N);
-        const int64_t running = ceil_div((row_count - 1) * columns.length + column_count, N);
-        const bool anew = row_count * in_row <= running;
-        const int64_t vectors = anew ? row_count * in_row : running, row_pitch = anew ? in_row * N : columns.length;
-        starts.clear();
-        for (int64_t v = 0; v < vectors; v++)
-          starts.push_back(int(anew ? v / in_row * columns.length + v % in_row * N : v * N));
+  // One piece of work: a tile, or some of its output channels, those of the blocks from the first to the end.
+  struct Item {
+    int64_t part, image, row, column, row_count, column_count, first_block, end_block;
+  };
+  Item item(int64_t i, const Tiling& t, int64_t parts) const {
+    const int64_t part = i % parts, tile = i / parts, blocks = groups * out_blocks;
+    const int64_t column = tile % t.wide * t.tile_columns, row = tile / t.wide % t.high * t.tile_rows;
+    return {part, tile / t.wide / t.high, row, column, std::min(t.tile_rows, out_rows - row),
+            std::min(t.tile_columns, out_columns - column), part * blocks / parts, (part + 1) * blocks / parts};
+  }
+  int64_t first_pixel(const Item& item, int64_t row) const {
+    return (item.image * out_rows + item.row + row) * out_columns + item.column;
+  }
+  void pack(const Item& item, const Tiling& t, int64_t group, int64_t depth_block, Element* patch) const {
+    const int64_t image = item.image, channel = depth_block * block_terms * PER_TERM;
+    const int64_t channels = std::min(block_terms * PER_TERM, in_channels - channel);
+    const int64_t at = image * input.stride(0) + (group * in_channels + channel) * input.stride(1);
+    pack_patch((const T*)input.data_ptr() + at, channels, t.rows, t.columns, item.row, item.column, t.pitch, patch);
+  }
 
-        const int64_t first_block = part * blocks / parts, end_block = (part + 1) * blocks / parts;
-        minima.clear(most_vectors * N, channel_of(first_block));
-        for (int64_t group = first_block / out_blocks; group * out_blocks < end_block; group++)
-          for (int64_t b = 0; b < depth_blocks; b++) {
-            const int64_t channel = b * block_terms * PER_TERM;
-            const int64_t channels = std::min(block_terms * PER_TERM, in_channels - channel);
-            const int64_t at = image * input.stride(0) + (group * in_channels + channel) * input.stride(1);
-            pack_patch((const T*)input.data_ptr() + at, channels, rows, columns, first_row, first_column, pitch, patch.data());
-            const int64_t before = group * out_blocks, end = std::min(out_blocks, end_block - before);
-            for (int64_t o = std::max<int64_t>(first_block - before, 0); o < end; o++) {
-              Strip<Scalar, Element> strip;
-              strip.weights = weights.get() + weights_at(group, o, b), strip.patch = patch.data();
-              strip.starts = starts.data(), strip.offsets = offsets.data();
-              strip.depth = terms_in(b) * taps, strip.pitch = vectors * N;
-              strip.first = b == 0, strip.last = b == depth_blocks - 1;
-              strip.bias = biases.data() + group * padded_out + o * BLOCK, strip.scale = scale;
-              strip.unfinished = unfinished.data() + o * BLOCK * strip.pitch, strip.minima = minima;
-              strip.channel = channel_of(before + o), strip.last_channel = (group + 1) * out_channels - 1;
-              convolve_tile<BLOCK>(strip, block_size(o), (int)vectors);
+  // The items that are not done, tap after tap.
+  void run_patches(int64_t begin, int64_t end, Scalar scale, const Tiling& t, PartialMinima<T>& minima_of_parts,
+                   const char* done) const {
+    std::vector<int> offsets, starts;
+    for (int64_t term = 0; term < block_terms; term++)
+      for (int64_t y = 0; y < kernel_h; y++)
+        for (int64_t x = 0; x < kernel_w; x++) {
+          const int64_t plane = t.rows.plane_of[y] * (int64_t)t.columns.planes.size() + t.columns.plane_of[x];
+          const int64_t row = plane * t.rows.length + t.rows.shift_of[y];
+          offsets.push_back(int(term * t.pitch + row * t.columns.length + t.columns.shift_of[x]));
+        }
+    const int64_t most_vectors = t.tile_rows * ceil_div(t.columns.length, N);
+    std::vector<Element> patch(block_terms * t.pitch + N);
+    std::vector<Scalar> values(most_vectors * N), unfinished(depth_blocks > 1 ? padded_out * most_vectors * N : 0);
+    std::vector<Index<Scalar>> winning(kWinners ? most_vectors * N : 0);
+    const Minima<Scalar> minima{values.data(), winning.data()};
+    for (int64_t i = begin; i < end; i++) {
+      if (done[i]) continue;
+      const Item item = this->item(i, t, minima_of_parts.parts);
+
+      // Vectors run on through the whole patch, row ends included, or begin anew in each row: whichever are fewer.
+      const int64_t in_row = ceil_div(item.column_count, N);
+      const int64_t running = ceil_div((item.row_count - 1) * t.columns.length + item.column_count, N);
+      const bool anew = item.row_count * in_row <= running;
+      const int64_t vectors = anew ? item.row_count * in_row : running, row_pitch = anew ? in_row * N : t.columns.length;
+      starts.clear();
+      for (int64_t v = 0; v < vectors; v++)
+        starts.push_back(int(anew ? v / in_row * t.columns.length + v % in_row * N : v * N));
+
+      minima.clear(most_vectors * N, channel_of(item.first_block));
+      for (int64_t group = item.first_block / out_blocks; group * out_blocks < item.end_block; group++)
+        for (int64_t b = 0; b < depth_blocks; b++) {
+          pack(item, t, group, b, patch.data());
+          const int64_t before = group * out_blocks, last = std::min(out_blocks, item.end_block - before);
+          for (int64_t o = std::max<int64_t>(item.first_block - before, 0); o < last; o++) {
+            Strip<Scalar, Element> strip;
+            strip.weights = weights.get() + weights_at(group, o, b), strip.patch = patch.data();
+            strip.starts = starts.data(), strip.offsets = offsets.data();
+            strip.depth = terms_in(b) * taps, strip.pitch = vectors * N;
+            strip.first = b == 0, strip.last = b == depth_blocks - 1;
+            strip.bias = biases.data() + group * padded_out + o * BLOCK, strip.scale = scale;
+            strip.unfinished = unfinished.data() + o * BLOCK * strip.pitch, strip.minima = minima;
+            strip.channel = channel_of(before + o), strip.last_channel = (group + 1) * out_channels - 1;
+            convolve_tile<BLOCK>(strip, block_size(o), (int)vectors);
+          }
+        }
+      for (int64_t row = 0; row < item.row_count; row++)
+        minima_of_parts.put(item.part, first_pixel(item, row), minima + row * row_pitch, item.column_count);
+    }
+  }
+
+  // Squares: of a 3 x 3 filter without strides, two by two output pixels take 16 products a channel in place of 36, one of each of
+  // 16 sums of the square's 4 x 4 input pixels and of 16 sums of the weights. Then the products are summed over the channels, 16
+  // products of matrices, and a pixel is a sum of nine of these sums: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms for
+  // convolutional neural networks". A number that is not finite would spread over its square, and a large one its rounding
+  // errors: an infinity or a NaN, or what may lead to one, sends a tile back to the taps.
+  std::unique_ptr<Element[]> squares_weights;
+
+  bool takes_squares(Ints stride, Ints dilation) const {
+    const bool is_plain = stride[0] * stride[1] == 1 && dilation[0] * dilation[1] == 1 && groups == 1;
+    return std::is_same_v<Element, float> && kernel_h == 3 && kernel_w == 3 && is_plain && in_channels >= 8 &&
+           out_channels >= 16 && images * out_rows * out_columns >= 1024;
+  }
+
+  // Sums of the weights: block of output channels, which sum, input channel, output channel. Gives the largest number that the
+  // input may have, 0 if there is none.
+  Scalar pack_squares() {
+    const int64_t s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), s3 = weight.stride(3);
+    squares_weights.reset(new Element[padded_out * in_channels * 16]);
+    std::vector<double> largest(out_blocks);
+    torch::stable::parallel_for(0, out_blocks, ceil_div(MIN_WORK / 64, BLOCK * in_channels), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; block++) {
+        const int64_t size = block_size(block);
+        Element* to = squares_weights.get() + block * BLOCK * in_channels * 16;
+        for (int64_t c = 0; c < in_channels; c++)
+          for (int64_t o = 0; o < size; o++) {
+            const T* from = (const T*)weight.data_ptr() + packed_channel(0, block, o) * s0 + c * s1;
+            double rows[4][3];
+            for (int x = 0; x < 3; x++) {
+              const double a = Scalar(from[x * s3]), b = Scalar(from[s2 + x * s3]), d = Scalar(from[2 * s2 + x * s3]);
+              rows[0][x] = a, rows[1][x] = (a + d + b) / 2, rows[2][x] = (a + d - b) / 2, rows[3][x] = d;
+              for (double w : {a, b, d}) largest[block] = w != w ? w : std::max(largest[block], std::abs(w));
+            }
+            for (int y = 0; y < 4; y++) {
+              const double a = rows[y][0], b = rows[y][1], d = rows[y][2];
+              const double sums[4] = {a, (a + d + b) / 2, (a + d - b) / 2, d};
+              for (int x = 0; x < 4; x++) to[((4 * y + x) * in_channels + c) * size + o] = Element(sums[x]);
             }
           }
-        for (int64_t i = 0; i < row_count; i++) {
-          const int64_t pixel = (image * out_rows + first_row + i) * out_columns + first_column;
-          minima_of_parts.put(part, pixel, minima + i * row_pitch, column_count);
-        }
       }
     });
-    minima_of_parts.finish();
+    // A sum of four numbers of the input, times one of the weights, over all channels, nine times; and room for the bias.
+    double most = 1;
+    for (double w : largest) most = w != w ? w : std::max(most, w);
+    const double limit = std::numeric_limits<Scalar>::max() / 256.0 / double(in_channels) / most;
+    return limit > 1 ? Scalar(limit) : Scalar(0);
+  }
+
+  // As many squares as keep their numbers in the cache and leave every thread several tiles.
+  Tiling tile_squares(Ints padding) const {
+    const int64_t squares = SQUARES_BYTES / (int64_t)sizeof(Element) / 16 / in_channels;
+    const int64_t most_columns = std::min(TILE_COLUMNS, std::max<int64_t>(2 * squares, 4 * N));
+    const int64_t tile_columns = ceil_div(ceil_div(out_columns, ceil_div(out_columns, most_columns)), 2) * 2;
+    const int64_t wide = ceil_div(out_columns, tile_columns), square_rows = ceil_div(out_rows, 2);
+    const int64_t fair = images * wide * square_rows / (4 * torch::stable::get_num_threads());
+    const int64_t most_rows = std::max<int64_t>(std::min({square_rows, 2 * squares / tile_columns, fair}), 1);
+    const int64_t tile_rows = 2 * ceil_div(square_rows, ceil_div(square_rows, most_rows));
+    return tiling(tile_rows, tile_columns, {1, 1}, padding, {1, 1});
+  }
+
+  // The 16 numbers of each square, of some channels: [which][channel][square]. Gives whether none is too large.
+  bool pack_numbers(const Element* patch, int64_t channels, const Tiling& t, Scalar limit, int64_t plane, int64_t pitch,
+                    std::vector<Element>& scratch, Element* to) const {
+    using Vector = typename Compute<Scalar>::Vector;
+    const int64_t length = t.columns.length, in_row = t.tile_columns / 2, pixels = t.rows.length * length;
+    Element* const even = scratch.data();
+    Element* const odd = even + scratch.size() / 2;
+    bool fits = true;
+    for (int64_t c = 0; c < channels; c++, patch += t.pitch, to += pitch) {
+      auto large = Vector{} != Vector{};
+      int64_t i = 0;
+      for (; i + N <= pixels; i += N) {
+        const Vector x = load(patch + i);
+        large |= ~((x <= limit) & (x >= -limit));
+      }
+      for (; i < pixels; i++) fits &= std::abs(patch[i]) <= limit;
+      for (int k = 0; k < N; k++) fits &= !large[k];
+      for (int64_t row = 0; row < t.tile_rows / 2; row++) {
+        const Element* const from = patch + 2 * row * length;
+        for (int y = 0; y < 4; y++) {
+          // One of rows 0 - 2, 1 + 2, 2 - 1, 1 - 3, then the same of columns.
+          const Element* const first = from + (y == 0 ? 0 : y == 2 ? 2 : 1) * length;
+          const Element* const second = from + (y == 3 ? 3 : y == 2 ? 1 : 2) * length;
+          const Scalar sign = y == 1 ? 1 : -1;
+          for (int64_t j = 0; j <= in_row; j += N) {
+            const Vector a = load(first + 2 * j) + sign * load(second + 2 * j);
+            const Vector b = load(first + 2 * j + N) + sign * load(second + 2 * j + N);
+            store(even + j, every_second<0>(a, b, std::make_index_sequence<N>()));
+            store(odd + j, every_second<1>(a, b, std::make_index_sequence<N>()));
+          }
+          Element* const at = to + 4 * y * plane + row * in_row;
+          for (int64_t j = 0; j < in_row; j += N) {
+            const Vector a = load(even + j), b = load(odd + j), d = load(even + j + 1), e = load(odd + j + 1);
+            store(at + j, a - d);
+            store(at + plane + j, b + d);
+            store(at + 2 * plane + j, d - b);
+            store(at + 3 * plane + j, b - e);
+          }
+        }
+      }
+    }
+    return fits;
+  }
+
+  void run_squares(int64_t begin, int64_t end, Scalar scale, const Tiling& t, Scalar limit, PartialMinima<T>& minima_of_parts,
+                   char* done) const {
+    if constexpr (std::is_same_v<Element, float>) {
+      const int64_t in_row = t.tile_columns / 2, vectors = ceil_div(t.tile_rows / 2 * in_row, N), squares = vectors * N;
+      const int64_t pitch = squares + N, plane = in_channels * pitch;
+      std::vector<Element> patch(block_terms * t.pitch + 2 * N), numbers(16 * plane), scratch(2 * (in_row + 2 * N));
+      std::vector<Scalar> values(4 * squares), row_values(t.tile_columns), unfinished(16 * BLOCK * squares);
+      std::vector<Index<Scalar>> winning(kWinners ? 4 * squares : 0), row_winning(kWinners ? t.tile_columns : 0);
+      const Minima<Scalar> minima{values.data(), winning.data()}, row_minima{row_values.data(), row_winning.data()};
+      std::vector<int> offsets, starts;
+      for (int64_t c = 0; c < in_channels; c++) offsets.push_back(int(c * pitch));
+      for (int64_t v = 0; v < vectors; v++) starts.push_back(int(v * N));
+      for (int64_t i = begin; i < end; i++) {
+        const Item item = this->item(i, t, minima_of_parts.parts);
+        bool fits = true;
+        for (int64_t b = 0; b < depth_blocks && fits; b++) {
+          pack(item, t, 0, b, patch.data());
+          Element* const to = numbers.data() + b * block_terms * pitch;
+          fits = pack_numbers(patch.data(), terms_in(b), t, limit, plane, pitch, scratch, to);
+        }
+        if (!fits) continue;
+        minima.clear(4 * squares, item.first_block * BLOCK);
+        for (int64_t o = item.first_block; o < item.end_block; o++) {
+          const int size = block_size(o);
+          Strip<Scalar, Element> strip;
+          strip.starts = starts.data(), strip.offsets = offsets.data(), strip.depth = in_channels, strip.pitch = squares;
+          strip.first = true, strip.last = false, strip.minima = minima;
+          strip.bias = biases.data() + o * BLOCK, strip.scale = scale;
+          strip.channel = o * BLOCK, strip.last_channel = out_channels - 1;
+          for (int which = 0; which < 16; which++) {
+            strip.weights = squares_weights.get() + (o * BLOCK * 16 + which * size) * in_channels;
+            strip.patch = numbers.data() + which * plane, strip.unfinished = unfinished.data() + which * BLOCK * squares;
+            convolve_tile<BLOCK>(strip, size, (int)vectors);
+          }
+          strip.unfinished = unfinished.data();
+          finish_squares<BLOCK>(strip, size, squares);
+        }
+        for (int64_t row = 0; row < item.row_count; row++) {
+          for (int64_t j = 0; j < item.column_count; j++) {
+            const int64_t at = (row % 2 * 2 + j % 2) * squares + row / 2 * in_row + j / 2;
+            row_values[j] = values[at];
+            if constexpr (kWinners) row_winning[j] = winning[at];
+          }
+          minima_of_parts.put(item.part, first_pixel(item, row), row_minima, item.column_count);
+        }
+        done[i] = true;
+      }
+    }
   }
 };
 
@@ -345,8 +582,7 @@ Forward conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::o
   dispatch(input.scalar_type(), [&](auto* type) {
     using T = std::decay_t<decltype(*type)>;
     Convolution<T> convolution{input, weight, output, winners, groups};
-    convolution.pack_weights(bias);
-    convolution.run(typename Compute<T>::Scalar(scale), stride, padding, dilation);
+    convolution.run(typename Compute<T>::Scalar(scale), bias, stride, padding, dilation);
   });
   return forward_result(output, winners);
 }
