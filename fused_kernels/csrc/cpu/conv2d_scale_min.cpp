@@ -4,7 +4,8 @@
 //   input channels x filter taps. A tile of output pixels needs a patch of the input, which a thread copies into its L2
 //   cache: padding, strides, layout and dtype end there. Every tap then reads the same patch from another start address, so
 //   there is no im2col. Pixels lie in vector lanes and a block of output channels in registers, so that bias, scale and the
-//   minimum over channels need neither shuffles nor memory.
+//   minimum over channels need neither shuffles nor memory. Where a 3 x 3 filter has channels enough, squares of two by two
+//   output pixels share products (Winograd): 16 a channel in place of 36.
 // Limit: one vector multiply-add a clock and core (two on some). The sums of one block fill the registers, to keep it busy.
 // Previous rung: composite: the library's convolution writes every channel to memory, scale_min reads it back.
 #include <torch/csrc/stable/library.h>
@@ -29,7 +30,7 @@ constexpr int64_t CHAIN = 48;                   // ... over few terms: a sum of 
 constexpr int64_t DEPTH = 576;                  // terms of one patch: BLOCK x DEPTH weights stay in the L1 cache
 constexpr int64_t PATCH_BYTES = 256 << 10;      // leaves most of an L2 cache to the weights
 constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
-constexpr int64_t SQUARES_BYTES = 384 << 10;    // of squares' 16 numbers over all input channels, for one tile
+constexpr int64_t SQUARES_BYTES = 256 << 10;    // of squares' 16 numbers over all input channels, for one tile
 constexpr int64_t MIN_WORK = 1 << 20;           // multiply-adds; less is not worth waking a thread for
 
 // One term of a pixel's sum: a number of one input channel or, where the processor has bfloat16 dot products, of two.
@@ -198,7 +199,7 @@ template <class T> struct Convolution {
   const int64_t block_terms = ceil_div(terms, cuts), depth_blocks = ceil_div(terms, block_terms);
   const int64_t out_blocks = ceil_div(out_channels, BLOCK);
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
-  std::unique_ptr<Element[]> weights;
+  std::unique_ptr<Element[]> weights{}, squares_weights{};
   std::vector<Scalar> biases = std::vector<Scalar>(groups * padded_out);
 
   int block_size(int64_t block) const {
@@ -417,21 +418,20 @@ template <class T> struct Convolution {
     }
   }
 
-  // Squares: of a 3 x 3 filter without strides, two by two output pixels take 16 products a channel in place of 36, one of each of
-  // 16 sums of the square's 4 x 4 input pixels and of 16 sums of the weights. Then the products are summed over the channels, 16
-  // products of matrices, and a pixel is a sum of nine of these sums: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms for
-  // convolutional neural networks". A number that is not finite would spread over its square, and a large one its rounding
-  // errors: an infinity or a NaN, or what may lead to one, sends a tile back to the taps.
-  std::unique_ptr<Element[]> squares_weights;
-
+  // Squares: of a 3 x 3 filter without strides, two by two output pixels take 16 products a channel in place of 36, each of
+  // a sum of the square's 4 x 4 input pixels and a sum of the weights. Summed over the channels these are 16 products of
+  // matrices, and a pixel is a sum of nine of their elements: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms for
+  // convolutional neural networks". A number that is not finite would spread over its square: it, or what may lead to one,
+  // sends its tile back to the taps.
   bool takes_squares(Ints stride, Ints dilation) const {
     const bool is_plain = stride[0] * stride[1] == 1 && dilation[0] * dilation[1] == 1 && groups == 1;
-    return std::is_same_v<Element, float> && kernel_h == 3 && kernel_w == 3 && is_plain && in_channels >= 8 &&
-           out_channels >= 16 && images * out_rows * out_columns >= 1024;
+    const int64_t least_channels = std::min(in_channels, out_channels), pixels = images * out_rows * out_columns;
+    const bool pays = least_channels >= 32 && pixels >= 256 && least_channels * pixels >= 1 << 16;  // measured on a Zen
+    return std::is_same_v<Element, float> && kernel_h == 3 && kernel_w == 3 && is_plain && pays;
   }
 
-  // Sums of the weights: block of output channels, which sum, input channel, output channel. Gives the largest number that the
-  // input may have, 0 if there is none.
+  // Sums of the weights, in the order in which they are read: block of output channels, which sum, input channel, output
+  // channel. Gives the largest number that the input may have, 0 if there is none.
   Scalar pack_squares() {
     const int64_t s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), s3 = weight.stride(3);
     squares_weights.reset(new Element[padded_out * in_channels * 16]);
