@@ -102,7 +102,9 @@ def conv2d_scale_min(
         range, the GPU reads it again and takes another power, without asking the processor. There small values may keep fewer
         digits beside much larger ones in the same rows of an image: ten thousand times as large at "ieee", a million times at
         "tf32"; and where they are so small that they count as zero, they give NaN with an infinite weight. "auto" follows
-        ``torch.backends.cudnn``'s setting for convolutions at the call. The gradients keep the same promise.
+        ``torch.backends.cudnn``'s setting for convolutions at the call. The gradients keep the same promise. On a CPU, where
+        3 x 3 filters of many channels share products between neighbouring pixels (Winograd), it holds as well; a small value
+        keeps fewer digits up to two pixels beside a much larger one.
     return_indices : bool
         Whether to give the winning channels, too, as for :func:`scale_min`.
 
