@@ -161,10 +161,13 @@ def test_every_rung_says_its_idea(rung):
         assert "FUSED_KERNELS_NAMESPACE" in rung.source
 
 
+PARTS = ("", "layers", "training", "training-layers")
+
+
 def test_records_are_of_rungs_and_peers_that_are_named():
     known = {rung.name for rung in LADDER} | {"eager", "compile", "compile-max-autotune", "cudnn-graph", "library"}
     known |= {rung.name for rung in BACKWARD}
-    for record in [r for part in ("", "layers", "training") for r in bench.records(data=bench.data_dir() / part)]:
+    for record in [r for part in PARTS for r in bench.records(data=bench.data_dir() / part)]:
         also = {"host": {"operator"}, "ceiling": {"copy", "read", "read-sum", "matmul"}}.get(record.operator, set())
         assert record.rung in known | also
         assert record.correct
