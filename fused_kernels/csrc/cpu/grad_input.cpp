@@ -59,18 +59,26 @@ template <class Scalar> struct Part {
 };
 
 template <int COUNT, class Scalar>
-void sum_parts(const Part<Scalar>* parts, const Part<Scalar>* end, int64_t channel, Scalar* sums) {
+void sum_parts(const Part<Scalar>* parts, const Part<Scalar>* end, int64_t channel, Scalar* sums, bool first) {
   typename Compute<Scalar>::Vector sum[COUNT] = {};
   for (; parts != end; parts++)
 #pragma GCC unroll 16
     for (int v = 0; v < COUNT; v++) sum[v] += load(parts->weights + channel + v * LANES<Scalar>) * parts->grad;
-  for (int v = 0; v < COUNT; v++) store(sums + channel + v * LANES<Scalar>, sum[v]);
+  for (int v = 0; v < COUNT; v++) {
+    if (!first) sum[v] += load(sums + channel + v * LANES<Scalar>);
+    store(sums + channel + v * LANES<Scalar>, sum[v]);
+  }
 }
 
 // All vectors of a pixel's channels, the registers full while there are enough.
 template <int COUNT, class Scalar>
 void sum_vectors(const Part<Scalar>* parts, const Part<Scalar>* end, int64_t channel, int64_t vectors, Scalar* sums) {
-  for (; vectors >= COUNT; vectors -= COUNT, channel += COUNT * LANES<Scalar>) sum_parts<COUNT>(parts, end, channel, sums);
+  for (; vectors >= COUNT; vectors -= COUNT, channel += COUNT * LANES<Scalar>) {
+    // Two short sums have smaller rounding errors than one long one.
+    const Part<Scalar>* const middle = parts + (end - parts + 1) / 2;
+    sum_parts<COUNT>(parts, middle, channel, sums, true);
+    sum_parts<COUNT>(middle, end, channel, sums, false);
+  }
   if constexpr (COUNT > 1)
     if (vectors > 0) sum_vectors<COUNT / 2>(parts, end, channel, vectors, sums);
 }
