@@ -599,11 +599,14 @@ def _choice(common, load, seconds):
         return replay(function, calls) if calls > 1 else function
 
     def clock(functions):
-        timings = compare(functions, load.input.device, seconds=seconds, warm_up=0.02)
-        return {c: Timing(t.p20 / calls, t.p50 / calls, t.p80 / calls, t.repeats) for c, t in timings.items()}
+        return _per_call(compare(functions, load.input.device, seconds=seconds, warm_up=0.02), calls)
 
     (call, rung), precision = _public(load), _precisions(load.input.device, load.input.dtype)[0]
     return _on_a_shape(common, load, precision, "choice", {rung: lambda: call}, clock, prepare)
+
+
+def _per_call(timings, calls):
+    return {name: Timing(t.p20 / calls, t.p50 / calls, t.p80 / calls, t.repeats) for name, t in timings.items()}
 
 
 def _host(common, load, seconds, calls=100):

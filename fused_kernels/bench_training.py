@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from . import arguments, bench, gradients, ops, progress, reference
+from .rungs import rungs
 
 # What decides how the winners are spread: the reference's own input, in which few channels win; one in which all channels are
 # alike; and one in which neighbours mostly have the same winner.
@@ -125,17 +126,17 @@ def _step(function, tensors, grad):
 
 def _record(common, load, operator, name, timing, shape, peak=0):
     """Make a record: by the book three dense convolutions, and ours one, and for two gradients an output channel's share."""
-    dense, peers = load.flops, ("eager", "compile", "compile-max-autotune")
-    flops = 3 * dense if name in peers else dense + 3 * dense // len(load.weight)
+    dense, is_ours = load.flops, name in rungs
+    flops = dense + 3 * dense // len(load.weight) if is_ours else 3 * dense
     # Ours reads the input twice and writes its gradient once.
-    bytes = (load.bytes_moved(8) if name in peers else load.bytes) + 2 * load.input.numel() * load.input.element_size()
+    bytes = (load.bytes if is_ours else load.bytes_moved(8)) + 2 * load.input.numel() * load.input.element_size()
     where = (bench._precisions(load.input.device, load.input.dtype)[0], load.input.dtype, bench._layout(load.input), shape)
     return bench._record(common, operator, name, *where, timing, bytes, flops, peak, direction="training")
 
 
 def _replayed(steps, device, seconds, calls=10):
-    timings = bench.compare({name: bench.replay(step, calls) for name, step in steps.items()}, device, seconds=seconds)
-    return {name: bench.Timing(t.p20 / calls, t.p50 / calls, t.p80 / calls, t.repeats) for name, t in timings.items()}
+    replays = {name: bench.replay(step, calls) for name, step in steps.items()}
+    return bench._per_call(bench.compare(replays, device, seconds=seconds), calls)
 
 
 @torch.no_grad()

@@ -276,16 +276,12 @@ def table(records, dtypes=("float32", "bfloat16")):
         r = cells.get((name, *column))
         if r is None:
             return ""
-        speedup = "" if name == "eager" else f" · {cells[('eager', *column)].p50_ms / r.p50_ms:.2f}x"
-        return _three(r.p50_ms) + speedup + ("" if r.correct else " (*)")
+        return _three(r.p50_ms) + _times(r, cells[("eager", *column)]) + ("" if r.correct else " (*)")
 
-    first = whole[0]
     lines = [
-        f"Milliseconds, and speedup over eager at the same precision and layout; {first.shape}, forward. {first.device}, "
-        f"torch {first.torch}, {first.date[:10]}, commit {first.commit}.",
-        "",
-        "| | " + " | ".join(f"{precision}, {layout}" for precision, layout in columns) + " | rms error |",
-        "| --- |" + " ---: |" * (len(columns) + 1),
+        f"Milliseconds, and speedup over eager at the same precision and layout; {whole[0].shape}, forward. "
+        f"{_origin(whole[0])}",
+        *_heads([f"{precision}, {layout}" for precision, layout in columns] + ["rms error"]),
     ]
     for name in _order(whole):
         shown = next(cells[(name, *column)] for column in columns if (name, *column) in cells)
@@ -348,13 +344,10 @@ def training_table(records, dtypes=("float32", "bfloat16")):
     def row(title, cells):
         return f"| {title} | {' | '.join(cells)} |"
 
-    first = steps[0]
     lines = [
         f"Milliseconds of a training step (forward, and the gradients of input, weights and bias), and speedup over eager; "
-        f"{shape}. {first.device}, torch {first.torch}, {first.date[:10]}, commit {first.commit}.",
-        "",
-        "| | " + " | ".join(f"{precision}, {layout}" for precision, layout in columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
+        f"{shape}. {_origin(steps[0])}",
+        *_heads([f"{precision}, {layout}" for precision, layout in columns]),
     ]
     for name in (name for name in PEERS if name in {r.rung for r in steps}):
         found = [(at(name.__eq__, column), at("eager".__eq__, column)) for column in columns]
@@ -431,6 +424,14 @@ def _write_between(path, begin, end, tables):
         raise ValueError(f"path: expected a file with the lines {begin} and {end}, got {path}")
     before, rest = text.split(begin, 1)
     path.write_text("\n\n".join([before + begin, *tables, end + rest.split(end, 1)[1]]))
+
+
+def _origin(record):
+    return f"{record.device}, torch {record.torch}, {record.date[:10]}, commit {record.commit}."
+
+
+def _heads(titles):
+    return ["", f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
 
 
 def _is_ours(rung):

@@ -87,8 +87,8 @@ GEOMETRIES = {
     "one input channel": ((1, 1, 17, 13), 7, (3, 3), {}),
     "reference's": ((1, 64, 20, 37), 128, (3, 3), {}),
     "past the blocks": ((1, 130, 5, 6), 129, (3, 3), {"padding": 1}),
-    "squares": ((2, 33, 31, 44), 40, (3, 3), {"padding": 1}),
-    "squares of many channels": ((1, 200, 21, 25), 190, (3, 3), {"padding": (1, 2)}),
+    "Winograd": ((2, 33, 31, 44), 40, (3, 3), {"padding": 1}),
+    "Winograd, many channels": ((1, 200, 21, 25), 190, (3, 3), {"padding": (1, 2)}),
     "row": ((2, 3, 1, 40), 5, (1, 5), {}),
     "column": ((2, 3, 40, 1), 5, (5, 1), {}),
     "one pixel": ((3, 5, 8, 8), 6, (8, 8), {}),
@@ -116,13 +116,13 @@ def test_geometry(function, device, layout, geometry, poisoned):
         check(function, *tensors, 1.7 if bias else -0.6, **conv)
 
 
-# On a CPU: 3 x 3 filters of channels enough, whose output pixels share products.
+# On a CPU: 3 x 3 filters of channels enough, for which it takes Winograd's algorithm.
 
 
 @pytest.mark.parametrize(
     ("dtype", "magnitude"), [(torch.float32, 1e-30), (torch.float32, 1.0), (torch.float32, 1e25), (torch.float16, 1.0)], ids=str
 )
-def test_shared_products_are_no_less_exact_than_the_librarys_convolution(dtype, magnitude):
+def test_winograd_is_no_less_exact_than_the_librarys_convolution(dtype, magnitude):
     input, weight, bias = problem("cpu", (2, 64, 40, 45), 96, (3, 3), dtype)
     input, bias = input * magnitude, bias * magnitude
     expected = exact(input, 1.5, weight, bias)
@@ -134,7 +134,7 @@ def test_shared_products_are_no_less_exact_than_the_librarys_convolution(dtype, 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
-def test_what_is_not_finite_stays_where_it_is_though_products_are_shared(value):
+def test_winograd_does_not_spread_what_is_not_finite(value):
     input, weight, _ = problem("cpu", (2, 64, 40, 45), 48, (3, 3), torch.float32)
     input[1, 5, 17, 20] = value
     result, winners = conv2d_scale_min(input, weight, return_indices=True)
@@ -144,7 +144,7 @@ def test_what_is_not_finite_stays_where_it_is_though_products_are_shared(value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_is_not_shared(value):
+def test_winograd_is_not_taken_with_a_weight_that_is_not_finite(value):
     input, weight, bias = problem("cpu", (2, 64, 30, 31), 48, (3, 3), torch.float32)
     weight[7, 3, 1, 1] = value
     result, expected = (f(input, weight, bias, 1.0) for f in (conv2d_scale_min, rungs["reference"]))
@@ -152,7 +152,7 @@ def test_a_weight_that_is_not_finite_is_not_shared(value):
     assert result.isinf().equal(expected.isinf())
 
 
-def test_shared_products_are_the_same_from_any_number_of_threads():
+def test_winograd_gives_the_same_from_any_number_of_threads():
     tensors, before = problem("cpu", (3, 40, 61, 75), 50, (3, 3), torch.float32), torch.get_num_threads()
     results = []
     try:

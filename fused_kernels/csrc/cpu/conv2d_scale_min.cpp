@@ -30,7 +30,7 @@ constexpr int64_t CHAIN = 48;                   // ... over few terms: a sum of 
 constexpr int64_t DEPTH = 576;                  // terms of one patch: BLOCK x DEPTH weights stay in the L1 cache
 constexpr int64_t PATCH_BYTES = 256 << 10;      // leaves most of an L2 cache to the weights
 constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
-constexpr int64_t SQUARES_BYTES = 256 << 10;    // of squares' 16 numbers over all input channels, for one tile
+constexpr int64_t WINOGRAD_BYTES = 256 << 10;   // of a tile's transformed input, all channels
 constexpr int64_t MIN_WORK = 1 << 20;           // multiply-adds; less is not worth waking a thread for
 
 // One term of a pixel's sum: a number of one input channel or, where the processor has bfloat16 dot products, of two.
@@ -149,10 +149,10 @@ template <int CHANNELS, class Scalar, class Element> void convolve_tile(Strip<Sc
   }
 }
 
-// The four pixels of each square from its 16 sums, and their minima: the pixels at one place of all squares lie together.
-template <int CHANNELS, class Scalar, class Element> void finish_squares(const Strip<Scalar, Element>& s, int channels) {
+// Winograd's four pixels of each square from its 16 sums, and their minima: pixels at one place of all squares lie together.
+template <int CHANNELS, class Scalar, class Element> void transform_output(const Strip<Scalar, Element>& s, int channels) {
   if constexpr (CHANNELS > 1)
-    if (channels < CHANNELS) return finish_squares<CHANNELS / 2>(s, channels);
+    if (channels < CHANNELS) return transform_output<CHANNELS / 2>(s, channels);
   using Vector = typename Compute<Scalar>::Vector;
   const int64_t column = BLOCK * s.pitch, row = 4 * column;  // from one sum to the next
   for (int64_t at = 0; at < s.pitch; at += LANES<Scalar>) {
@@ -198,7 +198,7 @@ template <class T> struct Convolution {
   const int64_t block_terms = ceil_div(terms, cuts), depth_blocks = ceil_div(terms, block_terms);
   const int64_t out_blocks = ceil_div(out_channels, BLOCK);
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
-  std::unique_ptr<Element[]> weights{}, squares_weights{};
+  std::unique_ptr<Element[]> weights{}, transformed_weights{};
   std::vector<Scalar> biases = std::vector<Scalar>(groups * padded_out);
 
   int block_size(int64_t block) const {
@@ -307,7 +307,7 @@ template <class T> struct Convolution {
   }
 
   // Columns in even parts, as many rows as keep the patch in the cache and leave every thread several tiles.
-  Tiling tile_patches(Ints stride, Ints padding, Ints dilation) const {
+  Tiling tile_direct(Ints stride, Ints padding, Ints dilation) const {
     const int64_t threads = torch::stable::get_num_threads(), wide = ceil_div(out_columns, TILE_COLUMNS);
     const int64_t tile_columns = wide == 1 ? out_columns : ceil_div(ceil_div(out_columns, wide), N) * N;
     const int64_t columns = tiling(1, tile_columns, stride, padding, dilation).columns.size();
@@ -322,8 +322,8 @@ template <class T> struct Convolution {
 
   void run(Scalar scale, const std::optional<Tensor>& bias, Ints stride, Ints padding, Ints dilation) {
     pack_biases(bias);
-    const Scalar limit = takes_squares(stride, dilation) ? pack_squares() : Scalar(0);
-    const Tiling tiling = limit > 0 ? tile_squares(padding) : tile_patches(stride, padding, dilation);
+    const Scalar limit = takes_winograd(stride, dilation) ? transform_weights() : Scalar(0);
+    const Tiling tiling = limit > 0 ? tile_winograd(padding) : tile_direct(stride, padding, dilation);
 
     // Where there are fewer tiles than threads, several threads share a tile's output channels.
     const int64_t threads = torch::stable::get_num_threads(), tiles = images * tiling.high * tiling.wide;
@@ -335,12 +335,12 @@ template <class T> struct Convolution {
     std::vector<char> done(tiles * parts);
     if (limit > 0)
       torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
-        run_squares(begin, end, scale, tiling, limit, minima_of_parts, done.data());
+        run_winograd(begin, end, scale, tiling, limit, minima_of_parts, done.data());
       });
     if (std::find(done.begin(), done.end(), 0) != done.end()) {
       pack_weights();
       torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
-        run_patches(begin, end, scale, tiling, minima_of_parts, done.data());
+        run_direct(begin, end, scale, tiling, minima_of_parts, done.data());
       });
     }
     minima_of_parts.finish();
@@ -367,7 +367,7 @@ template <class T> struct Convolution {
   }
 
   // The items that are not done, tap after tap.
-  void run_patches(int64_t begin, int64_t end, Scalar scale, const Tiling& t, PartialMinima<T>& minima_of_parts,
+  void run_direct(int64_t begin, int64_t end, Scalar scale, const Tiling& t, PartialMinima<T>& minima_of_parts,
                    const char* done) const {
     std::vector<int> offsets, starts;
     for (int64_t term = 0; term < block_terms; term++)
@@ -417,12 +417,12 @@ template <class T> struct Convolution {
     }
   }
 
-  // Squares: of a 3 x 3 filter without strides, two by two output pixels take 16 products a channel in place of 36, each of
-  // a sum of the square's 4 x 4 input pixels and a sum of the weights. Summed over the channels these are 16 products of
-  // matrices, and a pixel is a sum of nine of their elements: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms for
-  // convolutional neural networks". A number that is not finite would spread over its square: it, or what may lead to one,
+  // Winograd's algorithm: of a 3 x 3 filter without strides, two by two output pixels take 16 products a channel in place of
+  // 36, each of a sum of the square's 4 x 4 input pixels and a sum of the weights. Summed over the channels these are 16
+  // products of matrices, and a pixel is a sum of nine of their elements: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms
+  // for convolutional neural networks". A number that is not finite would spread over its square: it, or what may lead to one,
   // sends its tile back to the taps.
-  bool takes_squares(Ints stride, Ints dilation) const {
+  bool takes_winograd(Ints stride, Ints dilation) const {
     const bool is_plain = stride[0] * stride[1] == 1 && dilation[0] * dilation[1] == 1 && groups == 1;
     const int64_t least_channels = std::min(in_channels, out_channels), pixels = images * out_rows * out_columns;
     // Measured on a Zen, up to 512 channels.
@@ -432,14 +432,14 @@ template <class T> struct Convolution {
 
   // Sums of the weights, in the order in which they are read: block of output channels, which sum, input channel, output
   // channel. Gives the largest number that the input may have, 0 if there is none.
-  Scalar pack_squares() {
+  Scalar transform_weights() {
     const int64_t s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), s3 = weight.stride(3);
-    squares_weights.reset(new Element[padded_out * in_channels * 16]);
+    transformed_weights.reset(new Element[padded_out * in_channels * 16]);
     std::vector<double> largest(out_blocks);
     torch::stable::parallel_for(0, out_blocks, ceil_div(MIN_WORK / 64, BLOCK * in_channels), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; block++) {
         const int64_t size = block_size(block);
-        Element* to = squares_weights.get() + block * BLOCK * in_channels * 16;
+        Element* to = transformed_weights.get() + block * BLOCK * in_channels * 16;
         for (int64_t c = 0; c < in_channels; c++)
           for (int64_t o = 0; o < size; o++) {
             const T* from = (const T*)weight.data_ptr() + packed_channel(0, block, o) * s0 + c * s1;
@@ -465,8 +465,8 @@ template <class T> struct Convolution {
   }
 
   // As many squares as keep their numbers in the cache and leave every thread several tiles.
-  Tiling tile_squares(Ints padding) const {
-    const int64_t squares = SQUARES_BYTES / (int64_t)sizeof(Element) / 16 / in_channels;
+  Tiling tile_winograd(Ints padding) const {
+    const int64_t squares = WINOGRAD_BYTES / (int64_t)sizeof(Element) / 16 / in_channels;
     const int64_t most_columns = std::min(TILE_COLUMNS, std::max<int64_t>(2 * squares, 4 * N));
     const int64_t tile_columns = ceil_div(ceil_div(out_columns, ceil_div(out_columns, most_columns)), 2) * 2;
     const int64_t wide = ceil_div(out_columns, tile_columns), square_rows = ceil_div(out_rows, 2);
@@ -477,7 +477,7 @@ template <class T> struct Convolution {
   }
 
   // The 16 numbers of each square, of some channels: [which][channel][square]. Gives whether none is too large.
-  bool pack_numbers(const Element* patch, int64_t channels, const Tiling& t, Scalar limit, int64_t plane, int64_t pitch,
+  bool transform_input(const Element* patch, int64_t channels, const Tiling& t, Scalar limit, int64_t plane, int64_t pitch,
                     std::vector<Element>& scratch, Element* to) const {
     using Vector = typename Compute<Scalar>::Vector;
     const int64_t length = t.columns.length, in_row = t.tile_columns / 2, pixels = t.rows.length * length;
@@ -520,7 +520,7 @@ template <class T> struct Convolution {
     return fits;
   }
 
-  void run_squares(int64_t begin, int64_t end, Scalar scale, const Tiling& t, Scalar limit, PartialMinima<T>& minima_of_parts,
+  void run_winograd(int64_t begin, int64_t end, Scalar scale, const Tiling& t, Scalar limit, PartialMinima<T>& minima_of_parts,
                    char* done) const {
     if constexpr (std::is_same_v<Element, float>) {
       const int64_t in_row = t.tile_columns / 2, vectors = ceil_div(t.tile_rows / 2 * in_row, N), squares = vectors * N;
@@ -538,7 +538,7 @@ template <class T> struct Convolution {
         for (int64_t b = 0; b < depth_blocks && fits; b++) {
           pack(item, t, 0, b, patch.data());
           Element* const to = numbers.data() + b * block_terms * pitch;
-          fits = pack_numbers(patch.data(), terms_in(b), t, limit, plane, pitch, scratch, to);
+          fits = transform_input(patch.data(), terms_in(b), t, limit, plane, pitch, scratch, to);
         }
         if (!fits) continue;
         minima.clear(4 * squares, item.first_block * BLOCK);
@@ -550,12 +550,12 @@ template <class T> struct Convolution {
           strip.bias = biases.data() + o * BLOCK, strip.scale = scale;
           strip.channel = o * BLOCK, strip.last_channel = out_channels - 1;
           for (int which = 0; which < 16; which++) {
-            strip.weights = squares_weights.get() + (o * BLOCK * 16 + which * size) * in_channels;
+            strip.weights = transformed_weights.get() + (o * BLOCK * 16 + which * size) * in_channels;
             strip.patch = numbers.data() + which * plane, strip.unfinished = unfinished.data() + which * BLOCK * squares;
             convolve_tile<BLOCK>(strip, size, (int)vectors);
           }
           strip.unfinished = unfinished.data();
-          finish_squares<BLOCK>(strip, size);
+          transform_output<BLOCK>(strip, size);
         }
         for (int64_t row = 0; row < item.row_count; row++) {
           for (int64_t j = 0; j < item.column_count; j++) {
