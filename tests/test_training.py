@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS, assert_one_sentence, compiled, on, skip_unless_takes
+from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_takes
 from torch.nn import functional as F
 
 import fused_kernels as fk
-from fused_kernels import gradients
+from fused_kernels import build, gradients
 from fused_kernels.rungs import BACKWARD, LADDER
 
 ON = pytest.mark.parametrize("device", DEVICES)
@@ -387,19 +387,32 @@ def test_functional_gradient(device, set_conv_precision):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+COMPILED_STEP = """
+import torch
+import fused_kernels as fk
+
+torch.manual_seed(0)
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+layer = fk.Conv2dScaleMin(4, 6, 3, 2.0, padding=1).to({device!r})
+step = torch.compile(lambda x: layer(x.relu()).square().mean(), fullgraph=True, dynamic={dynamic})
+for size in (9, 12):
+    input = torch.randn(2, 4, size, size, device={device!r}, requires_grad=True)
+    parameters = [input, *layer.parameters()]
+    found = torch.autograd.grad(step(input), parameters)
+    expected = torch.autograd.grad(layer(input.relu()).square().mean(), parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+print("all close")
+"""
+
+
+# NOTE: in a process of its own. After some thousand other tests, torch 2.11 aborted here in half of the runs ("corrupted size
+# vs. prev_size", below CompiledFunction.apply); alone it never did, and valgrind and ASAN see nothing.
 @ON
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_training_step(device, dynamic, set_conv_precision):
-    set_conv_precision("ieee")
-    layer = fk.Conv2dScaleMin(4, 6, 3, 2.0, padding=1).to(device)
-    step = compiled(lambda x: layer(x.relu()).square().mean(), dynamic, "inductor")
-    for size in (9, 12):
-        input = torch.randn(2, 4, size, size, device=device, requires_grad=True)
-        parameters = [input, *layer.parameters()]
-        found = torch.autograd.grad(step(input), parameters)
-        expected = torch.autograd.grad(layer(input.relu()).square().mean(), parameters)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+def test_compiled_training_step(device, dynamic, run_python):
+    code = COMPILED_STEP.format(device=device, dynamic=dynamic)
+    assert run_python(code, FUSED_KERNELS_CACHE=str(build.cache_dir())).strip() == "all close"
 
 
 @pytest.mark.gpu
