@@ -153,10 +153,11 @@ def _parts_of_a_step(common, load, seconds):
     def ours(operator, input, winners, grad):
         conv = *geometry, resolved
         if operator == "grad_input":
-            name, last = gradients.choose_grad_input(load.weight, conv), gradients.is_channels_last(input)
+            last = gradients.is_channels_last(input)
+            name = gradients.choose_grad_input(load.weight, load.input.shape, last, conv)
             args = grad, winners, load.weight, scale, input.shape[2:], *conv, last
         else:
-            name = gradients.choose_grad_weight(input, len(load.weight), load.weight.shape[2:], conv)
+            name = gradients.choose_grad_weight(load.input, len(load.weight), load.weight.shape[2:], conv)
             args = grad, winners, input, scale, len(load.weight), load.weight.shape[2:], *conv
         return name, lambda: getattr(torch.ops.fused_kernels, name).default(*args)
 

@@ -3,7 +3,7 @@
 Each rung, and the copy that the composite makes, is one library of its own, so that the first call of a rung compiles that rung
 alone and an edited kernel is rebuilt in seconds. The schemas live in Python (:mod:`fused_kernels.ops`); a library only
 registers implementations, through PyTorch's stable ABI, whose headers compile in a fraction of the time that
-``torch/extension.h`` takes.
+``torch/extension.h`` takes. One library more, ``from_winners``, is for training: autograd is not in that ABI.
 """
 
 import contextlib

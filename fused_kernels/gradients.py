@@ -6,8 +6,12 @@ channels. Each of them is linear in the incoming gradient and in one other tenso
 derivative is made of the same operators.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
+
+from . import arguments
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
 _FROM_WINNERS = "(Tensor grad, Tensor winners"
@@ -21,40 +25,101 @@ SCHEMAS = {
 }
 
 # What runs where.
-_SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized_backward"}
+SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized_backward"}
 GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
 
 
-def choose_grad_input(weight, conv):
-    """Choose the operator that makes the input's gradient; ``conv``: stride, padding, dilation, groups, precision."""
+def choose(input, weight, conv):
+    """Choose the operators that make the gradients of input, of weights and bias, and of a bias alone.
+
+    ``conv``: stride, padding, dilation, groups, precision.
+    """
+    by_input = choose_grad_input(weight, input.shape, is_channels_last(input), conv)
+    by_weight = choose_grad_weight(input, weight.shape[0], weight.shape[2:], conv)
+    return by_input, by_weight, GRAD_BIAS[input.device.type]
+
+
+def choose_grad_input(weight, input_shape, channels_last, conv):
+    """Choose the operator that makes the gradient of an input of this shape and layout, by what was measured on an H200."""
     if weight.device.type == "cpu":
         return "grad_input"
+    in_channels, taps = weight.shape[1], math.prod(weight.shape[2:])
+    # What is gathered in all. grad_input_mma first brings all weights to each multiprocessor, and only then is the faster one.
+    bytes = math.prod(input_shape) * taps * weight.element_size()
+    if taps > 1:
+        pays = bytes >= 5 * 2**25
+    elif channels_last:
+        pays = bytes >= 5 * 2**23 and in_channels <= 512
+    else:
+        pays = bytes >= 2**27 and in_channels < 512
+    return "grad_input_mma" if pays and fits_grad_input_mma(weight, conv) else "grad_input_gather"
+
+
+def fits_grad_input_mma(weight, conv):
+    """Tell whether grad_input_mma takes these."""
     stride, _, dilation, groups, precision = conv
     out_channels, _, kernel_h, kernel_w = weight.shape
     if not _is_16_bit(weight.dtype, precision) or groups > 1 or tuple(stride) != (1, 1) or kernel_h * kernel_w > 49:
-        return "grad_input_gather"
+        return False
     # The weights of 32 input channels, and beside them what each of 20 warps works on.
     halo = (4 + (kernel_h - 1) * dilation[0]) * (32 + (kernel_w - 1) * dilation[1])
     shared_bytes = out_channels * kernel_h * kernel_w * 64 + 20 * halo * 8 + 128
-    fits = shared_bytes <= _shared_bytes(weight.device.index)
-    return "grad_input_mma" if fits else "grad_input_gather"
+    return shared_bytes <= _shared_bytes(weight.device.index)
 
 
 def choose_grad_weight(input, out_channels, kernel_size, conv):
-    """Choose the operator that makes the gradients of weights and bias."""
+    """Choose the operator that makes the gradients of weights and bias, by what was measured on an H200."""
     if input.device.type == "cpu":
         return "grad_weight"
+    stride, padding, dilation, groups, precision = conv
+    images, in_channels = input.shape[:2]
+    geometry = arguments.ConvArguments(stride, padding, dilation, groups)
+    out_h, out_w = geometry.output_size(input.shape, (out_channels, in_channels, *kernel_size))
+    taps, pixels = math.prod(kernel_size), images * out_h * out_w
+    # The input under a filter is a run of neighbours then.
+    is_channels_last, is_float32 = input.stride(1) == 1, input.dtype == torch.float32
+    gathers = fits_grad_weight_gather(input, kernel_size, conv)
+    if not _is_16_bit(input.dtype, precision):
+        # The other one reads NCHW in order where there is one tap.
+        gathers = gathers and pixels >= 2**10 and (is_channels_last or taps > 1 or in_channels >= 512 or pixels < 2**14)
+        return "grad_weight_gather" if gathers else "grad_weight_private"
+    if not fits_grad_weight_sorted(input, out_channels, kernel_size, conv):
+        return "grad_weight_gather" if gathers and is_channels_last else "grad_weight_private"
+    # grad_weight_sorted sorts an image of few pixels into many lists, which stay empty; and where there is one tap, or channels
+    # are next to none, it brings its input for few products.
+    if taps == 1 and is_channels_last:
+        gathers = gathers and in_channels >= (128 if is_float32 else 256)
+    elif taps == 1:
+        gathers = gathers and (out_h * out_w <= 64 or in_channels * out_channels >= 2**19)
+    else:
+        few_pixels = out_h * out_w <= 64 and out_channels >= 256 and pixels >= 2**10 and (is_float32 or not is_channels_last)
+        gathers = gathers and (few_pixels or (in_channels <= 4 and taps > 25))
+    return "grad_weight_gather" if gathers else "grad_weight_sorted"
+
+
+def fits_grad_weight_gather(input, kernel_size, conv):
+    """Tell whether grad_weight_gather takes these; of groups, whether anyone knows that it is fast."""
+    _, padding, dilation, groups, _ = conv
+    if input.dtype == torch.float64 or groups > 1:
+        return False
+    # The kernel counts rows and columns in 16 bits, elements in 32.
+    reach = max(input.shape[2:]) + sum(padding) + max(kernel_size) * max(dilation)
+    image, channel, row, column = input.stride()
+    return reach < 2**15 and input.shape[0] * image + input.shape[1] * channel + reach * (row + column) < 2**31
+
+
+def fits_grad_weight_sorted(input, out_channels, kernel_size, conv):
+    """Tell whether grad_weight_sorted takes these."""
     stride, _, dilation, groups, precision = conv
     kernel_h, kernel_w = kernel_size
     if not _is_16_bit(input.dtype, precision) or groups > 1 or kernel_h * kernel_w > 49 or out_channels > 4096:
-        return "grad_weight_private"
+        return False
     # Two tiles of the least size: their input, and their pixels in steps of 16 for each 8 output channels.
     halo = ((kernel_h - 1) * dilation[0] + 1) * (63 * stride[1] + (kernel_w - 1) * dilation[1] + 1)
     shared_bytes = 2 * (halo * 80 + (64 // 16 + 1 + -(-out_channels // 8)) * 320) + 2**11
     fits = halo <= 4096 and shared_bytes <= _shared_bytes(input.device.index)
     # The kernel counts offsets within a tile in 32 bits.
-    fits = fits and max(input.stride(2), input.stride(3)) < 2**24 and max(*input.shape, input.stride(1)) < 2**28
-    return "grad_weight_sorted" if fits else "grad_weight_private"
+    return fits and max(input.stride(2), input.stride(3)) < 2**24 and max(*input.shape, input.stride(1)) < 2**28
 
 
 def _is_16_bit(dtype, precision):
@@ -63,9 +128,13 @@ def _is_16_bit(dtype, precision):
 
 
 def _shared_bytes(device_index):
-    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    if device_index not in _shared_bytes_of:
+        _shared_bytes_of[device_index] = torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    return _shared_bytes_of[device_index]
 
 
+# Asked once: the question takes as long as a small kernel's launch.
+_shared_bytes_of = {}
 # A constant of the device, which the compiler need not trace.
 _shared_bytes._dynamo_marked_constant = True
 
@@ -78,30 +147,6 @@ def is_channels_last(tensor):
 def winners_dtype(channels):
     """Give the dtype in which winners among so many channels are kept."""
     return torch.uint8 if channels <= 256 else torch.int32
-
-
-class FromWinners(torch.autograd.Function):
-    """Call an operator that gives winners, and differentiate it by its rule: ``apply(*args, (operator, backward, setup))``.
-
-    The same rule is registered with the operator. But what torch.library runs around it, in Python, takes longer than a small
-    kernel.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        """Call the operator below autograd."""
-        *args, (operator, ctx.rule, setup) = args
-        with torch._C._AutoDispatchBelowAutograd():
-            result = operator(*args)
-        setup(ctx, args, result)
-        # Else each backward pass would begin with a tensor of zeros for the winners.
-        ctx.set_materialize_grads(False)
-        return result
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        """Follow the rule, which knows of the operator's own arguments alone."""
-        return (None,) * len(ctx.needs_input_grad) if grad is None else (*ctx.rule(ctx, grad, None), None)
 
 
 # scale_min: forward with winners, and its gradient.
@@ -117,7 +162,7 @@ def scale_min_winners_setup(ctx, inputs, output):
 def scale_min_winners_backward(ctx, grad, _):
     """Give each pixel's gradient to its winner."""
     (winners,) = ctx.saved_tensors
-    return _run(_SCALE_MIN_BACKWARD[grad.device.type], grad, winners, *ctx.rest), None
+    return _run(SCALE_MIN_BACKWARD[grad.device.type], grad, winners, *ctx.rest), None
 
 
 def scale_min_backward_fake(grad, winners, scale, channels, channels_last):
@@ -166,7 +211,8 @@ def gradients(grad, winners, input, weight, scale, conv, input_size, weight_size
     needs_input, needs_weight, needs_bias = needed
     grad_input = grad_weight = grad_bias = None
     if needs_input:
-        name = choose_grad_input(weight, conv)
+        shape = grad.shape[0], weight_size[1] * conv[3], *input_size
+        name = choose_grad_input(weight, shape, channels_last, conv)
         grad_input = _run(name, grad, winners, weight, scale, input_size, *conv, channels_last)
     if needs_weight:
         name = choose_grad_weight(input, weight_size[0], weight_size[2:], conv)
@@ -218,8 +264,8 @@ def grad_weight_backward(ctx, grad_weight, grad_bias):
     if ctx.needs_input_grad[0]:
         by_grad = _at_winners(_convolve(input, grad_weight, grad_bias, ctx.conv), winners, ctx.scale)
     if ctx.needs_input_grad[2]:
-        name = choose_grad_input(grad_weight, ctx.conv)
         layout = is_channels_last(input)
+        name = choose_grad_input(grad_weight, input.shape, layout, ctx.conv)
         by_input = _run(name, grad, winners, grad_weight, ctx.scale, input.shape[2:], *ctx.conv, layout)
     return by_grad, None, by_input, *[None] * 8
 

@@ -58,7 +58,8 @@ def scale_min(input, scale, *, return_indices=False):
     scale = arguments.as_scale(scale)
     if not _has_scale_min(input):
         return _reference_scale_min(input, scale, return_indices)
-    return _run_forward(_SCALE_MIN[input.device.type], return_indices, input, scale)
+    device = input.device.type
+    return _run_forward(_SCALE_MIN[device], (gradients.SCALE_MIN_BACKWARD[device],), return_indices, input, scale)
 
 
 def conv2d_scale_min(
@@ -124,9 +125,9 @@ def conv2d_scale_min(
     scale = arguments.as_scale(scale)
     decision = _recall(input, weight, bias, stride, padding, dilation, groups, precision)
     if decision.rung == "composite" or _obstacle(decision.rung, input):
-        return _composite(input, weight, bias, scale, *decision.geometry, precision, return_indices)
+        return _composite(input, weight, bias, scale, *decision.geometry, precision, return_indices, decision.backward)
     args = input, weight, bias, scale, *decision.geometry, decision.precision
-    return _run_forward(decision.rung, return_indices, *args)
+    return _run_forward(decision.rung, decision.backward, return_indices, *args)
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,7 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
     dtype, backward = str(input.dtype).removeprefix("torch."), ()
     if name != "composite" or _has_scale_min(input):
-        conv = *decision.geometry, decision.precision
-        by_weight = gradients.choose_grad_weight(input, weight.shape[0], weight.shape[2:], conv)
-        backward = gradients.choose_grad_input(weight, conv), by_weight
+        backward = gradients.choose(input, weight, (*decision.geometry, decision.precision))[:2]
     return Explanation(name, decision.precision if dtype == "float32" else dtype, why, backward)
 
 
@@ -185,6 +184,7 @@ class Decision(NamedTuple):
     precision: str
     rung: str
     why: str
+    backward: tuple[str, ...] = ()  # the operators of the backward pass; none while compiling, which chooses for itself
 
 
 def _decide(input, weight, bias, stride, padding, dilation, groups, precision):
@@ -198,8 +198,10 @@ def _decide(input, weight, bias, stride, padding, dilation, groups, precision):
     elif device == "cpu":
         rung, why = _choose_cpu(input, weight, geometry)
     else:
-        rung, why = "composite", f"no fused kernel for {device} tensors"
-    return Decision(geometry, resolved, rung, why)
+        return Decision(geometry, resolved, "composite", f"no fused kernel for {device} tensors")
+    if torch.compiler.is_compiling():
+        return Decision(geometry, resolved, rung, why)
+    return Decision(geometry, resolved, rung, why, gradients.choose(input, weight, (*geometry, resolved)))
 
 
 # Decisions made, by all that they depend on: to make one takes as long as a small kernel.
@@ -216,7 +218,7 @@ def _recall(input, weight, bias, stride, padding, dilation, groups, precision):
         key = (
             *given,
             arguments.cudnn_precision() if precision == "auto" and input.dtype == torch.float32 else None,
-            *(input.shape, input.stride(1), input.dtype, input.device, input.layout),
+            *(input.shape, input.stride(), input.dtype, input.device, input.layout),
             *(weight.shape, weight.dtype, weight.device, weight.layout),
             None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
         )
@@ -253,21 +255,38 @@ def _run(name, *args):
         return operator(*args)
 
 
-def _run_forward(name, return_indices, *args):
+def _run_forward(name, backward, return_indices, *args):
     """Call a forward operator, and where its winners are wanted the one that gives them, too."""
     if not return_indices and not _wants_gradient(*args):
         return _run(name, *args)
-    output, winners = _run_with_winners(name, *args)
+    output, winners = _run_with_winners(name, backward, *args)
     return (output, winners.long()) if return_indices else output
 
 
-def _run_with_winners(name, *args):
-    """Call the operator of a rung that gives winners, too."""
+def _run_with_winners(name, backward, *args):
+    """Call the operator of a rung that gives winners, too; ``backward``: the operators of its backward pass."""
+    forward = f"{name}_winners"
     if torch.compiler.is_compiling() or not _wants_gradient(*args):
-        return _run(f"{name}_winners", *args)
-    operator = getattr(torch.ops.fused_kernels, f"{name}_winners").default
-    _, backward, setup = _RULES[f"{rungs[name].operator}_winners"]
-    return gradients.FromWinners.apply(*args, (operator, backward, setup))
+        return _run(forward, *args)
+    if rungs[name].operator == "scale_min":
+        return _from_winners("scale_min_from_winners")(*args, forward, backward)
+    # The composite's operator is Python: to call it by way of torch takes longer than a small kernel.
+    given = _composite_winners(*args) if name == "composite" else ()
+    return _from_winners("conv_from_winners")(*args, forward, backward, given)
+
+
+def _from_winners(name):
+    """Give one of the two operators with a backward pass that runs without Python; they are built before the first call."""
+    operator = _from_winners_operators.get(name)
+    if operator is None:
+        with _load_locks.setdefault("from_winners", threading.Lock()):
+            if not hasattr(torch.ops.fused_kernels, name):
+                build.load("from_winners", (build.CSRC / "autograd" / "from_winners.cpp").read_text(), device="cpu")
+        operator = _from_winners_operators[name] = getattr(torch.ops.fused_kernels, name).default
+    return operator
+
+
+_from_winners_operators = {}
 
 
 def _wants_gradient(*args):
@@ -460,14 +479,16 @@ def composite(input, weight, bias, scale, stride, padding, dilation, groups, pre
     return _composite(input, weight, bias, scale, stride, padding, dilation, groups, precision)
 
 
-def _composite(input, weight, bias, scale, stride, padding, dilation, groups, precision, return_indices=False):
+def _composite(input, weight, bias, scale, stride, padding, dilation, groups, precision, return_indices=False, backward=()):
     conv = (stride, padding, dilation, groups, precision)
     if not _has_scale_min(input):
         return _reference_scale_min(_library_conv(input, weight, bias, *conv), scale, return_indices)
     if return_indices or _wants_gradient(input, weight, bias):
         # The gradients' precision is what it is now, whatever the setting will be then.
         precision = arguments.resolve_precision(input, precision)
-        output, winners = _run_with_winners("composite", input, weight, bias, scale, *conv[:4], precision)
+        if not backward and not torch.compiler.is_compiling():
+            backward = gradients.choose(input, weight, (*conv[:4], precision))
+        output, winners = _run_with_winners("composite", backward, input, weight, bias, scale, *conv[:4], precision)
         return (output, winners.long()) if return_indices else output
     return _convolve_then_minimum(input, weight, bias, scale, *conv)
 
@@ -506,7 +527,11 @@ def _library_conv(input, weight, bias, stride, padding, dilation, groups, precis
     if (top, left) != (bottom, right):
         input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
     geometry = (stride, (top, left), dilation)
-    if precision == "auto" or input.dtype != torch.float32 or input.device.type != "cuda":
+    follows_setting = precision == "auto" or input.dtype != torch.float32 or input.device.type != "cuda"
+    if not follows_setting and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # What torch's own function does now is right, and no gradient will ask for it later.
+        follows_setting = precision == arguments.cudnn_precision()
+    if follows_setting:
         return F.conv2d(input, weight, bias, *geometry, groups)
     return torch.ops.fused_kernels.library_conv2d.default(input, weight, bias, *geometry, groups, precision == "tf32")
 

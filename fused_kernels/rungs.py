@@ -255,6 +255,13 @@ BACKWARD = (
         float32_precisions=("tf32",),
         strides_and_groups=False,
     ),
+    Rung(
+        "grad_weight_gather",
+        "grad_weight",
+        "lists of the pixels that a channel wins, summed in registers",
+        "cuda",
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    ),
     Rung("grad_weight_private", "grad_weight", "blocks with private sums, each with one owner", "cuda"),
     Rung(
         "grad_weight_sorted",

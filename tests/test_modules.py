@@ -123,8 +123,8 @@ def test_explain_names_the_operators_of_the_backward_pass(device):
     output = layer(input.requires_grad_()).sum()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         output.backward()
-    called = {event.name.removeprefix("fused_kernels::") for event in profile.events() if "fused_kernels::" in event.name}
-    assert set(explained.backward) == called
+    called = {event.name for event in profile.events() if event.name.startswith("fused_kernels::")}
+    assert {f"fused_kernels::{name}" for name in explained.backward} == called
     assert fk.explain(*(torch.empty(1, 3, 4, 4, device="meta"),) * 2).backward == ()
 
 

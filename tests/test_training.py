@@ -149,6 +149,9 @@ GEOMETRIES = [
     ((2, 40, 9, 130), 33, 1, {}),
     ((1, 8, 5, 5), 4, 5, {}),
     ((1, 5, 1, 4), 6, (1, 2), {}),
+    ((3, 128, 7, 7), 513, 1, {}),
+    ((2, 64, 14, 14), 96, 1, {"stride": 2}),
+    ((2, 128, 46, 40), 512, 3, {"padding": 1}),
 ]
 GEOMETRY = pytest.mark.parametrize(("shape", "out_channels", "kernel", "conv"), GEOMETRIES, ids=str)
 
@@ -214,12 +217,6 @@ def precisions(rung, dtype):
     return rung.float32_precisions if dtype == torch.float32 and rung.device == "cuda" else ("ieee",)
 
 
-def skip_unless_it_runs(rung, chosen):
-    """Skip shapes for which another kernel is chosen because this one cannot take them."""
-    if chosen != rung.name and not rung.name.endswith(("gather", "private")):
-        pytest.skip(f"{chosen} takes this")
-
-
 @backward_of("grad_input")
 @DTYPE
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -228,8 +225,8 @@ def test_grad_input(rung, device, dtype, layout, shape, out_channels, kernel, co
     for precision in precisions(rung, dtype):
         set_conv_precision(precision)
         _, weight, grad, winners, geometry, dense = problem(device, dtype, layout, shape, out_channels, kernel, conv)
-        if rung.device == "cuda":
-            skip_unless_it_runs(rung, gradients.choose_grad_input(weight, (*geometry, precision)))
+        if rung.name == "grad_input_mma" and not gradients.fits_grad_input_mma(weight, (*geometry, precision)):
+            pytest.skip("does not take this")
         is_channels_last = layout == "channels_last"
         result = operator(rung.name)(grad, winners, weight, -1.5, shape[2:], *geometry, precision, is_channels_last)
         assert_no_less_exact((result, None, None), dense, dtype, precision)
@@ -246,9 +243,9 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
         set_conv_precision(precision)
         layer, skewed = (shape, out_channels, kernel, conv), layout in ("channels_last", "cropped")
         input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, *layer, skewed)
-        if rung.device == "cuda":
-            chosen = gradients.choose_grad_weight(input, out_channels, weight.shape[2:], (*geometry, precision))
-            skip_unless_it_runs(rung, chosen)
+        sizes = input, out_channels, weight.shape[2:]
+        if rung.name == "grad_weight_sorted" and not gradients.fits_grad_weight_sorted(*sizes, (*geometry, precision)):
+            pytest.skip("does not take this")
         args = grad, winners, input, -1.5, out_channels, weight.shape[2:], *geometry, precision
         results = operator(rung.name)(*args)
         assert_no_less_exact((None, *results), dense, dtype, precision)
@@ -308,7 +305,7 @@ def test_scale_min_backward(device, dtype, channels_last, shape, grad_layout, po
     batch, channels, height, width = shape
     winners = torch.randint(channels, (batch, 1, height, width), device=device)
     grad = LAYOUTS[grad_layout](torch.randn(batch, 1, height, width, device=device).to(dtype))
-    name = gradients._SCALE_MIN_BACKWARD[device]
+    name = gradients.SCALE_MIN_BACKWARD[device]
     result = operator(name)(grad, winners.to(gradients.winners_dtype(channels)), -1.5, channels, channels_last)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     expected = torch.zeros(shape, dtype=compute, device=device).scatter_(1, winners, grad.to(compute) * -1.5).to(dtype)
@@ -376,6 +373,17 @@ def test_no_gradient_comes_back_where_none_arrives(device):
     layer = fk.Conv2dScaleMin(4, 6, 3, 2.0).to(device)
     for function in (layer, lambda x: fk.scale_min(x, 2.0)):
         assert torch.autograd.grad(Stop.apply(function(input)).sum(), input, allow_unused=True) == (None,)
+
+
+@ON
+@pytest.mark.parametrize("name", ["scale_min", "conv2d_scale_min"])
+def test_result_may_be_changed_in_place(device, name, set_conv_precision):
+    set_conv_precision("ieee")
+    input, weight = torch.randn(2, 4, 7, 8, device=device, requires_grad=True), torch.randn(6, 4, 3, 3, device=device)
+    args, tensor = ((input, 1.5), input) if name == "scale_min" else ((input, weight, None, 1.5), F.conv2d(input, weight))
+    found = torch.autograd.grad(getattr(fk, name)(*args).relu_().sum(), input)
+    expected = torch.autograd.grad(torch.min(tensor * 1.5, dim=1, keepdim=True).values.relu().sum(), input)
+    torch.testing.assert_close(found, expected)
 
 
 @ON

@@ -23,7 +23,7 @@ struct Plan {
   ConvShape shape;
   int64_t grad_strides[4];
   int channels, taps, vectors;  // input channels in all, filter taps, vectors of channels in a group
-  bool channels_last;
+  bool channels_last, whole;        // whole: no vector of channels reaches past a pixel's last one
 };
 
 template <typename T, int VEC>
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A block has a row of the input gradient.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     gather_kernel(const T* grad, Winners winners, const T* packed, Accumulator<T> scale, T* output,
                   const __grid_constant__ Plan plan) {
   using A = Accumulator<T>;
@@ -103,6 +103,13 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t pixel = static_cast<int64_t>(y) * width + x;
     T* const to = output + (plan.channels_last ? (image * plane + pixel) * plan.channels + channel
                                                : (image * plan.channels + channel) * plane + pixel);
+    if (plan.channels_last && plan.whole) {
+      Vector<T, VEC> result;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) result.values[i] = static_cast<T>(sums[i] * scale);
+      *reinterpret_cast<Vector<T, VEC>*>(to) = result;
+      continue;
+    }
     const int64_t step = plan.channels_last ? 1 : plane;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
@@ -135,10 +142,18 @@ Tensor grad_input_gather(const Tensor& grad, const Tensor& winners, const Tensor
     plan.vectors = static_cast<int>(ceil_div(shape.in_channels, VEC));
     const int64_t count = weight.size(0) * plan.taps * plan.vectors * VEC;
     STD_TORCH_CHECK(count < INT32_MAX, "weight: grad_input_gather expected fewer than 2^31 weights, got ", count);
-    const Tensor packed = torch::stable::new_empty(weight, {count});
-    T* const rows = static_cast<T*>(packed.data_ptr());
-    pack_kernel<<<grid_size(ceil_div(count, kThreads)), kThreads, 0, stream>>>(static_cast<const T*>(weight.data_ptr()), rows,
-                                                                               count, plan.vectors * VEC, plan);
+    plan.whole = shape.in_channels % VEC == 0;
+    const T* rows = static_cast<const T*>(weight.data_ptr());
+    // Those of a 1 x 1 kernel, and all in channels_last, lie as they should.
+    const int64_t row = shape.kernel[1] * shape.in_channels, *const strides = shape.weight_strides;
+    const bool is_packed = plan.whole && reinterpret_cast<uintptr_t>(rows) % 16 == 0 && strides[0] == shape.kernel[0] * row &&
+                           strides[1] == 1 && (plan.taps == 1 || (strides[2] == row && strides[3] == shape.in_channels));
+    const Tensor packed = torch::stable::new_empty(weight, {is_packed ? 0 : count});
+    if (!is_packed) {
+      T* const to = static_cast<T*>(packed.data_ptr());
+      pack_kernel<<<grid_size(ceil_div(count, kThreads)), kThreads, 0, stream>>>(rows, to, count, plan.vectors * VEC, plan);
+      rows = to;
+    }
     gather_kernel<T, VEC><<<grid_size(shape.images * height), kThreads, 0, stream>>>(
         static_cast<const T*>(grad.data_ptr()), winners_in(winners), rows, static_cast<Accumulator<T>>(scale),
         static_cast<T*>(output.data_ptr()), plan);

@@ -1,0 +1,152 @@
+// from_winners: training steps whose backward pass runs without Python.
+//
+// The rules for gradients are in gradients.py, as torch.library wants them. But what it runs around them, in Python, takes longer
+// than a small layer's kernels do; and a backward pass runs in a thread of its own, which has to wait for Python's lock first. So
+// where nothing is compiled or transformed the rules of first order are followed here: which operators to call, the caller says.
+// Second derivatives still come from the operators' own rules.
+//   forward operator    gives output and winners; or what does is Python, and the caller has called it and hands them over: "given"
+//   backward operators  grad_input, grad_weight with the bias's gradient, grad_bias where that is wanted alone
+// NOTE: PyTorch's stable ABI has no autograd functions; so this source, alone of all, uses the headers of libtorch.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace fused_kernels {
+
+using at::Tensor;
+using c10::IValue;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Stack = torch::jit::Stack;
+
+// Calls an operator of this namespace, and leaves its results in place of its arguments.
+void call(const std::string& name, Stack& stack) {
+  c10::Dispatcher::singleton().findSchemaOrThrow(("fused_kernels::" + name).c_str(), "").callBoxed(stack);
+}
+
+// Where no second derivative is wanted, no rule of the operators that are called is needed.
+struct BelowAutograd {
+  std::optional<at::AutoDispatchBelowAutograd> guard;
+  explicit BelowAutograd(bool is_below) {
+    if (is_below) guard.emplace();
+  }
+};
+
+bool is_channels_last(const Tensor& tensor) { return tensor.size(1) > 1 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast); }
+
+// What Function::apply shall not take for tensors to differentiate by.
+struct Forward {
+  Tensor output, winners;
+  Stack rest;                         // of the operator's arguments
+  const std::vector<std::string>& backward;
+};
+
+struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
+  // The rest: scale, stride, padding, dilation, groups, precision.
+  static Tensor forward(AutogradContext* context, const Forward& forward, const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias) {
+    context->set_materialize_grads(false);
+    // Of input and weights, what the other one's gradient needs.
+    context->save_for_backward({forward.winners, weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
+    context->saved_data["rest"] = c10::ivalue::Tuple::create(forward.rest);
+    context->saved_data["backward"] = forward.backward;
+    context->saved_data["input_size"] = input.sizes().slice(2);
+    context->saved_data["weight_size"] = weight.sizes();
+    context->saved_data["channels_last"] = is_channels_last(input);
+    context->saved_data["has_bias"] = bias.has_value();
+    return forward.output;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    variable_list results(4);
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return results;
+    const BelowAutograd below(!at::GradMode::is_enabled());
+    const auto saved = context->get_saved_variables();
+    const Tensor &winners = saved[0], &input = saved[1], &weight = saved[2];
+    auto& data = context->saved_data;
+    const auto& rest = data["rest"].toTupleRef().elements();
+    const auto names = data["backward"].toListRef();
+    const auto weight_size = data["weight_size"].toIntVector();
+    const bool needs_bias = data["has_bias"].toBool() && context->needs_input_grad(2);
+    if (context->needs_input_grad(0)) {
+      Stack stack{grad, winners, weight, rest[0], data["input_size"]};
+      stack.insert(stack.end(), rest.begin() + 1, rest.end());
+      stack.emplace_back(data["channels_last"]);
+      call(names[0].toStringRef(), stack);
+      results[1] = stack[0].toTensor();
+    }
+    if (context->needs_input_grad(1)) {
+      Stack stack{grad, winners, input, rest[0], weight_size[0], std::vector<int64_t>{weight_size[2], weight_size[3]}};
+      stack.insert(stack.end(), rest.begin() + 1, rest.end());
+      call(names[1].toStringRef(), stack);
+      results[2] = stack[0].toTensor();
+      if (needs_bias) results[3] = stack[1].toTensor();
+    } else if (needs_bias) {
+      Stack stack{grad, winners, rest[0], weight_size[0]};
+      call(names[2].toStringRef(), stack);
+      results[3] = stack[0].toTensor();
+    }
+    return results;
+  }
+};
+
+struct ScaleMin : torch::autograd::Function<ScaleMin> {
+  // The rest: scale.
+  static Tensor forward(AutogradContext* context, const Forward& forward, const Tensor& input) {
+    context->set_materialize_grads(false);
+    context->save_for_backward({forward.winners});
+    context->saved_data["scale"] = forward.rest[0];
+    context->saved_data["backward"] = forward.backward[0];
+    context->saved_data["channels"] = input.size(1);
+    context->saved_data["channels_last"] = is_channels_last(input);
+    return forward.output;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    variable_list results(2);
+    if (!grads[0].defined()) return results;
+    const BelowAutograd below(!at::GradMode::is_enabled());
+    auto& data = context->saved_data;
+    Stack stack{grads[0], context->get_saved_variables()[0], data["scale"], data["channels"], data["channels_last"]};
+    call(data["backward"].toStringRef(), stack);
+    results[1] = stack[0].toTensor();
+    return results;
+  }
+};
+
+std::tuple<Tensor, Tensor> run_forward(const std::string& forward, Stack arguments) {
+  const at::AutoDispatchBelowAutograd below;
+  call(forward, arguments);
+  return {arguments[0].toTensor(), arguments[1].toTensor()};
+}
+
+std::tuple<Tensor, Tensor> conv_from_winners(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                             double scale, c10::List<int64_t> stride, c10::List<int64_t> padding,
+                                             c10::List<int64_t> dilation, int64_t groups, const std::string& precision,
+                                             const std::string& forward, const std::vector<std::string>& backward,
+                                             const std::vector<Tensor>& given) {
+  Stack rest{scale, stride, padding, dilation, groups, precision};
+  Stack arguments{input, weight, bias};
+  arguments.insert(arguments.end(), rest.begin(), rest.end());
+  const auto [output, winners] = given.size() == 2 ? std::tuple{given[0], given[1]} : run_forward(forward, std::move(arguments));
+  return {Conv2dScaleMin::apply(Forward{output, winners, std::move(rest), backward}, input, weight, bias), winners};
+}
+
+std::tuple<Tensor, Tensor> scale_min_from_winners(const Tensor& input, double scale, const std::string& forward,
+                                                  const std::vector<std::string>& backward) {
+  const auto [output, winners] = run_forward(forward, {input, scale});
+  return {ScaleMin::apply(Forward{output, winners, {scale}, backward}, input), winners};
+}
+
+TORCH_LIBRARY_FRAGMENT(fused_kernels, m) {
+  m.def(
+      "conv_from_winners(Tensor input, Tensor weight, Tensor? bias, float scale, int[2] stride, int[4] padding, int[2] dilation, "
+      "int groups, str precision, str forward, str[] backward, Tensor[] given) -> (Tensor, Tensor)",
+      conv_from_winners);
+  m.def("scale_min_from_winners(Tensor input, float scale, str forward, str[] backward) -> (Tensor, Tensor)",
+        scale_min_from_winners);
+}
+
+}  // namespace fused_kernels
