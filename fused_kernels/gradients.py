@@ -80,9 +80,7 @@ def choose_grad_weight(input, out_channels, kernel_size, conv):
     is_channels_last, is_float32 = input.stride(1) == 1, input.dtype == torch.float32
     gathers = fits_grad_weight_gather(input, kernel_size, conv)
     if not _is_16_bit(input.dtype, precision):
-        # The other one reads NCHW in order where there is one tap.
-        gathers = gathers and pixels >= 2**10 and (is_channels_last or taps > 1 or in_channels >= 512 or pixels < 2**14)
-        return "grad_weight_gather" if gathers else "grad_weight_private"
+        return "grad_weight_gather" if gathers and pixels >= 2**10 else "grad_weight_private"
     if not fits_grad_weight_sorted(input, out_channels, kernel_size, conv):
         return "grad_weight_gather" if gathers and is_channels_last else "grad_weight_private"
     # grad_weight_sorted sorts an image of few pixels into many lists, which stay empty; and where there is one tap, or channels
@@ -90,7 +88,11 @@ def choose_grad_weight(input, out_channels, kernel_size, conv):
     if taps == 1 and is_channels_last:
         gathers = gathers and in_channels >= (128 if is_float32 else 256)
     elif taps == 1:
-        gathers = gathers and (out_h * out_w <= 64 or in_channels * out_channels >= 2**19)
+        # grad_weight_gather copies what is read of the input: with a stride, less than all of it.
+        if max(stride) > 1:
+            gathers = gathers and in_channels * out_channels >= (2**15 if is_float32 else 2**16)
+        else:
+            gathers = gathers and in_channels * out_channels >= 2**17 and pixels < 2**14
     else:
         few_pixels = out_h * out_w <= 64 and out_channels >= 256 and pixels >= 2**10 and (is_float32 or not is_channels_last)
         gathers = gathers and (few_pixels or (in_channels <= 4 and taps > 25))

@@ -4,7 +4,8 @@
 // The pixels that an output channel wins form a list. Walking through it, a warp gathers the input under the filter, times the
 // pixel's gradient, and adds: no way to shared memory and back for each product, as in grad_weight_private, and no step of 16 to
 // fill for each 8 output channels, as in grad_weight_sorted, whose lists stay empty where few pixels are shared by many channels.
-//   a column   an input channel at a filter tap; a lane has a vector of neighbours, or four single ones
+//   a column   an input channel at a filter tap; a lane has a vector of neighbours, or a few single ones. For vectors, what a
+//              1 x 1 kernel reads of NCHW is copied to channels_last first
 //   a block    some columns, up to 32 output channels, and a slice of the pixels, in batches
 //   a batch    is sorted by winner in shared memory, then cut into runs of equal length, one a warp, however skewed the winners are
 // What a run begins or ends with may be a part of a list only; such parts are kept, and added in order afterwards. Every sum has one
@@ -330,16 +331,42 @@ void launch(Plan plan, bool is_padded, const Tensor& grad, const Tensor& winners
                                                                                     to_bias, VEC, plan);
 }
 
-std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& winners, const Tensor& input, double scale,
+// What a 1 x 1 kernel reads of an input whose channels do not lie side by side, copied so that they do, and its sizes: vectors of
+// channels gain more than that costs.
+Tensor in_channels_last(const Tensor& input, ConvShape& shape) {
+  Tensor read = input;
+  for (int axis = 0; axis < 2; ++axis) {
+    if (shape.padding[axis] > 0 || shape.stride[axis] == 1) continue;
+    StableIValue arguments[] = {torch::stable::detail::from(read), torch::stable::detail::from(int64_t{2} + axis),
+                                torch::stable::detail::from(std::optional<int64_t>()),
+                                torch::stable::detail::from(std::optional<int64_t>()),
+                                torch::stable::detail::from(shape.stride[axis])};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::slice", "Tensor", arguments, TORCH_ABI_VERSION));
+    read = torch::stable::detail::to<Tensor>(arguments[0]);
+    shape.stride[axis] = 1;
+    shape.input[axis] = read.size(2 + axis);
+  }
+  StableIValue arguments[] = {torch::stable::detail::from(read), torch::stable::detail::from(std::optional<Tensor>()),
+                              torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fused_kernels::to_channels_last", "", arguments, TORCH_ABI_VERSION));
+  const Tensor copy = torch::stable::detail::to<std::vector<Tensor>>(arguments[0])[0];
+  for (int d = 0; d < 4; ++d) shape.input_strides[d] = copy.stride(d);
+  return copy;
+}
+
+std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& winners, const Tensor& given, double scale,
                                               int64_t out_channels, std::vector<int64_t> kernel_size,
                                               std::vector<int64_t> stride, std::vector<int64_t> padding,
                                               std::vector<int64_t> dilation, int64_t groups, std::string precision) {
   using torch::headeronly::ScalarType;
-  const ConvShape shape = check_grad_weight(grad, winners, input, out_channels, kernel_size, stride, padding, dilation, groups);
-  STD_TORCH_CHECK(input.scalar_type() != ScalarType::Double, "input: grad_weight_gather does not take float64");
+  ConvShape shape = check_grad_weight(grad, winners, given, out_channels, kernel_size, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(given.scalar_type() != ScalarType::Double, "input: grad_weight_gather does not take float64");
   STD_TORCH_CHECK(shape.pixels() < INT32_MAX, "grad: grad_weight_gather expected fewer than 2^31 pixels, got ", shape.pixels());
   STD_TORCH_CHECK(out_channels < 1 << 28 && shape.in_channels * shape.taps() < 1 << 28 && groups < 1 << 16,
                   "input: grad_weight_gather expected fewer than 2^28 channels, and weights of one, in fewer than 2^16 groups");
+  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const bool copies = shape.taps() == 1 && shape.input_strides[1] != 1 && shape.in_channels % 8 == 0 && groups == 1;
+  const Tensor input = copies ? in_channels_last(given, shape) : given;
   // Whether a filter anywhere hangs over the input's edge.
   bool is_padded = false;
   int64_t furthest = 0;
@@ -352,7 +379,6 @@ std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& 
   }
   furthest += (shape.images - 1) * shape.input_strides[0] + shape.in_channels * shape.input_strides[1];
   STD_TORCH_CHECK(furthest < INT32_MAX, "input: grad_weight_gather expected images no further than 2^31 elements apart");
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor grad_weight = torch::stable::new_empty(input, {out_channels, shape.in_channels, shape.kernel[0], shape.kernel[1]});
   Tensor grad_bias = torch::stable::new_empty(input, {out_channels});
 
