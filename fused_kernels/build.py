@@ -3,7 +3,8 @@
 Each rung, and the copy that the composite makes, is one library of its own, so that the first call of a rung compiles that rung
 alone and an edited kernel is rebuilt in seconds. The schemas live in Python (:mod:`fused_kernels.ops`); a library only
 registers implementations, through PyTorch's stable ABI, whose headers compile in a fraction of the time that
-``torch/extension.h`` takes. One library more, ``from_winners``, is for training: autograd is not in that ABI.
+``torch/extension.h`` takes. One library more, ``from_winners``, is for training: autograd is not in that ABI. It brings its own
+schemas.
 """
 
 import contextlib
@@ -126,7 +127,7 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False)
     Parameters
     ----------
     name : str
-        The library's name, a rung's.
+        The library's name, a rung's or ``from_winners``.
     source : str
         C++ (``device="cpu"``) or CUDA C++ (``device="cuda"``) source text.
     device : {"cpu", "cuda"}

@@ -44,7 +44,7 @@ def choose_grad_input(weight, input_shape, channels_last, conv):
     if weight.device.type == "cpu":
         return "grad_input"
     in_channels, taps = weight.shape[1], math.prod(weight.shape[2:])
-    # What is gathered in all. grad_input_mma first brings all weights to each multiprocessor, and only then is the faster one.
+    # What is gathered in all: grad_input_mma first brings all weights to each multiprocessor, and only pays where that is much.
     bytes = math.prod(input_shape) * taps * weight.element_size()
     if taps > 1:
         pays = bytes >= 5 * 2**25
@@ -78,7 +78,7 @@ def choose_grad_weight(input, out_channels, kernel_size, conv):
     taps, pixels = math.prod(kernel_size), images * out_h * out_w
     # The input under a filter is a run of neighbours then.
     is_channels_last, is_float32 = input.stride(1) == 1, input.dtype == torch.float32
-    gathers = fits_grad_weight_gather(input, kernel_size, conv)
+    gathers = fits_grad_weight_gather(input, kernel_size, conv) and pixels < 2**30
     if not _is_16_bit(input.dtype, precision):
         return "grad_weight_gather" if gathers and pixels >= 2**10 else "grad_weight_private"
     if not fits_grad_weight_sorted(input, out_channels, kernel_size, conv):
@@ -88,7 +88,8 @@ def choose_grad_weight(input, out_channels, kernel_size, conv):
     if taps == 1 and is_channels_last:
         gathers = gathers and in_channels >= (128 if is_float32 else 256)
     elif taps == 1:
-        # grad_weight_gather copies what is read of the input: with a stride, less than all of it.
+        # grad_weight_gather copies what is read of the input, if its vectors are whole: with a stride, less than all of it.
+        gathers = gathers and in_channels % 8 == 0
         if max(stride) > 1:
             gathers = gathers and in_channels * out_channels >= (2**15 if is_float32 else 2**16)
         else:
@@ -100,14 +101,15 @@ def choose_grad_weight(input, out_channels, kernel_size, conv):
 
 
 def fits_grad_weight_gather(input, kernel_size, conv):
-    """Tell whether grad_weight_gather takes these; of groups, whether anyone knows that it is fast."""
+    """Tell whether grad_weight_gather takes these. It takes groups, too, but nobody has timed them: no."""
     _, padding, dilation, groups, _ = conv
     if input.dtype == torch.float64 or groups > 1:
         return False
-    # The kernel counts rows and columns in 16 bits, elements in 32.
+    # The kernel counts rows and columns in 16 bits, elements in 32, of a copy as well.
     reach = max(input.shape[2:]) + sum(padding) + max(kernel_size) * max(dilation)
     image, channel, row, column = input.stride()
-    return reach < 2**15 and input.shape[0] * image + input.shape[1] * channel + reach * (row + column) < 2**31
+    furthest = input.shape[0] * image + input.shape[1] * channel + reach * (row + column)
+    return reach < 2**15 and max(furthest, math.prod(input.shape)) < 2**30
 
 
 def fits_grad_weight_sorted(input, out_channels, kernel_size, conv):
@@ -150,6 +152,9 @@ def winners_dtype(channels):
     """Give the dtype in which winners among so many channels are kept."""
     return torch.uint8 if channels <= 256 else torch.int32
 
+
+# NOTE: csrc/autograd/from_winners.cpp has the rules of scale_min_winners and conv_winners a second time, in C++. Where torch
+# compiles nothing, those are followed: change both.
 
 # scale_min: forward with winners, and its gradient.
 

@@ -168,7 +168,7 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
     dtype, backward = str(input.dtype).removeprefix("torch."), ()
     if name != "composite" or _has_scale_min(input):
-        backward = gradients.choose(input, weight, (*decision.geometry, decision.precision))[:2]
+        backward = decision.backward[:2]
     return Explanation(name, decision.precision if dtype == "float32" else dtype, why, backward)
 
 
@@ -708,8 +708,8 @@ def edit(name, source):
 def load():
     """Build and load now, several at a time, every rung that can run here; else each is built on its first call.
 
-    What training needs besides, the same sources compiled to give winners and the backward kernels, is built when it is first
-    called in any case.
+    What training needs besides, the same sources compiled to give winners, the backward kernels and what calls them, is built
+    when it is first called in any case.
 
     Returns
     -------

@@ -338,14 +338,23 @@ def test_second_derivatives(device, name):
 
 
 @ON
-def test_checkpointing(device):
-    layer = fk.Conv2dScaleMin(4, 6, 3, 2.0).to(device)
-    input = torch.randn(2, 4, 9, 11, device=device, requires_grad=True)
-    plain = torch.autograd.grad(layer(input).square().sum(), [input, *layer.parameters()])
-    output = torch.utils.checkpoint.checkpoint(layer, input, use_reentrant=False)
-    again = torch.autograd.grad(output.square().sum(), [input, *layer.parameters()])
+@pytest.mark.parametrize("kind", ["layer", "layer after another", "scale_min"])
+def test_checkpointing(device, kind):
+    layer, conv = fk.Conv2dScaleMin(4, 6, 3, 2.0).to(device), torch.nn.Conv2d(4, 5, 3).to(device)
+    functions = {
+        "layer": layer,
+        "layer after another": lambda x: layer(x.sin()),
+        "scale_min": lambda x: fk.scale_min(conv(x), 2.0),
+    }
+    leaves = [
+        torch.randn(2, 4, 9, 11, device=device, requires_grad=True),
+        *(conv if kind == "scale_min" else layer).parameters(),
+    ]
+    plain = torch.autograd.grad(functions[kind](leaves[0]).square().sum(), leaves)
+    output = torch.utils.checkpoint.checkpoint(functions[kind], leaves[0], use_reentrant=False)
+    again = torch.autograd.grad(output.square().sum(), leaves)
     for one, other in zip(plain, again, strict=True):
-        assert one.equal(other)
+        torch.testing.assert_close(one, other)
 
 
 @ON
@@ -412,6 +421,28 @@ for size in (9, 12):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 print("all close")
 """
+
+
+COMPILED_AUTOGRAD = """
+import torch
+import fused_kernels as fk
+
+layer = fk.Conv2dScaleMin(4, 6, 3, 2.0).to({device!r})
+input = torch.randn(2, 4, 9, 11, device={device!r}, requires_grad=True)
+for function in (lambda x: layer(x.relu()), lambda x: fk.scale_min(x.relu(), 2.0)):
+    (expected,) = torch.autograd.grad(function(input).square().sum(), input)
+    input.grad = None
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        function(input).square().sum().backward()
+    torch.testing.assert_close(input.grad, expected)
+print("all close")
+"""
+
+
+@ON
+def test_compiled_autograd(device, run_python):
+    code = COMPILED_AUTOGRAD.format(device=device)
+    assert run_python(code, FUSED_KERNELS_CACHE=str(build.cache_dir())).strip() == "all close"
 
 
 # NOTE: in a process of its own. After some thousand other tests, torch 2.11 aborted here in half of the runs ("corrupted size

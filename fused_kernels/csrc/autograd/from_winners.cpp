@@ -1,7 +1,7 @@
 // from_winners: training steps whose backward pass runs without Python.
 //
 // The rules for gradients are in gradients.py, as torch.library wants them. But what it runs around them, in Python, takes longer
-// than a small layer's kernels do; and a backward pass runs in a thread of its own, which has to wait for Python's lock first. So
+// than a small layer's kernels do; and a GPU's backward pass runs in a thread of its own, which has to wait for Python's lock. So
 // where nothing is compiled or transformed the rules of first order are followed here: which operators to call, the caller says.
 // Second derivatives still come from the operators' own rules.
 //   forward operator    gives output and winners; or what does is Python, and the caller has called it and hands them over: "given"
@@ -38,18 +38,20 @@ bool is_channels_last(const Tensor& tensor) { return tensor.size(1) > 1 && tenso
 // What Function::apply shall not take for tensors to differentiate by.
 struct Forward {
   Tensor output, winners;
-  Stack rest;                         // of the operator's arguments
+  const Stack& rest;  // of the operator's arguments
   const std::vector<std::string>& backward;
 };
 
 struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
-  // The rest: scale, stride, padding, dilation, groups, precision.
+  // The rest: what they are saved as, each by itself. Compiled autograd takes no lists within a list.
+  static constexpr const char* kRest[] = {"scale", "stride", "padding", "dilation", "groups", "precision"};
+
   static Tensor forward(AutogradContext* context, const Forward& forward, const Tensor& input, const Tensor& weight,
                         const std::optional<Tensor>& bias) {
     context->set_materialize_grads(false);
     // Of input and weights, what the other one's gradient needs.
     context->save_for_backward({forward.winners, weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
-    context->saved_data["rest"] = c10::ivalue::Tuple::create(forward.rest);
+    for (size_t i = 0; i < std::size(kRest); ++i) context->saved_data[kRest[i]] = forward.rest[i];
     context->saved_data["backward"] = forward.backward;
     context->saved_data["input_size"] = input.sizes().slice(2);
     context->saved_data["weight_size"] = weight.sizes();
@@ -62,29 +64,32 @@ struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
     variable_list results(4);
     const Tensor& grad = grads[0];
     if (!grad.defined()) return results;
-    const BelowAutograd below(!at::GradMode::is_enabled());
+    // Before the guard: hooks may compute these anew, as checkpointing does, with all rules for gradients.
     const auto saved = context->get_saved_variables();
     const Tensor &winners = saved[0], &input = saved[1], &weight = saved[2];
+    const BelowAutograd below(!at::GradMode::is_enabled());
     auto& data = context->saved_data;
-    const auto& rest = data["rest"].toTupleRef().elements();
+    const auto add_geometry = [&](Stack& stack) {
+      for (size_t i = 1; i < std::size(kRest); ++i) stack.push_back(data[kRest[i]]);
+    };
     const auto names = data["backward"].toListRef();
     const auto weight_size = data["weight_size"].toIntVector();
     const bool needs_bias = data["has_bias"].toBool() && context->needs_input_grad(2);
     if (context->needs_input_grad(0)) {
-      Stack stack{grad, winners, weight, rest[0], data["input_size"]};
-      stack.insert(stack.end(), rest.begin() + 1, rest.end());
+      Stack stack{grad, winners, weight, data["scale"], data["input_size"]};
+      add_geometry(stack);
       stack.emplace_back(data["channels_last"]);
       call(names[0].toStringRef(), stack);
       results[1] = stack[0].toTensor();
     }
     if (context->needs_input_grad(1)) {
-      Stack stack{grad, winners, input, rest[0], weight_size[0], std::vector<int64_t>{weight_size[2], weight_size[3]}};
-      stack.insert(stack.end(), rest.begin() + 1, rest.end());
+      Stack stack{grad, winners, input, data["scale"], weight_size[0], std::vector<int64_t>{weight_size[2], weight_size[3]}};
+      add_geometry(stack);
       call(names[1].toStringRef(), stack);
       results[2] = stack[0].toTensor();
       if (needs_bias) results[3] = stack[1].toTensor();
     } else if (needs_bias) {
-      Stack stack{grad, winners, rest[0], weight_size[0]};
+      Stack stack{grad, winners, data["scale"], weight_size[0]};
       call(names[2].toStringRef(), stack);
       results[3] = stack[0].toTensor();
     }
@@ -93,7 +98,6 @@ struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
 };
 
 struct ScaleMin : torch::autograd::Function<ScaleMin> {
-  // The rest: scale.
   static Tensor forward(AutogradContext* context, const Forward& forward, const Tensor& input) {
     context->set_materialize_grads(false);
     context->save_for_backward({forward.winners});
@@ -107,9 +111,10 @@ struct ScaleMin : torch::autograd::Function<ScaleMin> {
   static variable_list backward(AutogradContext* context, variable_list grads) {
     variable_list results(2);
     if (!grads[0].defined()) return results;
+    const Tensor winners = context->get_saved_variables()[0];
     const BelowAutograd below(!at::GradMode::is_enabled());
     auto& data = context->saved_data;
-    Stack stack{grads[0], context->get_saved_variables()[0], data["scale"], data["channels"], data["channels_last"]};
+    Stack stack{grads[0], winners, data["scale"], data["channels"], data["channels_last"]};
     call(data["backward"].toStringRef(), stack);
     results[1] = stack[0].toTensor();
     return results;
@@ -131,13 +136,14 @@ std::tuple<Tensor, Tensor> conv_from_winners(const Tensor& input, const Tensor& 
   Stack arguments{input, weight, bias};
   arguments.insert(arguments.end(), rest.begin(), rest.end());
   const auto [output, winners] = given.size() == 2 ? std::tuple{given[0], given[1]} : run_forward(forward, std::move(arguments));
-  return {Conv2dScaleMin::apply(Forward{output, winners, std::move(rest), backward}, input, weight, bias), winners};
+  return {Conv2dScaleMin::apply(Forward{output, winners, rest, backward}, input, weight, bias), winners};
 }
 
 std::tuple<Tensor, Tensor> scale_min_from_winners(const Tensor& input, double scale, const std::string& forward,
                                                   const std::vector<std::string>& backward) {
   const auto [output, winners] = run_forward(forward, {input, scale});
-  return {ScaleMin::apply(Forward{output, winners, {scale}, backward}, input), winners};
+  const Stack rest{scale};
+  return {ScaleMin::apply(Forward{output, winners, rest, backward}, input), winners};
 }
 
 TORCH_LIBRARY_FRAGMENT(fused_kernels, m) {

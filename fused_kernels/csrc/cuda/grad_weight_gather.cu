@@ -24,7 +24,8 @@ namespace fused_kernels {
 
 constexpr int kWarpSize = 32, kWarps = 8, kThreads = kWarps * kWarpSize;
 constexpr int kRounds = 8, kBatch = kRounds * kThreads;  // pixels that a thread looks up, and a block sorts
-constexpr int kMostOutputs = 32;                         // of a block: as many as lanes, and with all warps as threads
+constexpr int kMostOutputs = 32;                         // of a block
+static_assert(kMostOutputs == kWarpSize && kMostOutputs * kWarps == kThreads, "a thread counts for one of them and one warp");
 constexpr int kMostReach = 1 << 15;                      // an entry keeps a row and a column in 16 bits each
 
 struct Plan {
@@ -361,7 +362,7 @@ std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& 
   using torch::headeronly::ScalarType;
   ConvShape shape = check_grad_weight(grad, winners, given, out_channels, kernel_size, stride, padding, dilation, groups);
   STD_TORCH_CHECK(given.scalar_type() != ScalarType::Double, "input: grad_weight_gather does not take float64");
-  STD_TORCH_CHECK(shape.pixels() < INT32_MAX, "grad: grad_weight_gather expected fewer than 2^31 pixels, got ", shape.pixels());
+  STD_TORCH_CHECK(shape.pixels() <= INT32_MAX - kBatch, "grad: grad_weight_gather expected fewer pixels, got ", shape.pixels());
   STD_TORCH_CHECK(out_channels < 1 << 28 && shape.in_channels * shape.taps() < 1 << 28 && groups < 1 << 16,
                   "input: grad_weight_gather expected fewer than 2^28 channels, and weights of one, in fewer than 2^16 groups");
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
@@ -373,7 +374,7 @@ std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& 
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t reach = (shape.output[axis] - 1) * shape.stride[axis] + (shape.kernel[axis] - 1) * shape.dilation[axis];
     is_padded |= shape.padding[axis] > 0 || reach >= shape.input[axis];
-    STD_TORCH_CHECK(std::max(reach, shape.input[axis]) < kMostReach,
+    STD_TORCH_CHECK(std::max({reach, shape.input[axis], shape.padding[axis]}) < kMostReach,
                     "input: grad_weight_gather expected a padded height and width below 2^15");
     furthest += std::max(reach, shape.input[axis]) * shape.input_strides[2 + axis];
   }
@@ -390,7 +391,7 @@ std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& 
     if constexpr (sizeof(T) <= 4) {
       constexpr int VEC = 16 / sizeof(T);
       bool dense = plan.channels_fastest && shape.in_channels % VEC == 0 && reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 == 0;
-      for (int d : {0, 2, 3}) dense = dense && shape.input_strides[d] % VEC == 0;
+      for (int d : {0, 2, 3}) dense = dense && (input.size(d) == 1 || shape.input_strides[d] % VEC == 0);
       const auto with_sums_of = [&](auto sum) {
         using S = decltype(sum);
         (dense ? launch<T, S, VEC> : launch<T, S, 1>)(plan, is_padded, grad, winners, input, scale, grad_weight, grad_bias);

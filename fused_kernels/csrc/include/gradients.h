@@ -28,6 +28,7 @@ inline ConvShape check_sizes(const Tensor& grad, int64_t in_channels, int64_t ou
                                   in_channels, out_channels});
   STD_TORCH_CHECK(least > 0, "stride, dilation, groups, sizes: expected positive integers, got ", least);
   STD_TORCH_CHECK(out_channels % groups == 0, "groups: expected a divisor of ", out_channels, ", got ", groups);
+  STD_TORCH_CHECK(*std::min_element(padding.begin(), padding.end()) >= 0, "padding: expected no negative number");
   ConvShape shape{};
   shape.images = grad.size(0), shape.groups = groups;
   shape.in_channels = in_channels, shape.out_channels = out_channels / groups;
