@@ -3,28 +3,11 @@
 import math
 import numbers
 import operator
-from typing import NamedTuple
 
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PRECISIONS = ("auto", "ieee", "tf32")
-
-
-class ConvArguments(NamedTuple):
-    """A convolution's geometry: ``padding`` is (top, bottom, left, right), the rest is (vertical, horizontal)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def output_size(self, input_shape, weight_shape):
-        """Give the convolution's (H', W')."""
-        top, bottom, left, right = self.padding
-        height = input_shape[2] + top + bottom - self.dilation[0] * (weight_shape[2] - 1) - 1
-        width = input_shape[3] + left + right - self.dilation[1] * (weight_shape[3] - 1) - 1
-        return height // self.stride[0] + 1, width // self.stride[1] + 1
 
 
 def check_input(input):
@@ -51,8 +34,11 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
 
     Returns
     -------
-    ConvArguments
-        The geometry as tuples of integers, "same" and "valid" resolved.
+    tuple
+        The geometry, "same" and "valid" resolved: stride (vertical, horizontal), padding (top, bottom, left, right), dilation
+        (vertical, horizontal), groups.
+    tuple of int
+        The convolution's (H', W').
     """
     _check_tensor("input", input, "(N, C, H, W)")
     _check_tensor("weight", weight, "(C_out, C_in / groups, kH, kW)")
@@ -82,13 +68,13 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
     if out_channels % groups:
         raise ValueError(f"groups: expected a divisor of the {out_channels} output channels, got {groups}")
     if bias is not None and bias.shape[0] != out_channels:
-        raise ValueError(f"bias: expected {out_channels} elements, one an output channel, got {bias.shape[0]}")
+        raise ValueError(f"bias: expected {out_channels} elements, one per output channel, got {bias.shape[0]}")
 
     stride = _pair("stride", stride, 1)
     dilation = _pair("dilation", dilation, 1)
     padding = _padding(padding, stride, dilation, (kernel_h, kernel_w))
-    geometry = ConvArguments(stride, padding, dilation, groups)
-    height, width = geometry.output_size(input_shape, weight_shape)
+    geometry = stride, padding, dilation, groups
+    height, width = output_size(input_shape, weight_shape, *geometry)
     if height < 1 or width < 1:
         top, bottom, left, right = padding
         raise ValueError(
@@ -96,7 +82,15 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
             f"{input_shape[2] + top + bottom} x {input_shape[3] + left + right}, got {kernel_h} x {kernel_w} "
             f"with dilation {dilation}"
         )
-    return geometry
+    return geometry, (height, width)
+
+
+def output_size(input_shape, weight_shape, stride, padding, dilation, groups=1):
+    """Give a convolution's (H', W'); ``padding`` is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    height = input_shape[2] + top + bottom - dilation[0] * (weight_shape[2] - 1) - 1
+    width = input_shape[3] + left + right - dilation[1] * (weight_shape[3] - 1) - 1
+    return height // stride[0] + 1, width // stride[1] + 1
 
 
 def check_layer(in_channels, out_channels, groups):
@@ -116,24 +110,24 @@ def check_precision(precision):
         raise ValueError(f'precision: expected "auto", "ieee" or "tf32", got {precision!r}')
 
 
-def resolve_precision(input, precision):
-    """Say what "auto" means for this input: "tf32" only for float32 on a GPU where torch's setting for convolutions says so."""
-    if input.dtype != torch.float32 or input.device.type != "cuda":
-        return "ieee"
-    return cudnn_precision() if precision == "auto" else precision
+def autocast(*tensors):
+    """Cast as autocast casts a convolution's arguments: every floating-point tensor but float64."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if device not in ("cpu", "cuda") and not _has_autocast(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in castable else t for t in tensors]
 
 
-# The object lasts as long as torch; to find it takes a module that looks up every name anew.
-_CUDNN_CONV = torch.backends.cudnn.conv
+def _has_autocast(device):
+    return torch.amp.is_autocast_available(device)
 
 
-def cudnn_precision():
-    """Read torch's setting for cuDNN's convolutions."""
-    return "tf32" if _CUDNN_CONV.fp32_precision == "tf32" else "ieee"
-
-
-# Read while tracing, as torch.compile reads it for its own convolutions.
-cudnn_precision._dynamo_marked_constant = True
+# A constant of the device, which the compiler cannot trace.
+_has_autocast._dynamo_marked_constant = True
 
 
 RANK = {"input": 4, "weight": 4, "bias": 1}

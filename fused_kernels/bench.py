@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import arguments, build, check, ops, progress, reference
+from . import arguments, build, check, composite, dispatch, ops, progress, reference
 from .check import Errors
+from .problem import check_problem, resolve_precision
 from .rungs import LADDER, rungs
 
 # What torch.compile searches longest with. The same kernels as "max-autotune", without the CUDA graph: its replay would first
@@ -65,8 +66,8 @@ class Workload:
     @property
     def output_shape(self):
         """The convolution's output shape."""
-        geometry = arguments.ConvArguments((self.stride,) * 2, (self.padding,) * 4, (1, 1), 1)
-        return len(self.input), len(self.weight), *geometry.output_size(self.input.shape, self.weight.shape)
+        geometry = (self.stride,) * 2, (self.padding,) * 4, (1, 1)
+        return len(self.input), len(self.weight), *arguments.output_size(self.input.shape, self.weight.shape, *geometry)
 
     @property
     def shape(self):
@@ -616,9 +617,8 @@ def _host(common, load, seconds, calls=100):
         return _unwaited(functions, load.input.device, max(5, math.ceil(seconds / (calls * 2e-5))), calls)
 
     (call, rung), precision = _public(load), _precisions(load.input.device, load.input.dtype)[0]
-    geometry = ops._decide(*load.arguments[:3], load.stride, load.padding, 1, 1, "auto").geometry
-    resolved = arguments.resolve_precision(load.input, "auto")
-    alone = functools.partial(ops._run, rung, *load.arguments, *geometry, resolved)
+    problem = check_problem(*load.arguments[:3], load.stride, load.padding, 1, 1, "auto")
+    alone = functools.partial(dispatch.run, rung, *load.arguments, *problem.conv)
     ours = {"conv2d_scale_min": lambda: call, "operator": lambda: alone}
     return _on_a_shape(common, load, precision, "host", ours, clock)
 
@@ -640,7 +640,7 @@ def _on_a_shape(common, load, precision, operator, ours, clock, prepare=None):
     """Check and time eager, torch.compile and what else is given: name -> what makes the function."""
     how = {"stride": load.stride, "padding": load.padding}
     tensors = _ends(load.input), load.weight, load.bias, load.scale
-    resolved, target = arguments.resolve_precision(load.input, "auto"), check.expected(*tensors, **how)
+    resolved, target = resolve_precision(load.input.dtype, load.input.device.type, "auto"), check.expected(*tensors, **how)
     library = check.library_errors(*tensors, precision=resolved, target=target, **how)
 
     def eager(input, weight, bias, scale):
@@ -678,7 +678,8 @@ def _whole_model(common, load, precision, quick, seconds):
     def conv():
         if default:
             return load.conv_output()
-        return ops._library_conv(load.input, load.weight, load.bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, precision)
+        problem = check_problem(load.input, load.weight, load.bias, 1, 0, 1, 1, precision)
+        return composite.library_conv(problem, load.input, load.weight, load.bias)
 
     def rung_of(rung):
         if rung.operator == "scale_min":
@@ -695,7 +696,7 @@ def _whole_model(common, load, precision, quick, seconds):
     candidates = [entry("eager", 4, lambda: lambda: reference.scale_min(conv(), load.scale))]
     for rung in LADDER:
         fused = rung.operator == "conv2d_scale_min"
-        if rung.why_not(load.input.dtype, arguments.resolve_precision(load.input, asked)):
+        if rung.why_not(load.input.dtype, resolve_precision(load.input.dtype, device.type, asked)):
             continue
         if rung.device in (None, device.type) and (fused or default):
             passes = 4 if rung.name == "reference" else 2 if rung.device is None or not fused else 0

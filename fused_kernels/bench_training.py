@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from . import arguments, bench, gradients, ops, progress, reference
+from . import bench, choice, ops, progress, reference
+from .problem import check_problem
 from .rungs import rungs
 
 # What decides how the winners are spread: the reference's own input, in which few channels win; one in which all channels are
@@ -144,21 +145,19 @@ def _parts_of_a_step(common, load, seconds):
     """Time forward with winners, and each gradient beside the library's of the same winners; errors on two images."""
     device, dtype, scale = load.input.device, load.input.dtype, load.scale
     precision, layout = bench._precisions(device, dtype)[0], bench._layout(load.input)
-    geometry = ([1, 1], [0] * 4, [1, 1], 1)
     explained = ops.explain(*load.arguments)
-    resolved = arguments.resolve_precision(load.input, "auto")
+    problem = check_problem(*load.arguments[:3], 1, 0, 1, 1, "auto")
     forward = getattr(torch.ops.fused_kernels, f"{explained.rung}_winners").default
     grad = torch.randn(load.output_shape[0], 1, *load.output_shape[2:], device=device).to(dtype)
 
     def ours(operator, input, winners, grad):
-        conv = *geometry, resolved
+        by_input, by_weight, _ = choice.choose_backward(problem, choice.hardware(device))
         if operator == "grad_input":
-            last = gradients.is_channels_last(input)
-            name = gradients.choose_grad_input(load.weight, load.input.shape, last, conv)
-            args = grad, winners, load.weight, scale, input.shape[2:], *conv, last
+            name = by_input
+            args = grad, winners, load.weight, scale, input.shape[2:], *problem.conv, problem.is_channels_last
         else:
-            name = gradients.choose_grad_weight(load.input, len(load.weight), load.weight.shape[2:], conv)
-            args = grad, winners, input, scale, len(load.weight), load.weight.shape[2:], *conv
+            name = by_weight
+            args = grad, winners, input, scale, len(load.weight), load.weight.shape[2:], *problem.conv
         return name, lambda: getattr(torch.ops.fused_kernels, name).default(*args)
 
     def library(operator, input, winners, grad, dtype=dtype):
@@ -176,11 +175,11 @@ def _parts_of_a_step(common, load, seconds):
 
         return run
 
-    _, winners = forward(*load.arguments, *geometry, resolved)
+    _, winners = forward(*load.arguments, *problem.conv)
     small = bench._ends(load.input), bench._ends(winners).contiguous(), bench._ends(grad)
     clock, done = bench._steady(device, load.bytes, seconds), []
     where = (precision, dtype, layout, load.shape)
-    timing = clock({"winners": lambda: forward(*load.arguments, *geometry, resolved)})["winners"]
+    timing = clock({"winners": lambda: forward(*load.arguments, *problem.conv)})["winners"]
     what = ("conv2d_scale_min", explained.rung, *where, timing, load.bytes, load.flops)
     done.append(bench._record(common, *what, direction="forward with winners"))
     for operator in ("grad_input", "grad_weight"):

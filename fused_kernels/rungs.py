@@ -1,4 +1,4 @@
-"""The ladder: one entry a rung, from the plain PyTorch model upwards.
+"""The ladder: one entry per rung, from the plain PyTorch model upwards.
 
 A rung's name is its file's name under ``csrc/``, its operator's name, its key in the records and its label in every plot.
 """
@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 
 from . import arguments, build
+from .dispatch import is_transformed, wants_gradient
+from .problem import check_problem
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Rung:
     strides_and_groups : bool
         Whether it takes a convolution with a stride or groups other than one.
     winners : bool
-        Whether its source can be compiled to give each pixel's winner, too, from which gradients are made.
+        Whether its source can also be compiled to give each pixel's winner, from which gradients are made.
     namespace : str
         The namespace of its operator in ``torch.ops``.
     """
@@ -152,21 +154,21 @@ class Rung:
     def _conv2d_scale_min(
         self, input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"
     ):
-        geometry = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
-        arguments.check_precision(precision)
+        problem = check_problem(input, weight, bias, stride, padding, dilation, groups, precision)
         scale = arguments.as_scale(scale)
+        *geometry, resolved = problem.conv
         if self.device:
-            precision = arguments.resolve_precision(input, precision)
+            precision = resolved
             # A tensor on another device is refused by the operator.
             if input.device.type == self.device and (
-                reason := self.why_not(input.dtype, precision, geometry.stride, geometry.groups)
+                reason := self.why_not(input.dtype, precision, problem.stride, problem.groups)
             ):
                 raise RuntimeError(reason)
         return self._run(input, weight, bias, scale, *geometry, precision)
 
     def _run(self, *args):
         operators = getattr(torch.ops, self.namespace)
-        if self.has_winners and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if self.has_winners and wants_gradient(*args):
             return getattr(operators, f"{self.name}_winners").default(*args)[0]
         return getattr(operators, self.name).default(*args)
 
@@ -176,15 +178,10 @@ class Rung:
         return self.winners and self.edited_source is None
 
 
-def is_transformed():
-    """Tell whether a transform of torch.func or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 LADDER = (
     Rung("reference", "conv2d_scale_min", "PyTorch's own convolution, multiplication and minimum, one after the other"),
-    Rung("scale_min_naive", "scale_min", "a block a pixel, a thread a channel, one thread reduces", "cuda"),
-    Rung("scale_min_coalesced", "scale_min", "a thread a pixel: neighbours read neighbours", "cuda"),
+    Rung("scale_min_naive", "scale_min", "one block per pixel, one thread per channel, one thread reduces", "cuda"),
+    Rung("scale_min_coalesced", "scale_min", "one thread per pixel: neighbours read neighbours", "cuda"),
     Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda", winners=True),
     Rung(
         "conv_direct",
@@ -206,7 +203,7 @@ LADDER = (
     Rung(
         "conv_wgmma",
         "conv2d_scale_min",
-        "Hopper's own tensor-core instructions: the weights stay, rows stream past, warps have roles",
+        "Hopper's wgmma fed by TMA, warp-specialized: the weights stay in shared memory, rows stream past",
         "cuda",
         only_capability=(9, 0),
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
@@ -276,3 +273,17 @@ BACKWARD = (
 )
 
 rungs = {rung.name: rung for rung in LADDER}
+
+
+def why_unavailable(name, device_index):
+    """Say why a rung, or the copy, can't run on this GPU, or None."""
+    # Asked once per process: to find the compilers takes longer than a small kernel.
+    key = (name, device_index)
+    if key not in _availability:
+        _availability[key] = (COPY if name == COPY.name else rungs[name]).why_unavailable(device_index)
+    return _availability[key]
+
+
+_availability = {}
+# What torch.compiler.assume_constant_result sets; that function would import the compiler, one second, for this line.
+why_unavailable._dynamo_marked_constant = True

@@ -1,5 +1,6 @@
 """conv2d_scale_min: every rung and the public function against float64, within bounds that follow from the arithmetic."""
 
+import contextlib
 import itertools
 import math
 
@@ -20,10 +21,13 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kernels import arguments, conv2d_scale_min, edit, explain, export, ops, rungs
+from fused_kernels import choice, composite, conv2d_scale_min, edit, explain, export, rungs
+from fused_kernels.choice import Hardware
+from fused_kernels.problem import check_problem
 from fused_kernels.rungs import Rung
 
 EVERY = pytest.mark.parametrize(("function", "device"), implementations("conv2d_scale_min"))
@@ -493,7 +497,7 @@ def composite_adds_bias(request, monkeypatch):
         values, winners = torch.min((input + bias.view(-1, 1, 1)) * scale, dim=1, keepdim=True)
         return values, winners.to(torch.uint8)
 
-    monkeypatch.setattr(ops, "_adds_bias", lambda input: True)
+    monkeypatch.setattr(composite, "_adds_bias", lambda input: True)
     with torch.library._scoped_library("fused_kernels", "IMPL") as library:
         library.impl("scale_min_bias", lambda *args: with_winners(*args)[0], "CPU")
         library.impl("scale_min_bias_winners", with_winners, "CPU")
@@ -601,32 +605,30 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("gpu", ["fake", pytest.param("real", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_rung_that_was_measured_fastest_is_chosen(shape, device, monkeypatch):
+def test_the_rung_that_was_measured_fastest_is_chosen(shape, gpu):
     """By the rules alone for a GPU that is not there; where one is, as :func:`explain` says it."""
     size, out_channels, kernel, conv, names = SHAPES[shape]
-    if device == "meta":
-        monkeypatch.setattr(ops, "_is_hopper", lambda index: True)
-        monkeypatch.setattr(ops, "_library_has_wgmma", lambda index: True)
-    elif torch.cuda.get_device_capability()[0] != 9:
+    if gpu == "real" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the choice depends on the GPU")
 
     def choose(input, weight, precision):
-        if device == "cuda":
+        if gpu == "real":
             return explain(input, weight, precision=precision, **conv).rung
-        geometry = arguments.check_conv(input, weight, None, **{"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **conv})
-        return ops._choose_cuda(input, weight, geometry, precision)[0]
+        given = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **conv}
+        return choice.choose(check_problem(input, weight, None, **given, precision=precision), Hardware((9, 0), 232448))[0]
 
     for (dtype, precision), expected in zip(
         ((torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "auto")), names, strict=True
     ):
         if expected is None:
             continue
-        input = torch.empty(size, device=device, dtype=dtype)
-        weight = torch.empty(out_channels, size[1] // conv.get("groups", 1), kernel, kernel, device=device, dtype=dtype)
         layouts = (torch.contiguous_format, torch.channels_last)
-        chosen = [choose(input.contiguous(memory_format=m), weight, precision) for m in layouts]
+        with FakeTensorMode() if gpu == "fake" else contextlib.nullcontext():
+            input = torch.empty(size, device="cuda", dtype=dtype)
+            weight = torch.empty(out_channels, size[1] // conv.get("groups", 1), kernel, kernel, device="cuda", dtype=dtype)
+            chosen = [choose(input.contiguous(memory_format=m), weight, precision) for m in layouts]
         assert tuple(name.removeprefix("conv_") for name in chosen) == expected
 
 
@@ -639,9 +641,9 @@ def test_a_decision_is_recalled_for_the_same_shapes_alone():
 
 
 def test_decisions_take_a_bounded_place(monkeypatch):
-    monkeypatch.setattr(ops, "_decisions", {})
-    monkeypatch.setattr(ops, "_MOST_DECISIONS", 3)
+    monkeypatch.setattr(choice, "_decisions", {})
+    monkeypatch.setattr(choice, "_MOST_DECISIONS", 3)
     weight = torch.randn(3, 2, 3, 3)
     for size in range(5, 15):
         conv2d_scale_min(torch.randn(1, 2, size, size), weight)
-        assert 0 < len(ops._decisions) <= 3
+        assert 0 < len(choice._decisions) <= 3

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_kernels import arguments, ops
+from fused_kernels import composite
+from fused_kernels.choice import Decision, choose_copies
+from fused_kernels.dispatch import wants_gradient
+from fused_kernels.problem import check_problem
 from fused_kernels.rungs import rungs
 
 SHAPES = [
@@ -96,18 +99,35 @@ def test_weights_may_be_left_out():
     assert [t.shape for t in copy(torch.empty(2, 5, 3, 4, device="meta"), None)] == [(2, 5, 3, 4)]
 
 
-def test_is_made_where_no_gradient_is_wanted(monkeypatch):
-    monkeypatch.setattr(ops, "_why_unavailable", lambda name, index: None)
+def test_is_made_where_weights_are_contiguous_and_nothing_transforms(monkeypatch):
+    monkeypatch.setattr(composite, "why_unavailable", lambda name, index: None)
     input, weight = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3)
-    assert ops._can_copy(input, weight)
-    assert not ops._can_copy(input, weight.contiguous(memory_format=torch.channels_last))
-    weight.requires_grad_()
-    assert not ops._can_copy(input, weight)
-    with torch.no_grad():
-        assert ops._can_copy(input, weight)
+    assert composite.can_copy(input, weight)
+    assert not composite.can_copy(input, weight.contiguous(memory_format=torch.channels_last))
     seen = []
-    torch.func.vmap(lambda x: seen.append(ops._can_copy(x, weight.detach())) or x)(input.unsqueeze(0))
+    torch.func.vmap(lambda x: seen.append(composite.can_copy(x, weight)) or x)(input.unsqueeze(0))
     assert seen == [False]
+
+
+@pytest.mark.parametrize("needed", [(), (0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("return_indices", [False, True])
+def test_is_made_where_no_gradient_is_wanted(monkeypatch, needed, return_indices):
+    """It has none: the composite makes it below the gradient of its own."""
+    tensors = [torch.randn(2, 3, 6, 7), torch.randn(4, 3, 3, 3), torch.randn(4)]
+    for i in needed:
+        tensors[i].requires_grad_()
+    where_it_is_made, wanted = composite._convolve_then_minimum, []
+
+    def record(decision, *args, **options):
+        wanted.append(wants_gradient(*args))
+        return where_it_is_made(decision, *args, **options)
+
+    monkeypatch.setattr(composite, "_convolve_then_minimum", record)
+    problem = check_problem(*tensors, 1, 0, 1, 1, "auto")
+    result = composite.compute(Decision(problem, "composite", ""), *tensors, 2.0, return_indices)
+    output = result[0] if return_indices else result
+    assert output.requires_grad == bool(needed)
+    assert wanted == [False]
 
 
 def test_refuses_a_cpu_tensor():
@@ -118,17 +138,19 @@ def test_refuses_a_cpu_tensor():
 @pytest.fixture
 def layout(monkeypatch):
     """Give what composite does to its arguments on a GPU, which need not be there: it depends on shapes and types alone."""
-    monkeypatch.setattr(ops, "_why_unavailable", lambda name, index: None)
+    monkeypatch.setattr(composite, "why_unavailable", lambda name, index: None)
 
-    def layout(shape, dtype, out_channels, kernel, *, stride=1, padding=0, groups=1, precision="tf32", requires_grad=False):
-        input = torch.empty(shape, device="cuda", dtype=dtype, requires_grad=requires_grad)
+    def layout(shape, dtype, out_channels, kernel, *, stride=1, padding=0, groups=1, precision="tf32"):
+        input = torch.empty(shape, device="cuda", dtype=dtype)
         weight = torch.empty(out_channels, shape[1] // groups, kernel, kernel, device="cuda", dtype=dtype)
-        geometry = arguments.check_conv(input, weight, None, stride, padding, 1, groups)
-        copied, copied_weight, left, early = ops._in_fastest_layout(input, weight, geometry, precision)
-        assert (copied is input) == (not copied.is_contiguous(memory_format=torch.channels_last))
-        assert (copied_weight is weight) == (kernel == 1 or copied is input)
-        assert early <= (copied is not input)
-        return copied is not input, tuple(copied.shape), left
+        problem = check_problem(input, weight, None, stride, padding, 1, groups, precision)
+        copy = choose_copies(problem)[composite.can_copy(input, weight)]
+        if copy is None:
+            return False, tuple(input.shape), problem.stride
+        left, copied, copied_weight = composite.copied(problem, copy, input, weight)
+        assert copied.is_contiguous(memory_format=torch.channels_last)
+        assert (copied_weight is weight) == (kernel == 1)
+        return True, tuple(copied.shape), left.stride
 
     with FakeTensorMode():
         yield layout
@@ -180,25 +202,21 @@ def test_composite_copies_nothing_where_tensor_cores_are_not_exact_enough(layout
     assert not layout((3, 64, 15, 20), torch.float32, 256, kernel, stride=2, precision="ieee")[0]
 
 
-def test_composite_copies_nothing_for_a_gradient(layout):
-    assert not layout((2, 32, 16, 16), torch.bfloat16, 24, 3, requires_grad=True)[0]
-
-
 @pytest.fixture
 def early(monkeypatch):
     """Give what composite lets begin early: the copy, or None where it makes none, and the minimum."""
-    monkeypatch.setattr(ops, "_why_unavailable", lambda name, index: None)
+    monkeypatch.setattr(composite, "why_unavailable", lambda name, index: None)
 
     def early(shape, dtype, out_channels, kernel, memory_format=torch.contiguous_format):
         seen = []
-        monkeypatch.setattr(ops, "_run", lambda name, *args: seen.append(args[-1]))
+        monkeypatch.setattr(composite, "run", lambda name, *args: seen.append(args[-1]))
         input = torch.empty(shape, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
         weight = torch.empty(out_channels, shape[1], kernel, kernel, device="cuda", dtype=dtype)
         bias = torch.empty(out_channels, device="cuda", dtype=dtype)
-        geometry = arguments.check_conv(input, weight, bias, 1, kernel // 2, 1, 1)
-        copied, *_, copy_early = ops._in_fastest_layout(input, weight, geometry, "tf32")
-        ops.composite(input, weight, bias, 2.0, (1, 1), geometry.padding, (1, 1), 1, "tf32")
-        return None if copied is input else copy_early, *seen
+        problem = check_problem(input, weight, bias, 1, kernel // 2, 1, 1, "tf32")
+        copy = choose_copies(problem)[composite.can_copy(input, weight)]
+        composite.composite_operator(input, weight, bias, 2.0, *problem.conv)
+        return copy and copy.early, *seen
 
     with FakeTensorMode():
         yield early

@@ -6,7 +6,8 @@ from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_take
 from torch.nn import functional as F
 
 import fused_kernels as fk
-from fused_kernels import build, gradients
+from fused_kernels import arguments, build, choice, gradients, operators
+from fused_kernels.problem import check_problem, describe_problem
 from fused_kernels.rungs import BACKWARD, LADDER
 
 ON = pytest.mark.parametrize("device", DEVICES)
@@ -89,8 +90,7 @@ def test_winner_of_a_convolution_has_the_minimum(rung, device, dtype, layout, sh
     input = LAYOUTS[layout](torch.randn(shape, device=device).to(dtype))
     weight = torch.randn(out_channels, shape[1] // conv.get("groups", 1), 3, 3, device=device).mul(0.1).to(dtype)
     bias = torch.randn(out_channels, device=device).to(dtype)
-    geometry = fk.arguments.check_conv(input, weight, bias, **{"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **conv})
-    args = input, weight, bias, scale, *geometry, precision
+    args = input, weight, bias, scale, *geometry_of(input, weight, conv), precision
     output, winners = operator(f"{rung.name}_winners")(*args)
     assert output.equal(operator(rung.name)(*args))
     products = F.conv2d(input.double(), weight.double(), bias.double(), **conv) * scale
@@ -156,21 +156,27 @@ GEOMETRIES = [
 GEOMETRY = pytest.mark.parametrize(("shape", "out_channels", "kernel", "conv"), GEOMETRIES, ids=str)
 
 
+def geometry_of(input, weight, conv):
+    """Give a convolution's stride, padding, dilation and groups as operators take them."""
+    given = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **conv}
+    return check_problem(input, weight, None, **given, precision="ieee").conv[:4]
+
+
 def problem(device, dtype, layout, shape, out_channels, kernel, conv, skewed=False, grad_layout=None):
     """Draw a convolution's tensors, some winners, and a gradient of the minima; give the exact gradients, too."""
     kernel_h, kernel_w = (kernel, kernel) if isinstance(kernel, int) else kernel
     input = LAYOUTS[layout](torch.randn(shape, device=device).to(dtype))
     weight = torch.randn(out_channels, shape[1] // conv.get("groups", 1), kernel_h, kernel_w, device=device).to(dtype)
-    geometry = fk.arguments.check_conv(input, weight, None, **{"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **conv})
-    size = shape[0], 1, *geometry.output_size(input.shape, weight.shape)
+    geometry = stride, padding, dilation, groups = geometry_of(input, weight, conv)
+    size = shape[0], 1, *arguments.output_size(input.shape, weight.shape, *geometry)
     winners = torch.randint(out_channels, size, device=device)
     if skewed:
         winners[torch.rand(size, device=device) < 0.6] = out_channels // 2
     grad = LAYOUTS[grad_layout or "nchw"](torch.randn(size, device=device).to(dtype))
     at_winners = torch.zeros(shape[0], out_channels, *size[2:], dtype=torch.float64, device=device)
     at_winners.scatter_(1, winners, -1.5 * grad.double())
-    winners = winners.to(gradients.winners_dtype(out_channels))
-    top_left = [geometry.padding[0], geometry.padding[2]]
+    winners = winners.to(operators.winners_dtype(out_channels))
+    top_left = [padding[0], padding[2]]
 
     def dense(dtype, tf32=False):
         """The library's own backward pass, of the same winners; or one whose operands alone are rounded, to TF32."""
@@ -178,7 +184,7 @@ def problem(device, dtype, layout, shape, out_channels, kernel, conv, skewed=Fal
         if tf32:
             tensors = [to_tf32(t) for t in tensors]
         return torch.ops.aten.convolution_backward(
-            *tensors, [out_channels], geometry.stride, top_left, geometry.dilation, False, [0, 0], geometry.groups, [True] * 3
+            *tensors, [out_channels], stride, top_left, dilation, False, [0, 0], groups, [True] * 3
         )
 
     return input, weight, grad, winners, geometry, dense
@@ -224,8 +230,9 @@ def precisions(rung, dtype):
 def test_grad_input(rung, device, dtype, layout, shape, out_channels, kernel, conv, poisoned, set_conv_precision):
     for precision in precisions(rung, dtype):
         set_conv_precision(precision)
-        _, weight, grad, winners, geometry, dense = problem(device, dtype, layout, shape, out_channels, kernel, conv)
-        if rung.name == "grad_input_mma" and not gradients.fits_grad_input_mma(weight, (*geometry, precision)):
+        input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, shape, out_channels, kernel, conv)
+        described = describe_problem(input, weight.shape, *geometry, precision)
+        if rung.name == "grad_input_mma" and not choice.grad_input_mma_is_legal(described, choice.hardware(input.device)):
             pytest.skip("does not take this")
         is_channels_last = layout == "channels_last"
         result = operator(rung.name)(grad, winners, weight, -1.5, shape[2:], *geometry, precision, is_channels_last)
@@ -243,8 +250,10 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
         set_conv_precision(precision)
         layer, skewed = (shape, out_channels, kernel, conv), layout in ("channels_last", "cropped")
         input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, *layer, skewed)
-        sizes = input, out_channels, weight.shape[2:]
-        if rung.name == "grad_weight_sorted" and not gradients.fits_grad_weight_sorted(*sizes, (*geometry, precision)):
+        described = describe_problem(input, weight.shape, *geometry, precision)
+        if rung.name == "grad_weight_sorted" and not choice.grad_weight_sorted_is_legal(
+            described, choice.hardware(input.device)
+        ):
             pytest.skip("does not take this")
         args = grad, winners, input, -1.5, out_channels, weight.shape[2:], *geometry, precision
         results = operator(rung.name)(*args)
@@ -257,7 +266,7 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
 @DTYPE
 def test_grad_bias_alone(device, dtype, poisoned):
     _, _, grad, winners, _, dense = problem(device, dtype, "nchw", (3, 4, 20, 30), 40, 3, {}, skewed=True)
-    result = operator(gradients.GRAD_BIAS[device])(grad, winners, -1.5, 40)
+    result = operator(choice.GRAD_BIAS[device])(grad, winners, -1.5, 40)
     assert_no_less_exact((None, None, result), dense, dtype)
 
 
@@ -270,9 +279,8 @@ def test_gradients_of_any_strides(device, grad_layout, dtype, set_conv_precision
     input, weight, grad, winners, geometry, dense = problem(
         device, dtype, "nchw", (2, 16, 12, 40), 24, 3, {}, grad_layout=grad_layout
     )
-    sizes = input.shape[2:], weight.shape
-    conv = *geometry, "tf32"
-    results = gradients.gradients(grad, winners, input, weight, -1.5, conv, *sizes, False, (True, True, True))
+    described = describe_problem(input, weight.shape, *geometry, "tf32")
+    results = gradients.gradients(described, grad, winners, input, weight, -1.5, (True, True, True))
     # Rounded to a mantissa of 10 bits, one number may be off by 2^-11, and all of an expanded gradient alike.
     assert_no_less_exact(results, dense, dtype, "tf32", floor=6e-4)
 
@@ -283,10 +291,8 @@ def test_float32_gradients_at_any_magnitude(device, magnitude, set_conv_precisio
     set_conv_precision("tf32")
     input, weight, grad, winners, geometry, _ = problem(device, torch.float32, "nchw", (2, 32, 20, 70), 64, 3, {})
     grad = grad * torch.logspace(-3, 0, grad.shape[3], device=device) * magnitude
-    conv = *geometry, "tf32"
-    results = gradients.gradients(
-        grad, winners, input / magnitude, weight, -1.5, conv, input.shape[2:], weight.shape, False, (True, True, True)
-    )
+    described = describe_problem(input, weight.shape, *geometry, "tf32")
+    results = gradients.gradients(described, grad, winners, input / magnitude, weight, -1.5, (True, True, True))
     at_winners = torch.zeros(2, 64, *grad.shape[2:], dtype=torch.float64, device=device)
     at_winners.scatter_(1, winners.long(), -1.5 * grad.double())
     exact_results = torch.ops.aten.convolution_backward(
@@ -305,8 +311,8 @@ def test_scale_min_backward(device, dtype, channels_last, shape, grad_layout, po
     batch, channels, height, width = shape
     winners = torch.randint(channels, (batch, 1, height, width), device=device)
     grad = LAYOUTS[grad_layout](torch.randn(batch, 1, height, width, device=device).to(dtype))
-    name = gradients.SCALE_MIN_BACKWARD[device]
-    result = operator(name)(grad, winners.to(gradients.winners_dtype(channels)), -1.5, channels, channels_last)
+    name = choice.SCALE_MIN_BACKWARD[device]
+    result = operator(name)(grad, winners.to(operators.winners_dtype(channels)), -1.5, channels, channels_last)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     expected = torch.zeros(shape, dtype=compute, device=device).scatter_(1, winners, grad.to(compute) * -1.5).to(dtype)
     assert result.equal(expected)

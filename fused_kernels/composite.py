@@ -1,0 +1,149 @@
+"""The rungs made of PyTorch's own operations: its convolution, then scale and min.
+
+``reference`` does what :class:`fused_kernels.Model` does. ``composite`` runs the convolution in the layout that the library's
+tensor cores want, and takes the minimum by a kernel of ours, on a GPU with the bias.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from . import choice, reference
+from .choice import Decision
+from .dispatch import attach_backward, is_transformed, run, wants_gradient
+from .problem import cudnn_precision, describe_problem
+from .rungs import COPY, why_unavailable
+
+
+def compute(decision, input, weight, bias, scale, return_indices=False):
+    """Convolve with torch's library, in the layout that its tensor cores want, then scale and take the minimum.
+
+    PyTorch adds a bias in a pass of its own over the convolution's output on a GPU; here the minimum's kernel does. Where a
+    gradient will be needed, it comes from the winners, as a fused kernel's does, and the convolution's output is not kept.
+
+    Parameters
+    ----------
+    decision : Decision
+        What was decided for these arguments.
+    input, weight, bias, scale, return_indices
+        As for :func:`fused_kernels.conv2d_scale_min`.
+    """
+    problem, args = decision.problem, (input, weight, bias, scale)
+    if not has_scale_min(problem.device):
+        return reference_scale_min(library_conv(problem, input, weight, bias), scale, return_indices)
+    wanted = wants_gradient(input, weight, bias)
+    if not wanted and not return_indices:
+        return _convolve_then_minimum(decision, *args)
+    if torch.compiler.is_compiling():
+        output, winners = run("composite_winners", *args, *problem.conv)
+    else:
+        output, winners = _compute_winners(decision, *args)
+        if wanted:
+            backward = decision.backward or choice.choose_backward(problem, choice.hardware(problem.device))
+            output, winners = attach_backward("composite_winners", (*args, *problem.conv), backward, (output, winners))
+    return (output, winners.long()) if return_indices else output
+
+
+def composite_operator(input, weight, bias, scale, *conv):
+    """Do what :func:`compute` does; the implementation of the operator ``composite``."""
+    return compute(_undecided(input, weight, conv), input, weight, bias, scale)
+
+
+def composite_winners_operator(input, weight, bias, scale, *conv):
+    """Do the same and give each pixel's winner, with no gradient; the implementation of ``composite_winners``."""
+    return _compute_winners(_undecided(input, weight, conv), input, weight, bias, scale)
+
+
+def reference_operator(input, weight, bias, scale, *conv):
+    """Do what :class:`fused_kernels.Model` does, one of PyTorch's operations after the other."""
+    problem = describe_problem(input, weight.shape, *conv)
+    return reference.scale_min(library_conv(problem, input, weight, bias), scale)
+
+
+def _undecided(input, weight, conv):
+    return Decision(describe_problem(input, weight.shape, *conv), "composite", "asked for by name")
+
+
+def has_scale_min(device):
+    """Tell whether a kernel of ours can take the minimum of a device's tensors."""
+    name = choice.SCALE_MIN.get(device.type)
+    return name is not None and not is_transformed() and not why_unavailable(name, device.index)
+
+
+def reference_scale_min(input, scale, return_indices):
+    """Scale and take the minimum by PyTorch's own operations."""
+    minimum = torch.min(input * scale, dim=1, keepdim=True)
+    return tuple(minimum) if return_indices else minimum.values
+
+
+def _compute_winners(decision, input, weight, bias, scale):
+    with torch.no_grad():
+        return _convolve_then_minimum(decision, input, weight, bias, scale, suffix="_winners")
+
+
+def _convolve_then_minimum(decision, input, weight, bias, scale, suffix=""):
+    problem = decision.problem
+    copy = None
+    if decision.copies is None:
+        copy = choice.choose_copy(problem, input.is_cuda and can_copy(input, weight))
+    elif any(decision.copies):
+        copy = decision.copies[can_copy(input, weight)]
+    if copy:
+        problem, input, weight = copied(problem, copy, input, weight)
+    if bias is None or not _adds_bias(input):
+        return run(choice.SCALE_MIN[input.device.type] + suffix, library_conv(problem, input, weight, bias), scale)
+    output = library_conv(problem, input, weight, None)
+    if bias.dtype != output.dtype:
+        bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
+    # Beginning early costs a little after the library's 16-bit matrix products, unless the copy before began early as well.
+    early = input.dtype == torch.float32 or problem.taps > 1 or (copy is not None and copy.early)
+    return run("scale_min_bias" + suffix, output, bias, scale, early)
+
+
+def copied(problem, copy, input, weight):
+    """Copy input and weights as was chosen; give them, and the problem that is left."""
+    if not copy.by_kernel:
+        formatted = {"memory_format": copy.memory_format}
+        return problem, input.contiguous(**formatted), weight.contiguous(**formatted)
+    if copy.skips_unread:
+        vertical, horizontal = problem.stride
+        input, problem = input[:, :, ::vertical, ::horizontal], problem._replace(stride=(1, 1))
+    input, *rest = torch.ops.fused_kernels.to_channels_last.default(input, weight if copy.copies_weight else None, copy.early)
+    return problem, input, *(rest or [weight])
+
+
+def can_copy(input, weight):
+    """Tell whether to_channels_last runs here, where no gradient is wanted; the compiler writes a copy of its own."""
+    if torch.compiler.is_compiling() or is_transformed() or not weight.is_contiguous():
+        return False
+    return not why_unavailable(COPY.name, input.device.index)
+
+
+def _adds_bias(input):
+    """Tell whether there is a kernel that takes the minimum and adds the bias on its way."""
+    return input.is_cuda
+
+
+def library_conv(problem, input, weight, bias):
+    """Convolve with torch's library at the problem's precision."""
+    (top, bottom, left, right) = problem.padding
+    if (top, left) != (bottom, right):
+        input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
+    geometry = (problem.stride, (top, left), problem.dilation, problem.groups)
+    if _follows_setting(problem):
+        return F.conv2d(input, weight, bias, *geometry)
+    return torch.ops.fused_kernels.library_conv2d.default(input, weight, bias, *geometry, problem.precision == "tf32")
+
+
+def _follows_setting(problem):
+    """Tell whether torch's own function, which reads the setting, is right now and when a gradient asks for it later."""
+    if problem.follows_setting or problem.dtype != torch.float32 or problem.device.type != "cuda":
+        return True
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return problem.precision == cudnn_precision()
+
+
+def library_conv2d(input, weight, bias, stride, padding, dilation, groups, tf32):
+    """Convolve with cuDNN at a precision that is an argument, not the global setting that torch's functions read."""
+    flags = (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.enabled)
+    return torch.ops.aten._convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups, *flags, tf32)

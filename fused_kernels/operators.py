@@ -1,0 +1,261 @@
+"""The operators: schemas, output shapes and registration for torch; each builds its library on its first call."""
+
+import concurrent.futures
+import hashlib
+import os
+import threading
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from . import arguments, build, choice, composite, gradients
+from .rungs import BACKWARD, COPY, LADDER, rungs
+
+_CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
+_FROM_WINNERS = "Tensor grad, Tensor winners"
+
+# By the kind of operator: a rung's, or a step's of others.
+SCHEMAS = {
+    "scale_min": "(Tensor input, float scale) -> Tensor",
+    "scale_min_bias": "(Tensor input, Tensor bias, float scale, bool early) -> Tensor",
+    "conv2d_scale_min": f"(Tensor input, Tensor weight, Tensor? bias, float scale, {_CONV}) -> Tensor",
+    "to_channels_last": "(Tensor input, Tensor? weight, bool early) -> Tensor[]",
+    "library_conv2d": "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "bool tf32) -> Tensor",
+    "scale_min_backward": f"({_FROM_WINNERS}, float scale, SymInt channels, bool channels_last) -> Tensor",
+    "grad_input": f"({_FROM_WINNERS}, Tensor weight, float scale, SymInt[2] input_size, {_CONV}, bool channels_last) -> Tensor",
+    "grad_weight": f"({_FROM_WINNERS}, Tensor input, float scale, SymInt out_channels, SymInt[2] kernel_size, {_CONV}) "
+    "-> (Tensor, Tensor)",
+    "grad_bias": f"({_FROM_WINNERS}, float scale, SymInt out_channels) -> Tensor",
+}
+# Each forward operator has a twin that gives winners as well.
+FORWARD = ("scale_min", "scale_min_bias", "conv2d_scale_min")
+SCHEMAS |= {f"{kind}_winners": SCHEMAS[kind].replace("-> Tensor", "-> (Tensor, Tensor)") for kind in FORWARD}
+
+# A Library takes its registrations back when it is collected.
+_libraries = []
+_load_locks = {}
+
+
+def edit(name, source):
+    """Make a rung of your own out of another one: the same operator with your kernel's text.
+
+    Parameters
+    ----------
+    name : str
+        The rung to start from; the source must keep its name and signature.
+    source : str
+        The whole text, such as ``rungs[name].source`` with a few lines changed.
+
+    Returns
+    -------
+    Rung
+        Callable as any other; it is compiled on the first call.
+
+    Raises
+    ------
+    ValueError
+        No rung of that name has a source.
+    """
+    editable = [rung.name for rung in LADDER if rung.device]
+    if name not in editable:
+        raise ValueError(f"name: expected a rung with a source, one of {', '.join(editable)}, got {name!r}")
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    rung = replace(rungs[name], edited_source=source, namespace=f"fused_kernels_edit_{digest}")
+    if not hasattr(getattr(torch.ops, rung.namespace), rung.name):
+        define(rung)
+    return rung
+
+
+def load():
+    """Build and load every rung that can run here now, several at a time; otherwise each is built on its first call.
+
+    What training needs in addition (the same sources compiled to give winners, the backward kernels, and what calls them) is
+    still built when it is first called.
+
+    Returns
+    -------
+    list of str
+        The names of the rungs that are ready.
+
+    Raises
+    ------
+    RuntimeError
+        A compiler failed; the message holds what it said.
+    """
+    ready = [rung for rung in (*LADDER, COPY) if not rung.why_unavailable()]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda rung: rung.device and _load(rung, rung.name), ready))
+    return [rung.name for rung in ready if rung is not COPY]
+
+
+# ---- output shapes ----
+
+
+def _scale_min_fake(input, scale):
+    return input.new_empty((input.shape[0], 1, *input.shape[2:]))
+
+
+def _scale_min_bias_fake(input, bias, scale, early):
+    return _scale_min_fake(input, scale)
+
+
+def _conv2d_scale_min_fake(input, weight, bias, scale, stride, padding, dilation, groups, precision):
+    size = arguments.output_size(input.shape, weight.shape, stride, padding, dilation)
+    return input.new_empty((input.shape[0], 1, *size))
+
+
+def _with_winners(fake, channels):
+    """Make the rule of the twin that gives winners; ``channels``: how many compete."""
+
+    def rule(*args):
+        output = fake(*args)
+        return output, output.new_empty(output.shape, dtype=winners_dtype(channels(*args)))
+
+    return rule
+
+
+def winners_dtype(channels):
+    """Give the dtype in which winners among so many channels are kept."""
+    return torch.uint8 if channels <= 256 else torch.int32
+
+
+def _copy_fake(input, weight, early):
+    return [torch.empty_like(t, memory_format=torch.channels_last) for t in (input, weight) if t is not None]
+
+
+def _library_conv2d_fake(*args):
+    return F.conv2d(*args[:-1])
+
+
+def _scale_min_backward_fake(grad, winners, scale, channels, channels_last):
+    images, _, height, width = grad.shape
+    return _new(grad, (images, channels, height, width), channels_last)
+
+
+def _grad_input_fake(grad, winners, weight, scale, input_size, stride, padding, dilation, groups, precision, channels_last):
+    return _new(weight, (grad.shape[0], weight.shape[1] * groups, *input_size), channels_last)
+
+
+def _grad_weight_fake(grad, winners, input, scale, out_channels, kernel_size, stride, padding, dilation, groups, precision):
+    return input.new_empty((out_channels, input.shape[1] // groups, *kernel_size)), input.new_empty((out_channels,))
+
+
+def _grad_bias_fake(grad, winners, scale, out_channels):
+    return grad.new_empty((out_channels,))
+
+
+def _new(like, size, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+FAKES = {
+    "scale_min": _scale_min_fake,
+    "scale_min_winners": _with_winners(_scale_min_fake, lambda input, *_: input.shape[1]),
+    "scale_min_bias": _scale_min_bias_fake,
+    "scale_min_bias_winners": _with_winners(_scale_min_bias_fake, lambda input, *_: input.shape[1]),
+    "conv2d_scale_min": _conv2d_scale_min_fake,
+    "conv2d_scale_min_winners": _with_winners(_conv2d_scale_min_fake, lambda _, weight, *__: weight.shape[0]),
+    "to_channels_last": _copy_fake,
+    "library_conv2d": _library_conv2d_fake,
+    "scale_min_backward": _scale_min_backward_fake,
+    "grad_input": _grad_input_fake,
+    "grad_weight": _grad_weight_fake,
+    "grad_bias": _grad_bias_fake,
+}
+
+
+# ---- registration ----
+
+
+def define(rung):
+    """Register a rung's operators: schema, output shape, gradient, and an implementation that builds itself on first call."""
+    if rung.device is None:
+        library = _library(rung.namespace)
+        library.define(rung.name + SCHEMAS[rung.operator])
+        library.impl(rung.name, _FUNCTIONS[rung.name], "CompositeImplicitAutograd")
+        return
+    _define_built(rung, rung.name, rung.operator)
+    if rung.has_winners:
+        _define_built(rung, f"{rung.name}_winners", f"{rung.operator}_winners", winners=True)
+
+
+def _define_built(rung, name, kind, winners=False):
+    """Register an operator of a rung's library, or of the one that is compiled to give winners."""
+    library = _define_rules(rung.namespace, name, kind)
+
+    def stand_in(*args):
+        """Take the operator's place until it is called, then build; once loaded, its own key goes first."""
+        if args[0].device.type != rung.device:
+            raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
+        if missing := rung.why_unavailable(args[0].device.index):
+            raise RuntimeError(f"{name} cannot run here: {missing}")
+        _load(rung, name, winners)
+        return getattr(getattr(torch.ops, rung.namespace), name).default(*args)
+
+    library.impl(name, stand_in, "CompositeExplicitAutograd")
+
+
+def _define_rules(namespace, name, kind):
+    """Register an operator without an implementation: its schema, its output's shape, and its gradient if it has one."""
+    library = _library(namespace)
+    library.define(name + SCHEMAS[kind])
+    torch.library.register_fake(f"{namespace}::{name}", FAKES[kind], lib=library)
+    if kind in gradients.RULES:
+        backward, setup = gradients.RULES[kind]
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
+    return library
+
+
+def _library(namespace):
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
+    return library
+
+
+def _load(rung, name, winners=False):
+    key = f"{rung.namespace}::{name}"
+
+    def is_loaded():
+        return torch._C._dispatch_has_kernel_for_dispatch_key(key, rung.device.upper())
+
+    with _load_locks.setdefault((rung.namespace, rung.name, winners), threading.Lock()):
+        if not is_loaded():
+            rung.load(winners=winners)
+        if not is_loaded():
+            raise RuntimeError(f"{rung.name}: the source registers no {rung.device.upper()} implementation of {name}")
+
+
+# The rungs made of PyTorch's own operations: gradients, shapes and devices come from those.
+_FUNCTIONS = {"reference": composite.reference_operator, "composite": composite.composite_operator}
+
+
+def _define_all():
+    for rung in (*LADDER, COPY, *BACKWARD):
+        define(rung)
+
+    # The second operators of scale_min_vectorized's libraries: the minimum over the channels of (x + bias) * scale. If `early`
+    # they may begin, where small, while the kernel before them ends. Only the composite calls them, below its own gradient.
+    with_bias = rungs[choice.SCALE_MIN["cuda"]]
+    _define_built(with_bias, "scale_min_bias", "scale_min_bias")
+    _define_built(with_bias, "scale_min_bias_winners", "scale_min_bias_winners", winners=True)
+
+    for name in choice.SCALE_MIN.values():
+        _define_built(rungs[name], f"{name}_backward", "scale_min_backward", winners=True)
+
+    # A library that makes the gradient of weights also makes that of a bias alone.
+    for rung in BACKWARD:
+        name = rung.name.replace("weight", "bias")
+        if rung.operator == "grad_weight" and name in choice.GRAD_BIAS.values():
+            _define_built(rung, name, "grad_bias")
+
+    # These two are Python themselves.
+    library = _define_rules(build.NAMESPACE, "composite_winners", "conv2d_scale_min_winners")
+    library.impl("composite_winners", composite.composite_winners_operator, "CompositeExplicitAutograd")
+    library = _define_rules(build.NAMESPACE, "library_conv2d", "library_conv2d")
+    library.impl("library_conv2d", composite.library_conv2d, "CUDA")
+
+
+_define_all()
