@@ -168,7 +168,7 @@ DIRECT = {
 
 @pytest.mark.parametrize("call", DIRECT.values(), ids=DIRECT)
 def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds(call):
-    """Around the Python functions and their sentences, the C++ refuses what it cannot read."""
+    """Called directly, past the checks in Python, the C++ refuses what it cannot read."""
     if missing := fk.rungs["scale_min"].why_unavailable():
         pytest.skip(missing)
     with pytest.raises(RuntimeError, match="expected"):
@@ -196,7 +196,7 @@ def test_a_direct_call_of_a_cuda_operator_is_refused_before_a_launch(name, chang
 
 @pytest.mark.parametrize("wrong", [{"stride": 1.0}, {"stride": True}, {"dilation": (1, 1.0)}, {"groups": True}], ids=str)
 def test_what_was_decided_for_an_integer_is_not_recalled_for_its_like(wrong):
-    """To a dictionary 1, 1.0 and True are one key."""
+    """In a dictionary 1, 1.0 and True are the same key."""
     input, weight = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)
     fk.conv2d_scale_min(input, weight, stride=1, dilation=(1, 1), groups=1)
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -298,7 +298,7 @@ def test_machine_is_a_file_name(monkeypatch):
 # plots: what is drawn from records.
 
 
-def test_table_has_a_row_a_rung_with_speedups(measured):
+def test_table_has_one_row_per_rung_with_speedups(measured):
     text = plots.table(measured)
     for name in {r.rung for r in measured if r.operator == "conv2d_scale_min"} - {"reference"}:
         assert len([line for line in text.splitlines() if line.startswith((f"| {name} |", f"| `{name}` |"))]) == 1

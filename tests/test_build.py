@@ -191,7 +191,7 @@ for run in range(2):
     assert run_python(code, CXX=str(compiler)).split() == ["True", "True", "-4.0", "-4.0"]
 
 
-def test_edit_gives_a_variant_beside_the_original():
+def test_edit_gives_a_variant_next_to_the_original():
     input = torch.randn(2, 5, 3, 4)
     original = fk.rungs["scale_min"]
     before = original(input, 2.0)
@@ -232,7 +232,7 @@ def test_a_syntax_error_shows_the_compilers_words():
 
 ARCHITECTURES = {"80": (8, 0), "90a": (9, 0), "100": (10, 0), "120": (12, 0)}
 CUDA_RUNGS = [rung for rung in (*LADDER, COPY, *BACKWARD) if rung.device == "cuda"]
-# Some tens of bytes, once a tile: in the main loop there is no spill.
+# Some tens of bytes, once per tile: in the main loop there is no spill.
 KNOWN_SPILLS = {("conv_wgmma_ieee", "90a", True)}
 
 

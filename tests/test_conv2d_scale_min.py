@@ -120,13 +120,13 @@ def test_geometry(function, device, layout, geometry, poisoned):
         check(function, *tensors, 1.7 if bias else -0.6, **conv)
 
 
-# On a CPU: 3 x 3 filters of channels enough, for which it takes Winograd's algorithm.
+# On a CPU: 3 x 3 filters with enough channels for Winograd's algorithm.
 
 
 @pytest.mark.parametrize(
     ("dtype", "magnitude"), [(torch.float32, 1e-30), (torch.float32, 1.0), (torch.float32, 1e25), (torch.float16, 1.0)], ids=str
 )
-def test_winograd_is_no_less_exact_than_the_librarys_convolution(dtype, magnitude):
+def test_winograd_is_no_less_accurate_than_the_librarys_convolution(dtype, magnitude):
     input, weight, bias = problem("cpu", (2, 64, 40, 45), 96, (3, 3), dtype)
     input, bias = input * magnitude, bias * magnitude
     expected = exact(input, 1.5, weight, bias)
@@ -170,7 +170,7 @@ def test_winograd_gives_the_same_from_any_number_of_threads():
 
 @pytest.fixture(scope="module")
 def conv_mma_of_older_gpus():
-    """Build it for sm_80, as PTX that newer GPUs run too, with the shared memory of those that have least: 100 KB an SM."""
+    """Build it for sm_80, as PTX that newer GPUs run too, with the shared memory of those that have least: 100 KB per SM."""
     source, asked = rungs["conv_mma"].source, "attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)"
     assert source.count(asked) == 1
     rung = edit("conv_mma", source.replace(asked, str(100 << 10)))
@@ -223,7 +223,7 @@ def test_drawn(function, device, data, scale):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize(("function", "device"), [p for p in implementations("conv2d_scale_min") if "conv_wgmma" in p.id])
 def test_rows_stay_for_all_blocks_of_channels(function, device, dtype, layout, poisoned):
-    """A strip so long that its rows come in the place of earlier ones, each read once for every block of output channels."""
+    """A strip so long that its rows take the place of earlier ones, each read once for every block of output channels."""
     check(function, *problem(device, (3, 32, 120, 260), 130, (5, 5), dtype, layout=layout), 1.5)
 
 
@@ -257,7 +257,7 @@ MAGNITUDES = {
 @pytest.mark.parametrize("channels", [32, 144])
 @pytest.mark.parametrize("kind", MAGNITUDES)
 def test_magnitudes_that_change(function, device, layout, channels, kind):
-    """The range of float16, which some kernels use inside, ends and begins anew all over the input."""
+    """All over the input, values leave and re-enter the range of float16, which some kernels use inside."""
     input, weight, _ = problem(device, (3, channels, 60, 72), 24, (3, 3))
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in input.shape), indexing="ij")
     input = LAYOUTS[layout](input * MAGNITUDES[kind](*axes))
@@ -270,7 +270,7 @@ def test_magnitudes_that_change(function, device, layout, channels, kind):
 @pytest.mark.parametrize("kind", MAGNITUDES)
 @pytest.mark.parametrize(("function", "device"), [p for p in implementations("conv2d_scale_min") if "conv_wgmma_ieee" in p.id])
 def test_split_operands_at_magnitudes_that_change(function, device, kind, channels, layout):
-    """Beside much larger values in the same rows, small ones' low parts have fewer bits."""
+    """Next to much larger values in the same rows, the low parts of small ones have fewer bits."""
     input, weight, _ = problem(device, (3, channels, 60, 72), 24, (3, 3))
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in input.shape), indexing="ij")
     input = LAYOUTS[layout](input * MAGNITUDES[kind](*axes))
@@ -284,7 +284,7 @@ def test_split_operands_at_magnitudes_that_change(function, device, kind, channe
 
 @EVERY
 @pytest.mark.parametrize("largest", [2.0**18, 0.3, 2.0**-20])
-def test_small_values_keep_their_digits_beside_a_large_one(function, device, largest):
+def test_small_values_keep_their_digits_next_to_a_large_one(function, device, largest):
     input, weight, _ = problem(device, (1, 32, 20, 36), 24, (3, 3))
     input = (0.5 + input.sigmoid() / 2) * largest * 2.0**-18
     input[0, :, 10, 18] = largest
@@ -413,7 +413,7 @@ def shaken(request):
     ("shape", "out_channels"), [((4, 64, 150, 270), 128), ((6, 32, 250, 90), 200), ((3, 144, 120, 100), 200)], ids=str
 )
 def test_timing_decides_nothing(shaken, shape, out_channels, dtype, layout):
-    """However warps drift apart, the bits are the same; a block has many tiles here, and its rings come round often."""
+    """However warps drift apart, the bits are the same; a block has many tiles here, and its rings wrap around often."""
     rung, slowed = shaken
     if reason := rung.why_unavailable() or rung.why_not(dtype, precision_for(rung)):
         pytest.skip(reason)

@@ -37,7 +37,7 @@ def test_unknown_rung():
         export.kernelbench("scale_min")
 
 
-# What KernelBench does with the file, but for the times; without a GPU, as far as that goes.
+# What KernelBench does with the file, except for timing; without a GPU, as much of that as possible.
 USE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])

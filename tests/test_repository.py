@@ -129,7 +129,7 @@ class TestNotebook:
 
 
 def test_inline_assembly_is_in_ptx_headers_alone():
-    """One wrapper an instruction, under include/ptx."""
+    """One wrapper per instruction, under include/ptx."""
     sources = [path for path in build.CSRC.rglob("*") if path.is_file() and "ptx" not in path.parts]
     assert sources
     assert not [path for path in sources if re.search(r"\b(__)?asm(__)?\b\s*(volatile)?\s*\(", path.read_text())]
@@ -145,7 +145,7 @@ def test_no_file_names_a_place_on_one_machine():
 
 
 def test_ladder_and_sources_agree():
-    """A rung's name is its file's name, and every kernel is on the ladder, of the backward pass, or the copy beside them."""
+    """A rung's name is its file's name, and every kernel is on the ladder, of the backward pass, or the layout copy."""
     files = {path for path in build.CSRC.rglob("*") if path.suffix in (".cpp", ".cu")}
     files.remove(build.CSRC / "autograd" / "from_winners.cpp")  # which has no kernel
     assert files == {rung.source_file for rung in (*LADDER, COPY, *BACKWARD) if rung.device}

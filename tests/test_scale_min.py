@@ -291,7 +291,7 @@ class TestBias:
         assert result.is_contiguous()
         assert input.equal(before)
         expected = exact(input.double() + bias.double().view(-1, 1, 1), -1.7)
-        # The sum, the scale and the product are rounded to float32; to a 16-bit type the result alone.
+        # The sum, the scale and the product are rounded to float32; only the result is rounded to a 16-bit type.
         roundings = 1.51 if dtype.itemsize > 2 else 0.51
         assert_within(result, expected, roundings * torch.finfo(dtype).eps * expected.abs() + 1e-30)
 

@@ -201,7 +201,7 @@ def relative_error(result, expected):
     return float((result.double() - expected).square().mean().sqrt() / scale)
 
 
-def assert_no_less_exact(results, dense, dtype, precision="ieee", floor=1e-14):
+def assert_no_less_accurate(results, dense, dtype, precision="ieee", floor=1e-14):
     """Compare with float64: an rms error no larger than the library's or, where allowed, that of TF32's operands.
 
     Of few elements it may be more, by chance; and where both are next to nothing, as in a sum of few terms, four times that
@@ -236,7 +236,7 @@ def test_grad_input(rung, device, dtype, layout, shape, out_channels, kernel, co
             pytest.skip("does not take this")
         is_channels_last = layout == "channels_last"
         result = operator(rung.name)(grad, winners, weight, -1.5, shape[2:], *geometry, precision, is_channels_last)
-        assert_no_less_exact((result, None, None), dense, dtype, precision)
+        assert_no_less_accurate((result, None, None), dense, dtype, precision)
         memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
         assert result.is_contiguous(memory_format=memory_format)
 
@@ -257,7 +257,7 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
             pytest.skip("does not take this")
         args = grad, winners, input, -1.5, out_channels, weight.shape[2:], *geometry, precision
         results = operator(rung.name)(*args)
-        assert_no_less_exact((None, *results), dense, dtype, precision)
+        assert_no_less_accurate((None, *results), dense, dtype, precision)
         for one, other in zip(results, operator(rung.name)(*args), strict=True):
             assert one.equal(other)
 
@@ -267,7 +267,7 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
 def test_grad_bias_alone(device, dtype, poisoned):
     _, _, grad, winners, _, dense = problem(device, dtype, "nchw", (3, 4, 20, 30), 40, 3, {}, skewed=True)
     result = operator(choice.GRAD_BIAS[device])(grad, winners, -1.5, 40)
-    assert_no_less_exact((None, None, result), dense, dtype)
+    assert_no_less_accurate((None, None, result), dense, dtype)
 
 
 @ON
@@ -282,7 +282,7 @@ def test_gradients_of_any_strides(device, grad_layout, dtype, set_conv_precision
     described = describe_problem(input, weight.shape, *geometry, "tf32")
     results = gradients.gradients(described, grad, winners, input, weight, -1.5, (True, True, True))
     # Rounded to a mantissa of 10 bits, one number may be off by 2^-11, and all of an expanded gradient alike.
-    assert_no_less_exact(results, dense, dtype, "tf32", floor=6e-4)
+    assert_no_less_accurate(results, dense, dtype, "tf32", floor=6e-4)
 
 
 @ON
