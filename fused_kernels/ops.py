@@ -832,10 +832,7 @@ def _define_scale_min_bias():
 
 
 def _define_backward():
-    """Register the operators of the backward pass: those of scale_min are in the libraries that give winners."""
-    for name in _SCALE_MIN.values():
-        operator = "scale_min_backward"
-        _define(rungs[name], f"{name}_backward", SCHEMAS[operator], gradients.RULES[operator], winners=True)
+    """Register the operators of the backward pass."""
     rungs_of_backward = {rung.name: rung for rung in BACKWARD}
     for rung in BACKWARD:
         _define(rung, rung.name, SCHEMAS[rung.operator], gradients.RULES[rung.operator])

@@ -12,6 +12,7 @@
 #include "gradients.h"
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "vectors.cuh"
 
 #include <string>
 
@@ -24,11 +25,6 @@ struct Plan {
   int64_t grad_strides[4];
   int channels, taps, vectors;  // input channels in all, filter taps, vectors of channels in a group
   bool channels_last, whole;        // whole: no vector of channels reaches past a pixel's last one
-};
-
-template <typename T, int VEC>
-struct alignas(VEC * sizeof(T)) Vector {
-  T values[VEC];
 };
 
 // [output channel][tap][input channel], the last padded to whole vectors with zeros.

@@ -17,6 +17,7 @@
 #include "gradients.h"
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "vectors.cuh"
 
 #include <string>
 
@@ -43,11 +44,6 @@ struct alignas(16) Entry {
   float gradient;
   int corner;       // where that lies: a row, and a column in the lower 16 bits
   int output;       // of the block's
-};
-
-template <typename T, int VEC>
-struct alignas(VEC * sizeof(T)) Vector {
-  T values[VEC];
 };
 
 template <typename S, int VEC>

@@ -7,7 +7,7 @@
 //   other strides  a thread owns a pixel, as in the previous rung.
 // The same kernels make a second operator, scale_min_bias, that first adds a number a channel: a convolution's bias, for which
 // PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
-// For training they also give each pixel's winner; then the backward has only to write: the gradient there, zeros elsewhere.
+// For training they also give each pixel's winner, from which scale_min_vectorized_backward makes the gradient.
 // Limit: the memory's read bandwidth.
 // Previous rung: scale_min_coalesced.
 
@@ -16,11 +16,11 @@
 #include "launch.cuh"
 #include "numerics.cuh"
 #include "ptx/grid_dependency.cuh"
+#include "vectors.cuh"
 
 namespace fused_kernels {
 
 constexpr int kWarpBits = 5, kWarpSize = 1 << kWarpBits;
-constexpr int kVectorBytes = 16;
 
 // What to add to an element before it is scaled. NOTE: x + -0.0 is x, whatever x is: without a bias the addition compiles away.
 template <bool BIAS, typename T>
@@ -45,11 +45,6 @@ struct ChannelsLast {
 };
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
-};
-
-template <typename T, int VEC>
-struct alignas(VEC * sizeof(T)) Vector {
-  T values[VEC];
 };
 
 // One load instruction of VEC * sizeof(T) bytes.
@@ -289,24 +284,6 @@ __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
   if constexpr (kWinners) winners.put(pixel, winner);
 }
 
-// The widest vector that starts at an aligned address in every run of `length` elements.
-template <typename T>
-int vector_width(const void* pointer, int64_t length) {
-  int width = kVectorBytes / sizeof(T);
-  while (length % width != 0 || reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) != 0) width /= 2;
-  return width;
-}
-
-// Calls f with the run-time width as a compile-time one.
-template <typename T, int VEC = kVectorBytes / sizeof(T), typename F>
-void with_width(int width, const F& f) {
-  if (width == VEC) {
-    f(std::integral_constant<int, VEC>());
-  } else if constexpr (VEC > 1) {
-    with_width<T, VEC / 2>(width, f);
-  }
-}
-
 bool is_channels_last(const Tensor& t) {
   const int64_t expected[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
   for (int d = 0; d < 4; ++d) {
@@ -413,146 +390,9 @@ Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bo
   return run<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
 }
 
-#ifdef FUSED_KERNELS_WINNERS
-
-// The backward. A thread reads the gradient and the winner of its pixels once, and stores several vectors.
-struct Backward {
-  static constexpr int kThreads = 256;
-  static constexpr int kChannels = 16;  // NCHW: of a thread's vector of pixels
-  static constexpr int kVectors = 4;    // channels_last: of a thread, a block apart
-};
-
-// NCHW. Neighbouring blocks take the same pixels' other channels: what they read is in the cache.
-template <typename T, int VEC>
-__global__ void __launch_bounds__(Backward::kThreads)
-    planes_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result, int64_t vectors,
-                           int channels, int64_t plane, int parts) {
-  const int part = blockIdx.x % parts;
-  const int64_t vector = static_cast<int64_t>(blockIdx.x / parts) * Backward::kThreads + threadIdx.x;
-  if (vector >= vectors) return;
-  T value[VEC];
-  int winner[VEC];
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    value[i] = static_cast<T>(static_cast<Accumulator<T>>(grad[(vector * VEC + i) * step]) * scale);
-    winner[i] = winners[vector * VEC + i];
-  }
-  const int64_t vectors_a_plane = plane / VEC;
-  const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
-  const int first = part * Backward::kChannels, end = min(first + Backward::kChannels, channels);
-  T* target = result + (image * channels + first) * plane + offset;
-#pragma unroll 4
-  for (int channel = first; channel < end; ++channel) {
-    Vector<T, VEC> stored;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) stored.values[i] = winner[i] == channel ? value[i] : T(0);
-    *reinterpret_cast<Vector<T, VEC>*>(target) = stored;
-    target += plane;
-  }
-}
-
-// channels_last: all vectors in their order.
-template <typename T, int VEC>
-__global__ void __launch_bounds__(Backward::kThreads)
-    channels_last_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result,
-                                  int64_t vectors, int vectors_a_pixel) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * Backward::kThreads * Backward::kVectors + threadIdx.x;
-  int64_t pixel = first / vectors_a_pixel;
-  int place = static_cast<int>(first % vectors_a_pixel);  // of the vector in its pixel
-  const int pixel_step = Backward::kThreads / vectors_a_pixel, place_step = Backward::kThreads % vectors_a_pixel;
-  T value[Backward::kVectors];
-  int winner[Backward::kVectors];  // from the vector's first channel on
-#pragma unroll
-  for (int k = 0; k < Backward::kVectors; ++k) {
-    if (first + k * Backward::kThreads < vectors) {
-      value[k] = static_cast<T>(static_cast<Accumulator<T>>(grad[pixel * step]) * scale);
-      winner[k] = winners[pixel] - place * VEC;
-    }
-    pixel += pixel_step, place += place_step;
-    if (place >= vectors_a_pixel) place -= vectors_a_pixel, ++pixel;
-  }
-#pragma unroll
-  for (int k = 0; k < Backward::kVectors; ++k) {
-    const int64_t vector = first + k * Backward::kThreads;
-    Vector<T, VEC> stored;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) stored.values[i] = winner[k] == i ? value[k] : T(0);
-    if (vector < vectors) *reinterpret_cast<Vector<T, VEC>*>(result + vector * VEC) = stored;
-  }
-}
-
-// How far apart neighbouring pixels are, if it is the same everywhere: one in most gradients, zero in an expanded number.
-std::optional<int64_t> pixel_step(const Tensor& t) {
-  int64_t pixels = 1, step = 0;
-  for (int d : {3, 2, 0}) {
-    if (t.size(d) == 1) continue;
-    if (pixels == 1) step = t.stride(d);
-    if (t.stride(d) != step * pixels) return std::nullopt;
-    pixels *= t.size(d);
-  }
-  return step;
-}
-
-// The gradient of scale_min's input: the minimum's times the scale at the winner, elsewhere zero.
-Tensor scale_min_vectorized_backward(const Tensor& any_grad, const Tensor& any_winners, double scale, int64_t channels,
-                                     bool channels_last) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(any_grad.dim() == 4 && any_grad.size(1) == 1, "grad: expected 4 dimensions (N, 1, H, W)");
-  STD_TORCH_CHECK(channels > 0 && channels <= INT32_MAX - kMostPastChannels, "channels: expected a number from 1 to ",
-                  INT32_MAX - kMostPastChannels, ", got ", channels);
-  const ScalarType of_winners = any_winners.scalar_type();
-  STD_TORCH_CHECK(of_winners == ScalarType::Byte || of_winners == ScalarType::Int, "winners: expected uint8 or int32");
-  STD_TORCH_CHECK(any_winners.dim() == 4 && any_winners.is_cuda() &&
-                      any_winners.get_device_index() == any_grad.get_device_index(),
-                  "winners: expected 4 dimensions, on grad's device");
-  for (int d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(any_winners.size(d) == any_grad.size(d), "winners: expected grad's shape");
-  }
-  using torch::headeronly::MemoryFormat;
-  const int64_t images = any_grad.size(0), height = any_grad.size(2), width = any_grad.size(3);
-  const std::vector<int64_t> sizes{images, channels, height, width};
-  Tensor result = torch::stable::empty(sizes, any_grad.scalar_type(), std::nullopt, any_grad.device(), std::nullopt,
-                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (result.numel() == 0) return result;
-  const torch::stable::accelerator::DeviceGuard guard(any_grad.get_device_index());
-  // In any other order, the gradient is put in this one: it is small beside the result.
-  const bool even = pixel_step(any_grad).has_value();
-  const Tensor grad = even ? any_grad : torch::stable::contiguous(any_grad);
-  const std::optional<Tensor> winners = any_winners.is_contiguous() ? any_winners : torch::stable::contiguous(any_winners);
-  const int64_t step = even ? *pixel_step(any_grad) : 1, plane = height * width, pixels = images * plane;
-  const cudaStream_t stream = current_stream(grad);
-  dispatch(grad.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const T* source = static_cast<const T*>(grad.data_ptr());
-    T* target = static_cast<T*>(result.data_ptr());
-    const auto factor = static_cast<Accumulator<T>>(scale);
-    with_width<T>(vector_width<T>(target, channels_last ? channels : plane), [&](auto vec) {
-      if (channels_last) {
-        const int64_t vectors = pixels * (channels / vec);
-        const int64_t blocks = ceil_div(vectors, Backward::kThreads * Backward::kVectors);
-        channels_last_backward_kernel<T, vec><<<grid_size(blocks), Backward::kThreads, 0, stream>>>(
-            source, step, winners_in(winners), factor, target, vectors, static_cast<int>(channels / vec));
-      } else {
-        const int64_t vectors = pixels / vec, parts = ceil_div(channels, Backward::kChannels);
-        const int64_t blocks = ceil_div(vectors, Backward::kThreads) * parts;
-        planes_backward_kernel<T, vec><<<grid_size(blocks), Backward::kThreads, 0, stream>>>(
-            source, step, winners_in(winners), factor, target, vectors, static_cast<int>(channels), plane,
-            static_cast<int>(parts));
-      }
-    });
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return result;
-}
-
-#endif
-
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
   m.impl(FORWARD("scale_min_vectorized"), TORCH_BOX(&scale_min_vectorized));
   m.impl(FORWARD("scale_min_bias"), TORCH_BOX(&scale_min_bias));
-#ifdef FUSED_KERNELS_WINNERS
-  m.impl("scale_min_vectorized_backward", TORCH_BOX(&scale_min_vectorized_backward));
-#endif
 }
 
 }  // namespace fused_kernels
