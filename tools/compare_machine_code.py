@@ -42,6 +42,7 @@ class Job:
     """One compilation; ``key`` names its result in the cache."""
 
     source: Path
+    csrc: Path
     arch: str
     winners: bool
     key: str
@@ -101,7 +102,7 @@ def check_out(revision, folder):
 def plan_jobs(csrc, only):
     """List what to compile. Which variants a source has is read from its text, so that any revision can be compared."""
     jobs = []
-    for source in sorted((csrc / "cuda").glob("*.cu")):
+    for source in sorted((csrc / "cuda").rglob("*.cu")):
         if only not in source.name:
             continue
         text = flatten(source, csrc)
@@ -110,7 +111,7 @@ def plan_jobs(csrc, only):
                 continue
             for winners in (False, True) if "m.impl(FORWARD(" in text else (False,):
                 parts = [without_layout(text), *compiler_flags(arch, winners), torch.__version__, compiler_version()]
-                jobs.append(Job(source, arch, winners, hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]))
+                jobs.append(Job(source, csrc, arch, winners, hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]))
     return jobs
 
 
@@ -130,10 +131,10 @@ def flatten(path, csrc, seen=None):
 
 
 def without_layout(text):
-    """Drop comments, and all space that separates nothing; strings stay as they are."""
+    """Drop comments, blank lines and line ends, but for those of the preprocessor's lines; strings stay as they are."""
     text = re.sub(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or " ", text, flags=re.DOTALL)
-    lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line and line != "#pragma once")
+    lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip() not in ("", "#pragma once"))
+    return re.sub(r" +", " ", "".join(f"\n{line}\n" if line.startswith("#") else f" {line}" for line in lines))
 
 
 def include_folders(csrc):
@@ -192,8 +193,7 @@ def compile_all(jobs, cache, workers):
 def compile_one(job, cache):
     """Compile and disassemble; give the seconds that it took."""
     start = time.perf_counter()
-    csrc = job.source.parent.parent
-    folders = [*include_folders(csrc), *build.import_cpp_extension().include_paths("cpu")]
+    folders = [*include_folders(job.csrc), *build.import_cpp_extension().include_paths("cpu")]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [toolkit() / "bin" / "nvcc", "-cubin", *compiler_flags(job.arch, job.winners)]
@@ -262,7 +262,7 @@ def report(before, after):
     print(f"{equal} kernels equal, {len(lost)} of {len(before)} before and {len(new)} of {len(after)} after without an equal")
     for kernel in sorted(lost, key=lambda kernel: (kernel.job, kernel.name)):
         others = [other for other in new if other.job.split(" for ")[1] == kernel.job.split(" for ")[1]]
-        other = min(others, key=lambda other: difference(kernel, other), default=None)
+        other = min(others, key=lambda other: (other.name != kernel.name, difference(kernel, other)), default=None)
         print(f"- {demangled(kernel.name)}\n    {kernel.job}, {len(kernel.instructions)} instructions")
         if other:
             new.remove(other)
