@@ -1,12 +1,13 @@
 // Convolve, multiply by a number, take the minimum over the output channels: what lies between never leaves the core.
 //
 // Idea: an implicit matrix product, weights (output channels x depth) times pixels (depth x output pixels), where the depth is
-//   input channels x filter taps. A tile of output pixels needs a patch of the input, which a thread copies into its L2
-//   cache: padding, strides, layout and dtype end there. Every tap then reads the same patch from another start address, so
-//   there is no im2col. Pixels lie in vector lanes and a block of output channels in registers, so that bias, scale and the
-//   minimum over channels need neither shuffles nor memory. Where a 3 x 3 filter has channels enough, squares of two by two
-//   output pixels share products (Winograd): 16 a channel in place of 36.
-// Limit: one vector multiply-add a clock and core (two on some). The sums of one block fill the registers, to keep it busy.
+//   input channels x filter taps. A tile of output pixels needs a patch of the input (the tile with its halo, the margin that
+//   the filter reaches into), which a thread copies into its L2 cache: padding, strides, layout and dtype are dealt with there.
+//   Every tap then reads the same patch from another start address, so there is no im2col. Pixels lie in vector lanes and a
+//   block of output channels in registers (register blocking), so that bias, scale and the minimum over channels need neither
+//   shuffles nor memory. Where a 3 x 3 filter has enough channels, squares of two by two output pixels share products
+//   (Winograd): 16 per channel instead of 36.
+// Limit: one vector multiply-add per clock and core (two on some). The sums of one block fill the registers, to keep it busy.
 // Previous rung: composite: the library's convolution writes every channel to memory, scale_min reads it back.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -417,7 +418,7 @@ template <class T> struct Convolution {
     }
   }
 
-  // Winograd's algorithm: of a 3 x 3 filter without strides, two by two output pixels take 16 products a channel in place of
+  // Winograd's algorithm: of a 3 x 3 filter without strides, two by two output pixels take 16 products per channel instead of
   // 36, each of a sum of the square's 4 x 4 input pixels and a sum of the weights. Summed over the channels these are 16
   // products of matrices, and a pixel is a sum of nine of their elements: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms
   // for convolutional neural networks". A number that is not finite would spread over its square: it, or what may lead to one,

@@ -1,9 +1,9 @@
 // The gradient of min over channels of scale * conv2d(input) with respect to the input.
 //
-// Idea: what reaches the convolution's output is one number a pixel, in the channel that had the minimum. So a pixel of the
+// Idea: what reaches the convolution's output is one number per pixel, in the channel that had the minimum. So a pixel of the
 //   input gathers, from each output pixel whose filter covers it, the winner's weights at that tap times that number: 1 / C_out
 //   of the dense work. A tap's weights lie next to each other over the input channels, which are in vector lanes; their sums
-//   stay in registers until the pixel is done. A few pixels are turned into planes, where these are wanted, in the L1 cache.
+//   stay in registers until the pixel is done. For NCHW, a few pixels at a time are transposed in the L1 cache.
 // Limit: reading the weights from the L2 cache, then writing the result, for which the system first has to hand out memory.
 // Previous rung: PyTorch's backward, a dense convolution over a gradient that is nearly all zeros, which min wrote to memory.
 #include <torch/csrc/stable/library.h>

@@ -3,9 +3,9 @@
 // Idea: memory is the limit, so read every element once and in long runs. Where neighbouring pixels are neighbours in memory
 //   (NCHW), go through the channels one after the other and keep the running minima of a block of pixels in the L1 cache:
 //   pixels lie in vector lanes and the minimum needs no shuffles. Where a pixel's channels are neighbours (channels_last), a
-//   vector holds channels, and is folded into one number at the pixel's end.
-// Limit: in float32 main memory's bandwidth, in bfloat16 the conversion to float as well. The convolution before it wrote all
-//   that this kernel reads: fusing both saves the traffic.
+//   vector holds channels, and is reduced to one number at the end of each pixel.
+// Limit: main memory's bandwidth, in bfloat16 also the conversion to float. The convolution before it wrote all that this
+//   kernel reads: fusing both saves that traffic.
 // Previous rung: PyTorch's mul and min, which read or write three such tensors instead of one, min in scalar code.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,8 +1,8 @@
 // The gradient of min over channels of scale * input with respect to the input.
 //
-// Idea: it is zero in all channels of a pixel but one, the winner's, which the forward kernel gave. So write each element once, zeros
-//   and gradients in one pass. In NCHW a channel at a time, while a block of pixels' gradients and winners stay in the L1 cache; else
-//   a few pixels are zeroed and then corrected while they are in the L1 cache.
+// Idea: it is zero in all channels of a pixel but one, the winner, which the forward kernel gave. So write the result in one
+//   pass. In NCHW one channel after the other, while the gradients and winners of a block of pixels stay in the L1 cache;
+//   otherwise a few pixels are zeroed, and then corrected while they are in the L1 cache.
 // Limit: writing the result, for which the system first has to hand out memory.
 // Previous rung: PyTorch's zeros, then scatter, which pass over the result one after the other.
 #include <torch/csrc/stable/library.h>

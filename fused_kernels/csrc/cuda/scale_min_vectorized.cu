@@ -1,12 +1,12 @@
 // scale_min_vectorized: wide loads, several of them in flight, in whichever layout the input has.
 //
-// Memory speed needs tens of kilobytes of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for
-// several vectors of up to 16 bytes before it uses the first.
-//   NCHW           a thread owns a vector of pixels and walks the channels; the minimum is lane by lane.
+// Full memory bandwidth needs tens of kilobytes of loads in flight on each SM all the time (bandwidth x latency). So a thread
+// asks for several vectors of up to 16 bytes before it uses the first.
+//   NCHW           a thread owns a vector of pixels and walks through the channels; each pixel has a minimum of its own.
 //   channels_last  a group of threads owns a pixel, whose channels lie side by side; exchanges among lanes finish the minimum.
 //   other strides  a thread owns a pixel, as in the previous rung.
-// The same kernels make a second operator, scale_min_bias, that first adds a number a channel: a convolution's bias, for which
-// PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
+// The same kernels make a second operator, scale_min_bias, that first adds one number per channel: a convolution's bias, for
+// which PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
 // For training they also give each pixel's winner, from which scale_min_vectorized_backward makes the gradient.
 // Limit: the memory's read bandwidth.
 // Previous rung: scale_min_coalesced.
@@ -29,8 +29,8 @@ __device__ __forceinline__ Accumulator<T> addend(const T& bias) {
   return -0.0;
 }
 
-// How a kernel is launched: threads a block, vectors in flight a thread (Planes: their bytes), blocks that must fit on an SM.
-// Chosen by measurement. NOTE: more in flight than needed is slower again, by 1 % at 128 bytes (float32, H200).
+// How a kernel is launched: threads per block, vectors in flight per thread (Planes: their bytes), blocks that must fit on an
+// SM. Chosen by measurement. NOTE: more in flight than needed is slower again, by 1 % at 128 bytes (float32, H200).
 // NOTE: told no number of blocks, ptxas saves registers for more of them by moving each load next to its use: of four in the
 // source, two are in flight (read off the SASS, nvcc 13.0).
 struct Planes {
@@ -38,8 +38,8 @@ struct Planes {
 };
 struct ChannelsLast {
   static constexpr int kThreadBits = 7, kThreads = 1 << kThreadBits, kPixels = 8, kBlocksPerSM = 8;
-  // A small image keeps more of the chip busy with fewer pixels a thread, and where it has many channels, with several vectors
-  // of a single one: all of them at once, if possible.
+  // A small image keeps more of the chip busy with fewer pixels per thread, and where it has many channels, with several
+  // vectors of a single pixel: all of them at once, if possible.
   static constexpr int kFewPixels = 2, kFewVectors = 2, kVectors = 4;
   static constexpr int kAnyGroup = -1;  // the size of a group is known at run time only
 };
@@ -73,6 +73,8 @@ __device__ __forceinline__ void put_winners(Winners winners, int64_t pixel, cons
   winners.wide ? put(static_cast<int32_t*>(winners.data)) : put(static_cast<uint8_t*>(winners.data));
 }
 
+// ---- NCHW ----
+
 // A load of less than 8 bytes counts as one of 8: more of them at once gained nothing on an H200.
 template <typename T, int VEC>
 constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? VEC * sizeof(T) : 8);
@@ -97,8 +99,8 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
   for (int i = 0; i < VEC; ++i) smallest[i] = kInfinity<A>, winner[i] = row;
 
   if (inside) {
-    const int64_t vectors_a_plane = plane / VEC;
-    const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
+    const int64_t vectors_per_plane = plane / VEC;
+    const int64_t image = vector / vectors_per_plane, offset = vector % vectors_per_plane * VEC;
     const T* source = input + (image * channels + row) * plane + offset;
     const int64_t step = split * plane;
     bias += row;
@@ -154,8 +156,11 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
   }
 }
 
+// ---- channels_last ----
+
 // The least of a warp's numbers, in one instruction instead of five exchanges among lanes, each waiting for the one before.
-// It takes integers: here in the numbers' order, with NaN the least. For training also the winner, of several the first channel.
+// It takes integers: here in the numbers' order, with NaN the least. For training also the winner, of several the first
+// channel.
 __device__ __forceinline__ float warp_min(float value, [[maybe_unused]] int& winner) {
   const auto flip = [](int bits) { return bits < 0 ? bits ^ INT32_MAX : bits; };  // a negative number's bits count backwards
   const int ordered = value != value ? INT32_MIN : flip(__float_as_int(value));
@@ -166,8 +171,8 @@ __device__ __forceinline__ float warp_min(float value, [[maybe_unused]] int& win
 
 // channels_last. A group of threads, a power of two, owns a pixel together; each with several pixels on the way, or several
 // vectors of one. GROUP_BITS: its logarithm where that is known when compiled, for a whole warp or the whole block.
-// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120). So do
-// winners: with as many, a kernel used its first vectors before it asked for the last ones (sm_90a).
+// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120). So
+// do winners: with as many, a kernel used its first vectors before it asked for the last ones (sm_90a).
 template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, int GROUP_BITS>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0) - (kWinners ? 1 : 0))
     channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int any_group_bits,
@@ -261,7 +266,9 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
   }
 }
 
-// Any strides, in elements.
+// ---- any strides ----
+
+// In elements.
 struct Strides {
   int64_t image, channel, row, column;
 };
@@ -284,6 +291,8 @@ __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
   if constexpr (kWinners) winners.put(pixel, winner);
 }
 
+// ---- host: which kernel, how many threads ----
+
 bool is_channels_last(const Tensor& t) {
   const int64_t expected[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
   for (int d = 0; d < 4; ++d) {
@@ -293,7 +302,7 @@ bool is_channels_last(const Tensor& t) {
 }
 
 template <typename T, bool BIAS>
-void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early, Tensor& output, Winners winners) {
+void launch_scale_min(const Tensor& input, const T* bias, Accumulator<T> scale, bool early, Tensor& output, Winners winners) {
   const int channels = input.size(1);
   const int64_t height = input.size(2), width = input.size(3), plane = height * width, pixels = input.size(0) * plane;
   const T* source = static_cast<const T*>(input.data_ptr());
@@ -306,10 +315,10 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
     with_width<T>(common, [&](auto vec) {
       int group_bits = 0;
       while (group_bits < kWarpBits && (vec << group_bits) < channels) ++group_bits;
-      const auto start = [&](auto pixels_a_group, auto vectors, auto known_bits) {
+      const auto start = [&](auto pixels_per_group, auto vectors, auto known_bits) {
         const int bits = known_bits == ChannelsLast::kAnyGroup ? group_bits : known_bits;
-        const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group);
-        launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, known_bits>, grid_size(blocks),
+        const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_per_group);
+        launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_per_group, vectors, known_bits>, grid_size(blocks),
                       ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, bits, bias, winners);
       };
       constexpr std::integral_constant<int, 1> kOne;
@@ -339,7 +348,7 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
   } else if (input.is_contiguous()) {
     with_width<T>(vector_width<T>(source, plane), [&](auto vec) {
       const int64_t vectors = pixels / vec;
-      // Enough threads to fill the chip half, unless a thread would be left with too few channels.
+      // Enough threads to fill half the chip, unless a thread would be left with too few channels.
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
       int split_bits = 0;
       while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) {
@@ -362,15 +371,15 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
 bool is_small(const Tensor& input) { return input.numel() * input.element_size() < 2 << 20; }
 
 template <bool BIAS>
-Forward run(const Tensor& input, const void* bias, double scale, bool early) {
+Forward run_scale_min(const Tensor& input, const void* bias, double scale, bool early) {
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   const std::optional<Tensor> winners = new_winners(output, input.size(1));
   if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    launch<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input), output,
-                    winners_in(winners));
+    launch_scale_min<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input),
+                              output, winners_in(winners));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return forward_result(output, winners);
@@ -378,7 +387,7 @@ Forward run(const Tensor& input, const void* bias, double scale, bool early) {
 
 Forward scale_min_vectorized(const Tensor& input, double scale) {
   check_input(input);
-  return run<false>(input, nullptr, scale, true);
+  return run_scale_min<false>(input, nullptr, scale, true);
 }
 
 Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bool early) {
@@ -387,7 +396,7 @@ Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bo
                   input.size(1), " channels");
   STD_TORCH_CHECK(bias.scalar_type() == input.scalar_type(), "bias: expected the input's dtype");
   STD_TORCH_CHECK(bias.is_cuda() && bias.get_device_index() == input.get_device_index(), "bias: expected the input's device");
-  return run<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
+  return run_scale_min<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {

@@ -1,10 +1,10 @@
 // scale_min_vectorized_backward: the gradient of scale_min's input, from the winners alone.
 //
-// The gradient of a channel minimum reaches one channel of each pixel: its winner's, which the forward kernel gave. So there is
-// nothing to compute and next to nothing to read; what takes time is to write the result, zeros nearly everywhere. Each element is
-// written once: a thread reads the gradient and the winner of its pixels, and stores several vectors of up to 16 bytes.
+// The gradient of a channel minimum reaches one channel of each pixel: the winner, which the forward kernel gave. So there is
+// next to nothing to compute or to read; what takes time is writing the result, zeros nearly everywhere. Each element is
+// written once: a thread reads the gradient and the winner of its pixels once, and stores several vectors of up to 16 bytes.
 //   NCHW           a thread owns a vector of pixels and some of its channels
-//   channels_last  a thread owns some vectors of channels, a block apart
+//   channels_last  a thread owns some vectors of channels, one block's threads apart
 // Limit: the memory's write bandwidth.
 // Previous rung: PyTorch's zeros, then scatter, which write the winners' elements twice.
 
@@ -17,10 +17,10 @@ namespace fused_kernels {
 struct Backward {
   static constexpr int kThreads = 256;
   static constexpr int kChannels = 16;  // NCHW: of a thread's vector of pixels
-  static constexpr int kVectors = 4;    // channels_last: of a thread, a block apart
+  static constexpr int kVectors = 4;    // channels_last: of a thread
 };
 
-// NCHW. Neighbouring blocks take the same pixels' other channels: what they read is in the cache.
+// NCHW. Neighbouring blocks take other channels of the same pixels: what they read is in the cache.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(Backward::kThreads)
     planes_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result, int64_t vectors,
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(Backward::kThreads)
     value[i] = static_cast<T>(static_cast<Accumulator<T>>(grad[(vector * VEC + i) * step]) * scale);
     winner[i] = winners[vector * VEC + i];
   }
-  const int64_t vectors_a_plane = plane / VEC;
-  const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
+  const int64_t vectors_per_plane = plane / VEC;
+  const int64_t image = vector / vectors_per_plane, offset = vector % vectors_per_plane * VEC;
   const int first = part * Backward::kChannels, end = min(first + Backward::kChannels, channels);
   T* target = result + (image * channels + first) * plane + offset;
 #pragma unroll 4
@@ -49,15 +49,15 @@ __global__ void __launch_bounds__(Backward::kThreads)
   }
 }
 
-// channels_last: all vectors in their order.
+// channels_last. All vectors in the order in which they lie.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(Backward::kThreads)
     channels_last_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result,
-                                  int64_t vectors, int vectors_a_pixel) {
+                                  int64_t vectors, int vectors_per_pixel) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * Backward::kThreads * Backward::kVectors + threadIdx.x;
-  int64_t pixel = first / vectors_a_pixel;
-  int place = static_cast<int>(first % vectors_a_pixel);  // of the vector in its pixel
-  const int pixel_step = Backward::kThreads / vectors_a_pixel, place_step = Backward::kThreads % vectors_a_pixel;
+  int64_t pixel = first / vectors_per_pixel;
+  int place = static_cast<int>(first % vectors_per_pixel);  // of the vector in its pixel
+  const int pixel_step = Backward::kThreads / vectors_per_pixel, place_step = Backward::kThreads % vectors_per_pixel;
   T value[Backward::kVectors];
   int winner[Backward::kVectors];  // from the vector's first channel on
 #pragma unroll
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Backward::kThreads)
       winner[k] = winners[pixel] - place * VEC;
     }
     pixel += pixel_step, place += place_step;
-    if (place >= vectors_a_pixel) place -= vectors_a_pixel, ++pixel;
+    if (place >= vectors_per_pixel) place -= vectors_per_pixel, ++pixel;
   }
 #pragma unroll
   for (int k = 0; k < Backward::kVectors; ++k) {
@@ -113,7 +113,7 @@ Tensor scale_min_vectorized_backward(const Tensor& any_grad, const Tensor& any_w
                                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (result.numel() == 0) return result;
   const torch::stable::accelerator::DeviceGuard guard(any_grad.get_device_index());
-  // In any other order, the gradient is put in this one: it is small beside the result.
+  // A gradient in any other order is copied into this one: it is small compared to the result.
   const bool even = pixel_step(any_grad).has_value();
   const Tensor grad = even ? any_grad : torch::stable::contiguous(any_grad);
   const std::optional<Tensor> winners = any_winners.is_contiguous() ? any_winners : torch::stable::contiguous(any_winners);

@@ -1,5 +1,5 @@
 #pragma once
-// Tensor cores, a warp at a time (sm_80 and later). PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions".
+// Tensor cores, one warp at a time (sm_80 and later). PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions".
 
 #include <cstdint>
 
@@ -32,7 +32,8 @@ __device__ __forceinline__ void ldmatrix_x2_transposed(uint32_t (&matrices)[2], 
                : "memory");
 }
 
-// "stmatrix", transposed: the same fragments into shared memory, where lane l names column l % 8 of matrix l / 8; sm_90 and later.
+// "stmatrix", transposed: the same fragments into shared memory, where lane l names column l % 8 of matrix l / 8; sm_90 and
+// later.
 __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t column, const uint32_t (&matrices)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column), "r"(matrices[0]),
                "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
