@@ -25,7 +25,7 @@ struct GradInputGatherPlan {
   ConvShape shape;
   int64_t grad_strides[4];
   int channels, taps, vectors;  // input channels in all, filter taps, vectors of channels in a group
-  bool channels_last, whole;    // whole: no vector of channels reaches past a pixel's last one
+  bool channels_last, whole;        // whole: no vector of channels reaches past a pixel's last one
 };
 
 // Packs the weights: [output channel][tap][input channel], the last padded to whole vectors with zeros.

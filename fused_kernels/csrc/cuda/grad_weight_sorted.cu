@@ -523,8 +523,7 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
   // ---- epilogue: store this block's sums ----
   const float back = power_of_two(-exponent / 2), rest = power_of_two(-(exponent - exponent / 2));
   const int padded = plan.chunks * C::kChunk;
-  float* const target =
-      partial + (static_cast<int64_t>(slice) * plan.taps + first_tap + warp) * plan.out_channels * padded + chunk * C::kChunk;
+  float* const target = partial + (static_cast<int64_t>(slice) * plan.taps + first_tap + warp) * plan.out_channels * padded + chunk * C::kChunk;
 #pragma unroll
   for (int i = 0; i < kLists; ++i) {
 #pragma unroll

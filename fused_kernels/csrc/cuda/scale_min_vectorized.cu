@@ -29,8 +29,8 @@ __device__ __forceinline__ Accumulator<T> addend(const T& bias) {
   return -0.0;
 }
 
-// How a kernel is launched: threads per block, vectors in flight per thread (Planes: their bytes), blocks that must fit on an
-// SM. Chosen by measurement. NOTE: more in flight than needed is slower again, by 1 % at 128 bytes (float32, H200).
+// How a kernel is launched: threads per block, vectors in flight per thread (Planes: bytes), blocks that must fit on an SM.
+// Chosen by measurement. NOTE: more in flight than needed is slower again, by 1 % at 128 bytes (float32, H200).
 // NOTE: told no number of blocks, ptxas saves registers for more of them by moving each load next to its use: of four in the
 // source, two are in flight (read off the SASS, nvcc 13.0).
 struct Planes {
@@ -159,8 +159,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 // ---- channels_last ----
 
 // The least of a warp's numbers, in one instruction instead of five exchanges among lanes, each waiting for the one before.
-// It takes integers: here in the numbers' order, with NaN the least. For training also the winner, of several the first
-// channel.
+// It takes integers: here in the numbers' order, with NaN the least. For training also the winner, of several the first channel.
 __device__ __forceinline__ float warp_min(float value, [[maybe_unused]] int& winner) {
   const auto flip = [](int bits) { return bits < 0 ? bits ^ INT32_MAX : bits; };  // a negative number's bits count backwards
   const int ordered = value != value ? INT32_MIN : flip(__float_as_int(value));
@@ -171,8 +170,8 @@ __device__ __forceinline__ float warp_min(float value, [[maybe_unused]] int& win
 
 // channels_last. A group of threads, a power of two, owns a pixel together; each with several pixels on the way, or several
 // vectors of one. GROUP_BITS: its logarithm where that is known when compiled, for a whole warp or the whole block.
-// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120). So
-// do winners: with as many, a kernel used its first vectors before it asked for the last ones (sm_90a).
+// NOTE: a vector of the bias takes registers too: with as many blocks as without it, a kernel spilled (nvcc 13.0, sm_120). So do
+// winners: with as many, a kernel used its first vectors before it asked for the last ones (sm_90a).
 template <typename T, int VEC, bool BIAS, int PIXELS, int VECTORS, int GROUP_BITS>
 __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksPerSM - (BIAS ? 1 : 0) - (kWinners ? 1 : 0))
     channels_last_kernel(const T* input, Accumulator<T> scale, T* output, int64_t pixels, int channels, int any_group_bits,

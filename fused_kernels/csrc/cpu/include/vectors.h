@@ -156,8 +156,8 @@ template <int FIRST, class V, size_t... I> inline V every_second(const V& a, con
   return V{(FIRST + 2 * I < N ? a[(FIRST + 2 * I) % N] : b[(FIRST + 2 * I) % N])...};
 }
 
-// Lane i of the first vector becomes the minimum over all lanes of vector i: each step halves the vectors and the numbers left
-// of each. Two channels are compared in their order, as everywhere else, so that the same ones win.
+// Lane i of the first vector becomes the minimum over all lanes of vector i: each step halves the vectors and the numbers left of
+// each. Two channels are compared in their order, as everywhere else, so that the same ones win.
 template <int N, class V> inline void min_of_each(V (&values)[N], Index<V> (&channels)[N]) {
   constexpr auto lanes = std::make_index_sequence<N>();
   for (int left = N / 2; left > 0; left /= 2)

@@ -32,8 +32,7 @@ __device__ __forceinline__ void ldmatrix_x2_transposed(uint32_t (&matrices)[2], 
                : "memory");
 }
 
-// "stmatrix", transposed: the same fragments into shared memory, where lane l names column l % 8 of matrix l / 8; sm_90 and
-// later.
+// "stmatrix", transposed: the same fragments into shared memory, where lane l names column l % 8 of matrix l / 8; sm_90 and later.
 __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t column, const uint32_t (&matrices)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column), "r"(matrices[0]),
                "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])

@@ -8,8 +8,8 @@
 
 namespace ptx {
 
-// "Matrix descriptor": where an operand begins in shared memory, and how its core matrices (8 rows of 16 bytes) follow each
-// other. Rows of 128 bytes one after the other, their 16-byte pieces swizzled by the row's address.
+// "Matrix descriptor": where an operand begins in shared memory, and how its core matrices (8 rows of 16 bytes) follow each other.
+// Rows of 128 bytes one after the other, their 16-byte pieces swizzled by the row's address.
 // NOTE: the swizzle looks at the address, not at the row's number: an operand may begin at any row (measured on an H200).
 constexpr uint64_t kSwizzledRows = uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32;
 // Core matrices as they are, the two of the same 8 rows side by side.
@@ -58,8 +58,7 @@ __device__ __forceinline__ void wgmma_wait() {
                : "l"(a), "l"(b), "r"(add))
 
 // "wgmma.mma_async": sums (64 x N) = a (64 x 16) * b (16 x N), plus what they were if `add`. Lane l of warp w holds of row
-// 16 w + l / 4 the columns 8 j + l % 4 * 2 and the next in d[4 j] and d[4 j + 1], and of 8 rows on, in d[4 j + 2] and d[4 j +
-// 3].
+// 16 w + l / 4 the columns 8 j + l % 4 * 2 and the next in d[4 j] and d[4 j + 1], and of 8 rows on, in d[4 j + 2] and d[4 j + 3].
 __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, F16) {
   WGMMA(64, SUMS_32, 32, 33, 34, "f16.f16", OPERANDS_32);
 }
