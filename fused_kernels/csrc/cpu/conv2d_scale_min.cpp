@@ -34,6 +34,8 @@ constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
 constexpr int64_t WINOGRAD_BYTES = 256 << 10;   // of a tile's transformed input, all channels
 constexpr int64_t MIN_WORK = 1 << 20;           // multiply-adds; less is not worth waking a thread for
 
+// ---- terms, and the patch that they are read from ----
+
 // One term of a pixel's sum: a number of one input channel or, where the processor has bfloat16 dot products, of two.
 template <class T> struct Term {
   using Type = typename Compute<T>::Scalar;
@@ -86,6 +88,8 @@ struct Axis {
   }
   int64_t size() const { return (int64_t)planes.size() * length; }
 };
+
+// ---- the kernel: register blocking, minimum in the epilogue ----
 
 // What one call of the innermost kernel works on.
 template <class Scalar, class Element> struct Strip {
@@ -174,6 +178,8 @@ template <int CHANNELS, class Scalar, class Element> void transform_output(const
     for (int i = 0; i < 4; i++) s.minima.store_vector(i * s.pitch + at, minimum[i]);
   }
 }
+
+// ---- the convolution: packing, tiles, threads ----
 
 // How the output is cut into tiles, which places of the input each needs, and how far apart these lie of two terms.
 struct Tiling {
@@ -418,6 +424,8 @@ template <class T> struct Convolution {
     }
   }
 
+  // ---- Winograd ----
+
   // Winograd's algorithm: of a 3 x 3 filter without strides, two by two output pixels take 16 products per channel instead of
   // 36, each of a sum of the square's 4 x 4 input pixels and a sum of the weights. Summed over the channels these are 16
   // products of matrices, and a pixel is a sum of nine of their elements: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms
@@ -571,6 +579,8 @@ template <class T> struct Convolution {
     }
   }
 };
+
+// ---- the operator ----
 
 // The precision is a choice of GPUs; here float32 is float32.
 Forward conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,

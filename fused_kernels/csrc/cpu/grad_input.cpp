@@ -23,6 +23,8 @@ constexpr int VECTORS = REGISTERS / 2;  // of input channels whose sums are in r
 constexpr int64_t BUFFER = 4096;        // numbers of a few pixels that are written together
 constexpr int64_t MIN_WORK = 1 << 16;   // multiply-adds; less is not worth waking a thread for
 
+// ---- which outputs reach an input ----
+
 // One axis: from which outputs, through which taps, each input place gathers. Both are in steps of what follows them in memory.
 struct Axis {
   struct Pair {
@@ -50,6 +52,8 @@ struct Axis {
   const Pair* begin(int64_t place) const { return pairs.data() + first[place]; }
   const Pair* end(int64_t place) const { return pairs.data() + first[place + 1]; }
 };
+
+// ---- the kernel: parts summed in registers ----
 
 // What one output pixel adds to one input pixel: weights times a number, to the channels of a group.
 template <class Scalar> struct Part {
@@ -82,6 +86,8 @@ void sum_vectors(const Part<Scalar>* parts, const Part<Scalar>* end, int64_t cha
   if constexpr (COUNT > 1)
     if (vectors > 0) sum_vectors<COUNT / 2>(parts, end, channel, vectors, sums);
 }
+
+// ---- packing, gathering, threads ----
 
 template <class T> struct GradInput {
   using Scalar = typename Compute<T>::Scalar;
@@ -205,6 +211,8 @@ template <class T> struct GradInput {
     });
   }
 };
+
+// ---- the operator ----
 
 // The precision is a choice of GPUs; here float32 is float32.
 Tensor grad_input(const Tensor& grad, const Tensor& winners, const Tensor& weight, double scale,

@@ -28,6 +28,8 @@ constexpr int64_t BAND_BYTES = 192 << 10;  // of the input, for one tile: leaves
 constexpr int64_t TILE_COLUMNS = 64, TILE_PIXELS = 2048;
 constexpr int64_t MIN_WORK = 1 << 16;      // multiply-adds; less is not worth waking a thread for
 
+// ---- the band: what a tile needs of the input ----
+
 // One axis of a band: where it has what an output needs at a tap. It has all places in between or, where those are more, a part
 // for each tap with what the outputs need there.
 struct Axis {
@@ -47,6 +49,8 @@ struct Axis {
     for (int64_t tap = 0; tap < taps; tap++) f(tap * tile, first + tap * dilation, tile, stride);
   }
 };
+
+// ---- the kernel: patches summed in registers ----
 
 // A pixel of the output: its gradient, and where its patch begins in the band.
 template <class Scalar> struct Pixel {
@@ -84,6 +88,8 @@ template <class Scalar, size_t... I> AddPatches<Scalar> add_patches_of(int vecto
   return kernels[vectors - 1];
 }
 
+// ---- the bias ----
+
 // The sums over the pixels that each channel won, in double: they are long, and reading takes longer anyway. How the pixels are
 // shared does not depend on the number of threads, so neither does the result.
 template <class T> void sum_grads(const MinimaGrad<T>& minima, T* result) {
@@ -102,6 +108,8 @@ template <class T> void sum_grads(const MinimaGrad<T>& minima, T* result) {
     result[c] = T(typename Compute<T>::Scalar(sums[c]));
   }
 }
+
+// ---- the weights: sorting, packing, threads ----
 
 template <class T> struct GradWeight {
   using Scalar = typename Compute<T>::Scalar;
@@ -294,6 +302,8 @@ template <class T> struct GradWeight {
     });
   }
 };
+
+// ---- the operators ----
 
 // The precision is a choice of GPUs; here float32 is float32.
 std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad, const Tensor& winners, const Tensor& input, double scale,
