@@ -242,9 +242,6 @@ def _define_all():
     _define_built(with_bias, "scale_min_bias", "scale_min_bias")
     _define_built(with_bias, "scale_min_bias_winners", "scale_min_bias_winners", winners=True)
 
-    for name in choice.SCALE_MIN.values():
-        _define_built(rungs[name], f"{name}_backward", "scale_min_backward", winners=True)
-
     # A library that makes the gradient of weights also makes that of a bias alone.
     for rung in BACKWARD:
         name = rung.name.replace("weight", "bias")

@@ -21,8 +21,8 @@ class Rung:
     ----------
     name : str
         The rung's name.
-    operator : {"scale_min", "conv2d_scale_min", "to_channels_last", "grad_input", "grad_weight"}
-        What it computes, and so the arguments that it takes; the last three are steps of others, and no rungs by themselves.
+    operator : {"scale_min", "conv2d_scale_min", "to_channels_last", "scale_min_backward", "grad_input", "grad_weight"}
+        What it computes, and so the arguments that it takes; the last four are steps of others, and no rungs by themselves.
     idea : str
         What it does that the rung before it does not.
     device : {"cpu", "cuda"} or None
@@ -44,7 +44,7 @@ class Rung:
     """
 
     name: str
-    operator: Literal["scale_min", "conv2d_scale_min", "to_channels_last", "grad_input", "grad_weight"]
+    operator: Literal["scale_min", "conv2d_scale_min", "to_channels_last", "scale_min_backward", "grad_input", "grad_weight"]
     idea: str
     device: Literal["cpu", "cuda"] | None = None
     min_capability: tuple[int, int] = (8, 0)
@@ -240,8 +240,9 @@ COPY = Rung(
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
 )
 
-# Gradients from winners: of a convolution's input, and of its weights and bias.
+# Gradients from winners: of scale_min's input, of a convolution's input, and of its weights and bias.
 BACKWARD = (
+    Rung("scale_min_vectorized_backward", "scale_min_backward", "only writes: each element once, in wide stores", "cuda"),
     Rung("grad_input_gather", "grad_input", "each pixel gathers its winners' weights", "cuda"),
     Rung(
         "grad_input_mma",
@@ -268,6 +269,7 @@ BACKWARD = (
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         float32_precisions=("tf32",),
     ),
+    Rung("scale_min_backward", "scale_min_backward", "only writes: each element once, while it is in cache", "cpu"),
     Rung("grad_input", "grad_input", "each pixel gathers its winners' weights, in cache", "cpu"),
     Rung("grad_weight", "grad_weight", "threads with private sums", "cpu"),
 )

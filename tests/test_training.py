@@ -532,4 +532,6 @@ def test_opcheck_of_backward_operators(rung, device):
     args = (grad, winners, weight, -1.5, [9, 11], *geometry, precision, False)
     if rung.operator == "grad_weight":
         args = (grad, winners, input, -1.5, 6, [3, 3], *geometry, precision)
+    elif rung.operator == "scale_min_backward":
+        args = (grad, winners, -1.5, 6, False)
     torch.library.opcheck(operator(rung.name), args)

@@ -1,12 +1,12 @@
 // from_winners: training steps whose backward pass runs without Python.
 //
-// The rules for gradients are in gradients.py, as torch.library wants them. But what it runs around them, in Python, takes longer
-// than a small layer's kernels do; and a GPU's backward pass runs in a thread of its own, which has to wait for Python's lock. So
-// where nothing is compiled or transformed the rules of first order are followed here: which operators to call, the caller says.
-// Second derivatives still come from the operators' own rules.
-//   forward operator    gives output and winners; or what does is Python, and the caller has called it and hands them over: "given"
+// The rules for gradients are in gradients.py, as torch.library wants them. But what torch.library runs around them, in Python,
+// takes longer than a small layer's kernels; and a GPU's backward pass runs in a thread of its own, which has to wait for
+// Python's lock. So where nothing is compiled or transformed the first-order rules are followed here. The caller says which
+// operators to call. Second derivatives still come from the operators' own rules.
+//   forward operator    gives output and winners; or "given": the caller ran a forward in Python and hands over both
 //   backward operators  grad_input, grad_weight with the bias's gradient, grad_bias where that is wanted alone
-// NOTE: PyTorch's stable ABI has no autograd functions; so this source, alone of all, uses the headers of libtorch.
+// NOTE: PyTorch's stable ABI has no autograd functions; so this source is the only one that uses the headers of libtorch.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -35,7 +35,7 @@ struct BelowAutograd {
 
 bool is_channels_last(const Tensor& tensor) { return tensor.size(1) > 1 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast); }
 
-// What Function::apply shall not take for tensors to differentiate by.
+// Wrapped in a struct, so that Function::apply does not take these for tensors to differentiate by.
 struct Forward {
   Tensor output, winners;
   const Stack& rest;  // of the operator's arguments

@@ -1,12 +1,13 @@
 // Convolve, multiply by a number, take the minimum over the output channels: what lies between never leaves the core.
 //
 // Idea: an implicit matrix product, weights (output channels x depth) times pixels (depth x output pixels), where the depth is
-//   input channels x filter taps. A tile of output pixels needs a patch of the input, which a thread copies into its L2
-//   cache: padding, strides, layout and dtype end there. Every tap then reads the same patch from another start address, so
-//   there is no im2col. Pixels lie in vector lanes and a block of output channels in registers, so that bias, scale and the
-//   minimum over channels need neither shuffles nor memory. Where a 3 x 3 filter has channels enough, squares of two by two
-//   output pixels share products (Winograd): 16 a channel in place of 36.
-// Limit: one vector multiply-add a clock and core (two on some). The sums of one block fill the registers, to keep it busy.
+//   input channels x filter taps. A tile of output pixels needs a patch of the input (the tile with its halo, the margin that
+//   the filter reaches into), which a thread copies into its L2 cache: padding, strides, layout and dtype are dealt with there.
+//   Every tap then reads the same patch from another start address, so there is no im2col. Pixels lie in vector lanes and a
+//   block of output channels in registers (register blocking), so that bias, scale and the minimum over channels need neither
+//   shuffles nor memory. Where a 3 x 3 filter has enough channels, squares of two by two output pixels share products
+//   (Winograd): 16 per channel instead of 36.
+// Limit: one vector multiply-add per clock and core (two on some). The sums of one block fill the registers, to keep it busy.
 // Previous rung: composite: the library's convolution writes every channel to memory, scale_min reads it back.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,6 +33,8 @@ constexpr int64_t PATCH_BYTES = 256 << 10;      // leaves most of an L2 cache to
 constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
 constexpr int64_t WINOGRAD_BYTES = 256 << 10;   // of a tile's transformed input, all channels
 constexpr int64_t MIN_WORK = 1 << 20;           // multiply-adds; less is not worth waking a thread for
+
+// ---- terms, and the patch that they are read from ----
 
 // One term of a pixel's sum: a number of one input channel or, where the processor has bfloat16 dot products, of two.
 template <class T> struct Term {
@@ -85,6 +88,8 @@ struct Axis {
   }
   int64_t size() const { return (int64_t)planes.size() * length; }
 };
+
+// ---- the kernel: register blocking, minimum in the epilogue ----
 
 // What one call of the innermost kernel works on.
 template <class Scalar, class Element> struct Strip {
@@ -173,6 +178,8 @@ template <int CHANNELS, class Scalar, class Element> void transform_output(const
     for (int i = 0; i < 4; i++) s.minima.store_vector(i * s.pitch + at, minimum[i]);
   }
 }
+
+// ---- the convolution: packing, tiles, threads ----
 
 // How the output is cut into tiles, which places of the input each needs, and how far apart these lie of two terms.
 struct Tiling {
@@ -417,7 +424,9 @@ template <class T> struct Convolution {
     }
   }
 
-  // Winograd's algorithm: of a 3 x 3 filter without strides, two by two output pixels take 16 products a channel in place of
+  // ---- Winograd ----
+
+  // Winograd's algorithm: of a 3 x 3 filter without strides, two by two output pixels take 16 products per channel instead of
   // 36, each of a sum of the square's 4 x 4 input pixels and a sum of the weights. Summed over the channels these are 16
   // products of matrices, and a pixel is a sum of nine of their elements: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms
   // for convolutional neural networks". A number that is not finite would spread over its square: it, or what may lead to one,
@@ -570,6 +579,8 @@ template <class T> struct Convolution {
     }
   }
 };
+
+// ---- the operator ----
 
 // The precision is a choice of GPUs; here float32 is float32.
 Forward conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,

@@ -1,9 +1,9 @@
 // The gradient of min over channels of scale * conv2d(input) with respect to the input.
 //
-// Idea: what reaches the convolution's output is one number a pixel, in the channel that had the minimum. So a pixel of the
+// Idea: what reaches the convolution's output is one number per pixel, in the channel that had the minimum. So a pixel of the
 //   input gathers, from each output pixel whose filter covers it, the winner's weights at that tap times that number: 1 / C_out
 //   of the dense work. A tap's weights lie next to each other over the input channels, which are in vector lanes; their sums
-//   stay in registers until the pixel is done. A few pixels are turned into planes, where these are wanted, in the L1 cache.
+//   stay in registers until the pixel is done. For NCHW, a few pixels at a time are transposed in the L1 cache.
 // Limit: reading the weights from the L2 cache, then writing the result, for which the system first has to hand out memory.
 // Previous rung: PyTorch's backward, a dense convolution over a gradient that is nearly all zeros, which min wrote to memory.
 #include <torch/csrc/stable/library.h>
@@ -22,6 +22,8 @@ using namespace fused_kernels;
 constexpr int VECTORS = REGISTERS / 2;  // of input channels whose sums are in registers together
 constexpr int64_t BUFFER = 4096;        // numbers of a few pixels that are written together
 constexpr int64_t MIN_WORK = 1 << 16;   // multiply-adds; less is not worth waking a thread for
+
+// ---- which outputs reach an input ----
 
 // One axis: from which outputs, through which taps, each input place gathers. Both are in steps of what follows them in memory.
 struct Axis {
@@ -50,6 +52,8 @@ struct Axis {
   const Pair* begin(int64_t place) const { return pairs.data() + first[place]; }
   const Pair* end(int64_t place) const { return pairs.data() + first[place + 1]; }
 };
+
+// ---- the kernel: parts summed in registers ----
 
 // What one output pixel adds to one input pixel: weights times a number, to the channels of a group.
 template <class Scalar> struct Part {
@@ -82,6 +86,8 @@ void sum_vectors(const Part<Scalar>* parts, const Part<Scalar>* end, int64_t cha
   if constexpr (COUNT > 1)
     if (vectors > 0) sum_vectors<COUNT / 2>(parts, end, channel, vectors, sums);
 }
+
+// ---- packing, gathering, threads ----
 
 template <class T> struct GradInput {
   using Scalar = typename Compute<T>::Scalar;
@@ -205,6 +211,8 @@ template <class T> struct GradInput {
     });
   }
 };
+
+// ---- the operator ----
 
 // The precision is a choice of GPUs; here float32 is float32.
 Tensor grad_input(const Tensor& grad, const Tensor& winners, const Tensor& weight, double scale,

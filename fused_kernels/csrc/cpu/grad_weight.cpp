@@ -1,11 +1,11 @@
 // The gradients of min over channels of scale * conv2d(input) with respect to the convolution's weight and bias.
 //
-// Idea: what reaches the convolution's output is one number a pixel, in the channel that had the minimum. So a channel's
+// Idea: what reaches the convolution's output is one number per pixel, in the channel that had the minimum. So a channel's
 //   weights gather, from each pixel that it won, the patch of the input below the filter times that number: 1 / C_out of the
-//   dense work. The pixels of a tile are sorted by their winners, so that a channel's sums stay in registers for all that it
-//   won there. Of the input a thread copies what a tile needs of a few channels to its cache, channels innermost: padding,
-//   layout and dtype end there, and the taps of a filter's row lie in one run of vectors. Threads share the channels of the
-//   input, not the pixels, while there are enough: then each has sums of its own, and none are left to add up.
+//   dense work. The pixels of a tile are sorted by their winners, so that a channel's sums stay in registers for all pixels
+//   that it won there. A thread copies what a tile needs of a few input channels to its cache, channels innermost: padding,
+//   layout and dtype are dealt with there, and the taps of a filter's row lie in one run of vectors. Threads share the channels
+//   of the input, not the pixels, while there are enough: then each has sums of its own, and nothing is left to add up.
 // Limit: reading patches and sums from the L2 cache.
 // Previous rung: PyTorch's backward, a dense convolution over a gradient that is nearly all zeros, which min wrote to memory.
 #include <torch/csrc/stable/library.h>
@@ -28,6 +28,8 @@ constexpr int64_t BAND_BYTES = 192 << 10;  // of the input, for one tile: leaves
 constexpr int64_t TILE_COLUMNS = 64, TILE_PIXELS = 2048;
 constexpr int64_t MIN_WORK = 1 << 16;      // multiply-adds; less is not worth waking a thread for
 
+// ---- the band: what a tile needs of the input ----
+
 // One axis of a band: where it has what an output needs at a tap. It has all places in between or, where those are more, a part
 // for each tap with what the outputs need there.
 struct Axis {
@@ -47,6 +49,8 @@ struct Axis {
     for (int64_t tap = 0; tap < taps; tap++) f(tap * tile, first + tap * dilation, tile, stride);
   }
 };
+
+// ---- the kernel: patches summed in registers ----
 
 // A pixel of the output: its gradient, and where its patch begins in the band.
 template <class Scalar> struct Pixel {
@@ -84,8 +88,10 @@ template <class Scalar, size_t... I> AddPatches<Scalar> add_patches_of(int vecto
   return kernels[vectors - 1];
 }
 
-// The sums over the pixels that each channel won, in double: long sums, and it costs nothing beside the reading. How the pixels
-// are shared does not depend on the number of threads, so neither does the result.
+// ---- the bias ----
+
+// The sums over the pixels that each channel won, in double: they are long, and reading takes longer anyway. How the pixels are
+// shared does not depend on the number of threads, so neither does the result.
 template <class T> void sum_grads(const MinimaGrad<T>& minima, T* result) {
   const int64_t pixels = minima.images * minima.rows * minima.columns, channels = minima.last_channel + 1;
   const int64_t parts = std::min<int64_t>(std::max<int64_t>(pixels / std::max<int64_t>(1 << 14, 4 * channels), 1), 64);
@@ -102,6 +108,8 @@ template <class T> void sum_grads(const MinimaGrad<T>& minima, T* result) {
     result[c] = T(typename Compute<T>::Scalar(sums[c]));
   }
 }
+
+// ---- the weights: sorting, packing, threads ----
 
 template <class T> struct GradWeight {
   using Scalar = typename Compute<T>::Scalar;
@@ -294,6 +302,8 @@ template <class T> struct GradWeight {
     });
   }
 };
+
+// ---- the operators ----
 
 // The precision is a choice of GPUs; here float32 is float32.
 std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad, const Tensor& winners, const Tensor& input, double scale,

@@ -1,14 +1,15 @@
 // conv_direct: convolution, bias, scale and minimum in one kernel; the convolution's output is never in memory.
 //
-// Each FMA wants two operands. An SM does 128 FMAs a clock and reads 32 floats a clock from shared memory, so that each float
-// read must serve eight times or more. A thread sums 8 rows x 16 output channels in registers: 8 inputs and 16 weights make
-// 128 FMAs, and the inputs of 10 rows serve all three rows of a 3 x 3 filter.
-//   Tiling         A warp owns a strip, 8 rows x 32 columns of output pixels: a lane a column, so that all lanes read the same
-//                  weight. The block's 4 warps split a strip's channels, or own a strip each where the channels are few.
-//   Shared memory  The strip's halo and the weights come a few input channels at a time, by cp.async, into one of two buffers
-//                  while the FMAs work on the other. A column's rows lie side by side: 16 bytes a load.
-//   Epilogue       Bias, scale and minimum happen in registers. A block makes a pass for each 64 output channels and stores one
-//                  value a pixel at the end.
+// Each FMA needs two operands. An SM does 128 FMAs per clock and reads 32 floats per clock from shared memory, so each float
+// that is read must serve eight FMAs or more. Hence register blocking: a thread sums 8 rows x 16 output channels in registers.
+// 8 inputs and 16 weights make 128 FMAs, and the inputs of 10 rows serve all three rows of a 3 x 3 filter.
+//   Tiling         A warp owns a strip, 8 rows x 32 columns of output pixels: one column per lane, so that all lanes read the
+//                  same weight. The block's 4 warps split a strip's channels, or own a strip each where the channels are few.
+//   Shared memory  The strip with its halo (the margin that the filter reaches into) and the weights come a few input channels
+//                  at a time, by cp.async, into one of two buffers (pipeline stages) while the FMAs work on the other. The rows
+//                  of a column lie side by side: 16 bytes per load.
+//   Epilogue       Bias, scale and minimum happen in registers. A block makes one pass for each 64 output channels and stores
+//                  one value per pixel at the end.
 // Limit: the FMA units. Nearly nine in ten of the instructions issued are FMAs (counted in the SASS).
 // Previous rung: scale_min_vectorized.
 
@@ -20,36 +21,40 @@
 
 namespace fused_kernels {
 
+// ---- constants and the plan ----
+
 constexpr int kWarpSize = 32, kWarps = 4, kThreads = kWarps * kWarpSize;
-constexpr int kRows = 8;          // of output pixels, a thread
-constexpr int kColumnPitch = 12;  // floats a column of the halo: room for 10 rows, and 8 lanes' 16 bytes hit all 32 banks
+constexpr int kRows = 8;          // of output pixels, per thread
+constexpr int kColumnPitch = 12;  // floats per column of the input: room for 10 rows, and 8 lanes' 16 bytes hit all 32 banks
 constexpr int kMinStripWidth = 8, kMaxStrips = kThreads / kMinStripWidth;  // in a narrow image a warp owns several strips
 constexpr int kMaxSharedBytes = 72 << 10;  // what is left of the SM's is L1 cache
 
-// A thread sums 16 output channels, or 4 for depthwise convolutions and their like: registers for so many blocks on an SM.
+// A thread sums 16 output channels, or 4 for depthwise convolutions and similar ones: registers for so many blocks on an SM.
 template <int CHANNELS>
 constexpr int kBlocksPerSM = CHANNELS == 16 ? 2 : 4;
 // Floats from a tap's weights to the next tap's: copies of 8 taps x 4 output channels hit all banks.
 template <int CHANNELS>
 constexpr int kWeightPitch = kWarps * CHANNELS + 4;
 
-struct Plan {
+struct ConvDirectPlan {
   ConvShape shape;
   const float *input, *weight, *bias;
   float* output;
   int64_t bias_stride, strips, strips_high, strips_wide;
   float scale;
   int passes;                             // over a group's output channels
-  int warps_a_strip, strip_width, strips_a_block;
-  int channels, taps, columns;            // a step's input channels, its columns of the filter and of the halo
-  unsigned column_step, columns_inverse;  // from a column of the halo to the next, in the input; 2^32 / columns, rounded up
-  int lane_step, tap_step;                // from a lane to the next, from a tap to the next, in columns of the halo
-  int input_lanes_log2;                   // so many lanes copy neighbouring channels
+  int warps_per_strip, strip_width, strips_per_block;
+  int channels, taps, columns;            // of a step: input channels, columns of the filter, columns of a strip with its halo
+  unsigned column_step, columns_inverse;  // from one of those columns to the next, in the input; 2^32 / columns, rounded up
+  int lane_step, tap_step;                // from a lane to the next, from a tap to the next, in those columns
+  int input_lanes_log2;                   // log2 of how many lanes copy neighbouring channels
   bool weight_channels_fastest;
   Winners winners;
 };
 
-// Its image, its place in the output, its first output pixel.
+// ---- bringing input and weights ----
+
+// A strip's image, its place in the output, its first output pixel.
 struct Strip {
   const float* image;
   int64_t output;
@@ -62,36 +67,36 @@ struct alignas(16) Entry {
   int to, channel;
 };
 
-// What a buffer holds: some input channels of TAPS filter rows x p.taps filter columns.
+// What a buffer (a pipeline stage) holds: some input channels of TAPS filter rows x p.taps filter columns.
 template <int TAPS>
 struct Step {
   int group = 0, pass = 0, channel = 0, row = 0, column = 0;
 
-  __device__ __forceinline__ void advance(const Plan& p) {
+  __device__ __forceinline__ void advance(const ConvDirectPlan& p) {
     if ((column += p.taps) == p.shape.kernel[1]) column = 0, row += TAPS;
     if (row == p.shape.kernel[0]) row = 0, channel += p.channels;
     if (channel >= p.shape.in_channels) channel = 0, ++pass;
     if (pass == p.passes) pass = 0, ++group;
   }
-  __device__ __forceinline__ int channels(const Plan& p) const {
+  __device__ __forceinline__ int channels(const ConvDirectPlan& p) const {
     return min(p.channels, static_cast<int>(p.shape.in_channels) - channel);
   }
 };
 
-// The halo: [channel][strip][column][row], zeros in the padding. Its rows are a stride apart in the input, so that those of a
-// thread lie side by side.
+// The strips with their halos: [channel][strip][column][row], zeros in the padding. The rows are a stride apart in the input,
+// so that those of a thread lie side by side.
 template <int TAPS>
-__device__ __forceinline__ void copy_input(const Plan& p, const Strip* strips, Step<TAPS> step, uint32_t target) {
+__device__ __forceinline__ void copy_input(const ConvDirectPlan& p, const Strip* strips, Step<TAPS> step, uint32_t target) {
   const ConvShape& s = p.shape;
   const unsigned stride[2] = {unsigned(s.stride[0]), unsigned(s.stride[1])};
   const unsigned dilation[2] = {unsigned(s.dilation[0]), unsigned(s.dilation[1])};
   const int lanes = 1 << p.input_lanes_log2, lane = threadIdx.x & (lanes - 1);
   const int copies = (step.channels(p) - lane + lanes - 1) >> p.input_lanes_log2, pixels = (kRows + TAPS - 1) * p.columns;
-  const int strip_size = p.columns * kColumnPitch, channel_size = p.strips_a_block * strip_size;
+  const int strip_size = p.columns * kColumnPitch, channel_size = p.strips_per_block * strip_size;
   const int64_t channel = (step.group * s.in_channels + step.channel + lane) * s.input_strides[1];
   const int64_t from_step = lanes * s.input_strides[1];
   const uint32_t to_step = lanes * channel_size * sizeof(float);
-  for (int i = 0; i < p.strips_a_block; ++i) {
+  for (int i = 0; i < p.strips_per_block; ++i) {
     // Unsigned, so that what lies before the input is past its end.
     const unsigned top = strips[i].row * stride[0] + step.row * dilation[0] - unsigned(s.padding[0]);
     const unsigned left = strips[i].column * stride[1] + step.column * dilation[1] - unsigned(s.padding[1]);
@@ -109,11 +114,11 @@ __device__ __forceinline__ void copy_input(const Plan& p, const Strip* strips, S
 
 // The weights: [channel][filter column][filter row][output channel]. Past the last output channel nothing is copied.
 template <int CHANNELS, int TAPS>
-__device__ __forceinline__ void copy_weights(const Plan& p, const Entry* table, Step<TAPS> step, uint32_t target) {
+__device__ __forceinline__ void copy_weights(const ConvDirectPlan& p, const Entry* table, Step<TAPS> step, uint32_t target) {
   constexpr int kLanes = 8, kSlots = kThreads / kLanes;
   const ConvShape& s = p.shape;
-  const int channels = step.channels(p), slot = threadIdx.x / kLanes, first = step.pass * p.warps_a_strip * CHANNELS;
-  const int outputs = min(p.warps_a_strip * CHANNELS, static_cast<int>(s.out_channels) - first);
+  const int channels = step.channels(p), slot = threadIdx.x / kLanes, first = step.pass * p.warps_per_strip * CHANNELS;
+  const int outputs = min(p.warps_per_strip * CHANNELS, static_cast<int>(s.out_channels) - first);
   const float* weight = p.weight + (step.group * s.out_channels + first + slot) * s.weight_strides[0] +
                         step.channel * s.weight_strides[1] + step.row * s.weight_strides[2] + step.column * s.weight_strides[3];
   const int64_t from_step = kSlots * s.weight_strides[0];
@@ -139,22 +144,25 @@ __device__ __forceinline__ void load_shared(float (&to)[COUNT], const float* fro
   }
 }
 
-// TAPS rows of the filter at a time, which share a thread's inputs; more than one need a stride that is the dilation.
+// ---- the kernel ----
+
+// TAPS rows of the filter at a time share a thread's inputs; more than one need a stride that equals the dilation.
 template <int CHANNELS, int TAPS>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_kernel(const __grid_constant__ Plan p) {
-  static_assert(kRows + TAPS - 1 <= kColumnPitch, "TAPS: expected the halo's rows to fit in a column");
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_kernel(const __grid_constant__ ConvDirectPlan p) {
+  static_assert(kRows + TAPS - 1 <= kColumnPitch, "TAPS: expected the rows of a strip and its halo to fit in a column");
   extern __shared__ Entry dynamic_shared[];
   __shared__ Strip strips[kMaxStrips];
   __shared__ float partial[kWarps][kRows][kWarpSize];
   const ConvShape& s = p.shape;
-  const int entries = p.channels * p.taps * TAPS, channel_size = p.strips_a_block * p.columns * kColumnPitch;
+  const int entries = p.channels * p.taps * TAPS, channel_size = p.strips_per_block * p.columns * kColumnPitch;
   const int input_size = p.channels * channel_size, buffer_size = input_size + entries * kWeightPitch<CHANNELS>;
   Entry* table = dynamic_shared;
   float* buffers = reinterpret_cast<float*>(table + entries);
 
-  // Neighbouring blocks own neighbouring strips: their halos meet in the L2 cache. Past the end, the last strip again.
-  const int64_t first_strip = static_cast<int64_t>(blockIdx.x) * p.strips_a_block;
-  if (threadIdx.x < p.strips_a_block) {
+  // Neighbouring blocks own neighbouring strips, and find what their halos share in the L2 cache. Past the end, the last strip
+  // again.
+  const int64_t first_strip = static_cast<int64_t>(blockIdx.x) * p.strips_per_block;
+  if (threadIdx.x < p.strips_per_block) {
     const int64_t strip = min(first_strip + threadIdx.x, p.strips - 1), image = strip / p.strips_wide / p.strips_high;
     const int row = strip / p.strips_wide % p.strips_high * kRows, column = strip % p.strips_wide * p.strip_width;
     const int64_t output = (image * s.output[0] + row) * s.output[1] + column;
@@ -178,8 +186,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   };
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int part = warp % p.warps_a_strip;  // which of the strip's channels
-  const int strip = warp / p.warps_a_strip * (kWarpSize / p.strip_width) + lane / p.strip_width;
+  const int part = warp % p.warps_per_strip;  // which of the strip's channels
+  const int strip = warp / p.warps_per_strip * (kWarpSize / p.strip_width) + lane / p.strip_width;
   const int column = lane % p.strip_width;
   const int in_channels = s.in_channels, out_channels = s.out_channels, passes = s.groups * p.passes;
   const int pieces = s.kernel[0] / TAPS * (s.kernel[1] / p.taps);
@@ -225,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
       }
     }
 
-    const int first = (pass % p.passes * p.warps_a_strip + part) * CHANNELS;
+    const int first = (pass % p.passes * p.warps_per_strip + part) * CHANNELS;
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j) {
       if (first + j >= out_channels) break;
@@ -238,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
     }
   }
 
-  // The warps of a strip take turns in finishing its rows.
+  // ---- epilogue: the minimum over a strip's warps, which take turns in finishing its rows ----
 #pragma unroll
   for (int i = 0; i < kRows; ++i) partial[warp][i][lane] = smallest[i];
   if constexpr (kWinners) {
@@ -249,33 +257,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   __syncthreads();
   const Strip mine = strips[strip];
   if (first_strip + strip >= p.strips || mine.column + column >= s.output[1]) return;
-  for (int i = part; i < kRows && mine.row + i < s.output[0]; i += p.warps_a_strip) {
+  for (int i = part; i < kRows && mine.row + i < s.output[0]; i += p.warps_per_strip) {
     float result = kInfinity<float>;
-    for (int w = warp - part; w < warp - part + p.warps_a_strip; ++w) result = min_nan(result, partial[w][i][lane]);
+    for (int w = warp - part; w < warp - part + p.warps_per_strip; ++w) result = min_nan(result, partial[w][i][lane]);
     const int64_t pixel = mine.output + i * s.output[1] + column;
     p.output[pixel] = result;
     if constexpr (kWinners) {
       int w = warp - part;  // the first whose minimum it is
-      while (w < warp - part + p.warps_a_strip - 1 && !same_bits(partial[w][i][lane], result)) ++w;
+      while (w < warp - part + p.warps_per_strip - 1 && !same_bits(partial[w][i][lane], result)) ++w;
       p.winners.put(pixel, reinterpret_cast<const int*>(dynamic_shared)[i * kThreads + w * kWarpSize + lane]);
     }
   }
 }
 
-// The size whose blocks cover a length with least waste; of equals the first.
+// ---- host: the plan and the launch ----
+
+// The size whose blocks cover a length with the least waste; of equal ones the first.
 int64_t least_waste(int64_t length, std::initializer_list<int64_t> sizes) {
   const auto covered = [&](int64_t size) { return ceil_div(length, size) * size; };
   return *std::min_element(sizes.begin(), sizes.end(), [&](int64_t a, int64_t b) { return covered(a) < covered(b); });
 }
 
 template <int CHANNELS, int TAPS>
-void launch(Plan p, int device, cudaStream_t stream) {
+void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
   const ConvShape& s = p.shape;
   const int64_t slots = least_waste(s.out_channels, {4 * CHANNELS, 2 * CHANNELS, CHANNELS});
-  p.warps_a_strip = slots / CHANNELS;
+  p.warps_per_strip = slots / CHANNELS;
   p.passes = ceil_div(s.out_channels, slots);
   p.strip_width = least_waste(s.output[1], {kWarpSize, kWarpSize / 2, kMinStripWidth});
-  p.strips_a_block = kThreads / p.warps_a_strip / p.strip_width;
+  p.strips_per_block = kThreads / p.warps_per_strip / p.strip_width;
   p.strips_high = ceil_div(s.output[0], kRows);
   p.strips_wide = ceil_div(s.output[1], p.strip_width);
   p.strips = s.images * p.strips_high * p.strips_wide;
@@ -290,10 +300,11 @@ void launch(Plan p, int device, cudaStream_t stream) {
     return ((p.strip_width - 1) * s.stride[1] + (taps - 1) * s.dilation[1]) / step(taps) + 1;
   };
   const auto channel_bytes = [&](int64_t taps) {
-    const int64_t floats = p.strips_a_block * columns(taps) * kColumnPitch + taps * TAPS * kWeightPitch<CHANNELS>;
+    const int64_t floats = p.strips_per_block * columns(taps) * kColumnPitch + taps * TAPS * kWeightPitch<CHANNELS>;
     return static_cast<int64_t>(2 * floats * sizeof(float) + taps * TAPS * sizeof(Entry));
   };
-  // A step takes the filter's whole width, unless its halo does not fit or is no smaller than one for each tap would be.
+  // A step takes the filter's whole width, unless the strip with its halo does not fit, or needs no fewer columns than one
+  // strip for each tap would.
   int64_t taps = s.kernel[1];
   while (taps > 1 && (s.kernel[1] % taps != 0 || columns(taps) >= taps * p.strip_width || channel_bytes(taps) > most)) --taps;
   p.channels = ceil_div(s.in_channels, ceil_div(s.in_channels, std::min(s.in_channels, most / channel_bytes(taps))));
@@ -308,10 +319,10 @@ void launch(Plan p, int device, cudaStream_t stream) {
   constexpr int64_t kWinnerBytes = kWinners ? kRows * kThreads * sizeof(int) : 0;
   const int shared = std::max(p.channels * channel_bytes(taps), kWinnerBytes);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  kernel<<<grid_size(ceil_div(p.strips, p.strips_a_block)), kThreads, shared, stream>>>(p);
+  kernel<<<grid_size(ceil_div(p.strips, p.strips_per_block)), kThreads, shared, stream>>>(p);
 }
 
-// The precision is a permission; ieee arithmetic needs none.
+// The precision is a permission to be less exact; this kernel does not use it.
 Forward conv_direct(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                     std::string /*precision*/) {
@@ -326,7 +337,7 @@ Forward conv_direct(const Tensor& input, const Tensor& weight, const std::option
   if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
 
-  Plan p{.shape = s, .scale = static_cast<float>(scale)};
+  ConvDirectPlan p{.shape = s, .scale = static_cast<float>(scale)};
   p.input = static_cast<const float*>(input.data_ptr());
   p.weight = static_cast<const float*>(weight.data_ptr());
   p.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;

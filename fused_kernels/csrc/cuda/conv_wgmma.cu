@@ -1,24 +1,26 @@
 // conv_wgmma: convolution, scale and min in one kernel at the rate of Hopper's tensor cores.
 //
-// An implicit GEMM as in conv_mma (M = output pixels, N = output channels, K = input channels x filter taps), fed by wgmma, which
-// reads both operands from shared memory by itself.
-//   operand A   input pixels, 64 channels of 16 bits a row of 128 bytes, swizzled; a filter tap is another start address
-//   operand B   the weights, which stay in shared memory if they fit, and else stream through a ring
-//   result      64 pixels x BLOCK_N channels of sums a warpgroup; bias, scale and min happen in those registers
-// Blocks are persistent. Where all channels fit in a row, a block walks down a strip of the image 64 pixels wide, and its input
-// is a ring of image rows: each is brought once and serves all filter rows. Else a tile's halo is brought for each 64 channels.
-// Warps have roles: two warpgroups multiply, one warp brings the weights, one the input; where that must be converted, six do.
-// How a row reaches shared memory is all that differs between the inputs (Source):
-//   kTiles      16-bit channels_last: the copy engine writes operand A as it must lie
-//   kPixels     float32 channels_last: the copy engine brings pixels; warps convert them
-//   kPlanes     NCHW and all else: the copy engine brings rows of pixels of some channels; warps transpose them;
-//               what it cannot bring, such as rows that are no multiple of 16 bytes, they load themselves
+// An implicit GEMM as in conv_mma (M = output pixels, N = output channels, K = input channels x filter taps), fed by wgmma,
+// which reads both operands from shared memory by itself.
+//   operand A   input pixels, each a row of 128 bytes: 64 channels of 16 bits, swizzled; a filter tap is another start address
+//   operand B   the weights, which stay in shared memory if they fit, and otherwise stream through a ring
+//   result      64 pixels x BLOCK_N channels of sums per warpgroup; the epilogue (bias, scale, min) happens in those registers
+// A persistent grid: each block works on tile after tile. Where all channels fit in a row, a block walks down a strip of the
+// image 64 pixels wide, and its input is a ring of image rows: each is brought once and serves all filter rows. Otherwise a
+// tile is brought with its halo, the margin that the filter reaches into, 64 channels at a time.
+// Warp specialization: two warpgroups are consumers and multiply; one producer warp brings the weights, one the input, and
+// where that must be converted six more producer warps do so. They meet at rings of buffers with mbarriers.
+// How the input reaches shared memory is all that differs between dtypes and layouts (Source):
+//   kTiles      16-bit channels_last: the TMA writes operand A as it must lie
+//   kPixels     float32 channels_last: the TMA brings pixels; warps convert them
+//   kPlanes     NCHW and everything else: the TMA brings rows of pixels of some channels; warps transpose them. What the TMA
+//               cannot bring, such as rows that are no multiple of 16 bytes, the warps load themselves
 // float32 is computed with float16 operands, as in conv_mma: a power of two for each run of rows keeps the largest values in
-// float16's range; where a row leaves it, a new run begins with another power, and the rows that it shares are read again.
-// Limit: the tensor cores; at full rate, the chip's power.
+// float16's range. Where a row leaves it, a new run begins with another power, and the rows that both runs need are read again.
+// Limit: the tensor cores; at their full rate, the chip's power.
 // Previous rung: conv_mma.
 
-#include "conv_wgmma.cuh"
+#include "conv_wgmma_launch.cuh"
 
 namespace fused_kernels {
 
@@ -27,8 +29,8 @@ Forward conv_wgmma(const Tensor& input, const Tensor& weight, const std::optiona
                    std::string precision) {
   const ConvShape shape = check_plain_conv("conv_wgmma", input, weight, bias, stride, padding, dilation, groups);
   return convolve("conv_wgmma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
-    run<decltype(type), Shape<128, 1, true>, Shape<128, 1, false>, Shape<128, 2, false>, Shape<64, 1, true>, Shape<64, 1, false>>(
-        shape, input, weight, bias, scale, output, winners);
+    run_conv_wgmma<decltype(type), TileConfig<128, 1, true>, TileConfig<128, 1, false>, TileConfig<128, 2, false>,
+                   TileConfig<64, 1, true>, TileConfig<64, 1, false>>(shape, input, weight, bias, scale, output, winners);
   });
 }
 

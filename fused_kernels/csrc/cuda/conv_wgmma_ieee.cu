@@ -1,19 +1,19 @@
 // conv_wgmma_ieee: float32's accuracy at the rate of tensor cores.
 //
 // conv_wgmma's kernel with split operands: float32 as a sum of two float16, a high part (the nearest float16) and a low part
-// (what that lost, again rounded). Together they hold 23 bits. Of the four products of parts three are computed; that of the low
-// parts is at most 2^-22 of the whole:
+// (what that lost, again rounded). Together they hold 23 bits. Of the four products of parts three are computed; the fourth, of
+// both low parts, is at most 2^-22 of the whole:
 //   low weights x high pixels + high weights x low pixels + high weights x high pixels
-// Tensor cores cut off what does not fit beside a sum's leading bits, where a processor would round; over a long sum that alone
-// would cost more than float32's rounding does. So no sum stays in the tensor cores longer than a filter tap; then it is added to
-// another, in float32. Sums of few products are more exact without all this.
-// The weights' parts do not fit in shared memory and stream, unless they are few.
+// Tensor cores truncate a sum where a processor would round it; over a long sum that alone would cost more than float32's
+// rounding. So no sum stays in the tensor cores for longer than a filter tap; then it is added to another sum, in float32
+// registers. Sums of few products are more exact without all this.
+// The weights' parts do not fit in shared memory and stream through a ring, unless they are few.
 // Limit: the tensor cores, at three times conv_wgmma's work.
 // Previous rung: conv_wgmma.
 // After Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
 // performance", 2022: splitting, which products count, and adding outside.
 
-#include "conv_wgmma.cuh"
+#include "conv_wgmma_launch.cuh"
 
 namespace fused_kernels {
 
@@ -25,7 +25,8 @@ Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::op
   return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 4) {
-      run<T, Shape<128, 1, false, true>, Shape<64, 1, false, true>>(shape, input, weight, bias, scale, output, winners);
+      run_conv_wgmma<T, TileConfig<128, 1, false, true>, TileConfig<64, 1, false, true>>(shape, input, weight, bias, scale,
+                                                                                         output, winners);
     }
   });
 }

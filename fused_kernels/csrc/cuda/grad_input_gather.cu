@@ -1,17 +1,19 @@
 // grad_input_gather: the convolution's input gradient, gathered from the winners alone.
 //
-// The gradient of a channel minimum reaches one channel of each output pixel. So an input pixel gets, through each filter tap, the
-// gradient of one output pixel times one row of the weights, its winner's. That is 1/out_channels of what a dense backward
-// convolution multiplies, and its operand, the gradient of the convolution's output, is never in memory.
+// The gradient of a channel minimum reaches one channel of each output pixel, its winner. So an input pixel gets, through each
+// filter tap, the gradient of one output pixel times one row of the weights, the winner's. That is 1/out_channels of what a
+// dense backward convolution multiplies, and that convolution's operand, the gradient of all channels, is never in memory.
 //   packed weights   [output channel][tap][input channel]: a winner's row for a tap is a run of neighbours
 //   a thread         a few channels of one input pixel; it walks over the taps and adds rows
-// Takes everything: any stride, padding, dilation, groups, dtype. Each sum has one owner and one order: the same bits every time.
-// Limit: the cache, which has to find a row of the weights for each pixel and tap.
+// Takes everything: any stride, padding, dilation, groups, dtype. Each sum has one owner and one order: the same bits every
+// time.
+// Limit: the cache, which delivers a row of the weights for each pixel and tap.
 // Previous rung: the dense backward convolution of PyTorch's library.
 
 #include "gradients.h"
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "vectors.cuh"
 
 #include <string>
 
@@ -19,22 +21,17 @@ namespace fused_kernels {
 
 constexpr int kThreads = 256;
 
-struct Plan {
+struct GradInputGatherPlan {
   ConvShape shape;
   int64_t grad_strides[4];
   int channels, taps, vectors;  // input channels in all, filter taps, vectors of channels in a group
   bool channels_last, whole;        // whole: no vector of channels reaches past a pixel's last one
 };
 
-template <typename T, int VEC>
-struct alignas(VEC * sizeof(T)) Vector {
-  T values[VEC];
-};
-
-// [output channel][tap][input channel], the last padded to whole vectors with zeros.
+// Packs the weights: [output channel][tap][input channel], the last padded to whole vectors with zeros.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(const T* weight, T* packed, int64_t count, int padded, const __grid_constant__ Plan plan) {
+    pack_kernel(const T* weight, T* packed, int64_t count, int padded, const __grid_constant__ GradInputGatherPlan plan) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const ConvShape& s = plan.shape;
@@ -45,12 +42,12 @@ __global__ void __launch_bounds__(kThreads)
   packed[i] = channel < s.in_channels ? weight[from] : T(0);
 }
 
-// A block has a row of the input gradient.
-// NOTE: without a number of blocks, ptxas gives float 32 registers on sm_100 and spills (nvcc 13.0).
+// One block per row of the input gradient.
+// NOTE: told no number of blocks, ptxas gives the float kernel 32 registers on sm_100 and spills (nvcc 13.0).
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads, 5)
     gather_kernel(const T* grad, Winners winners, const T* packed, Accumulator<T> scale, T* output,
-                  const __grid_constant__ Plan plan) {
+                  const __grid_constant__ GradInputGatherPlan plan) {
   using A = Accumulator<T>;
   const ConvShape& s = plan.shape;
   const int height = s.input[0], width = s.input[1], padded = plan.vectors * VEC;
@@ -134,7 +131,7 @@ Tensor grad_input_gather(const Tensor& grad, const Tensor& winners, const Tensor
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   const cudaStream_t stream = current_stream(weight);
 
-  Plan plan{.shape = shape, .channels = static_cast<int>(channels), .taps = static_cast<int>(shape.taps()),
+  GradInputGatherPlan plan{.shape = shape, .channels = static_cast<int>(channels), .taps = static_cast<int>(shape.taps()),
             .channels_last = channels_last};
   for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
   dispatch(weight.scalar_type(), [&](auto element) {
@@ -145,7 +142,7 @@ Tensor grad_input_gather(const Tensor& grad, const Tensor& winners, const Tensor
     STD_TORCH_CHECK(count < INT32_MAX, "weight: grad_input_gather expected fewer than 2^31 weights, got ", count);
     plan.whole = shape.in_channels % VEC == 0;
     const T* rows = static_cast<const T*>(weight.data_ptr());
-    // Those of a 1 x 1 kernel, and all in channels_last, lie as they should.
+    // The weights of a 1 x 1 kernel, and all weights in channels_last, lie as they should already.
     const int64_t row = shape.kernel[1] * shape.in_channels, *const strides = shape.weight_strides;
     const bool is_packed = plan.whole && reinterpret_cast<uintptr_t>(rows) % 16 == 0 && strides[0] == shape.kernel[0] * row &&
                            strides[1] == 1 && (plan.taps == 1 || (strides[2] == row && strides[3] == shape.in_channels));

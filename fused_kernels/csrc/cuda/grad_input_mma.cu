@@ -1,50 +1,33 @@
 // grad_input_mma: the gather of grad_input_gather, with tensor cores to multiply and add what shared memory hands out.
 //
 // All weights of 64 input channels stay in shared memory, a row of 128 bytes for each output channel and tap. Eight pixels at a
-// tap are eight rows, wherever their winners lie: ldmatrix takes an address a row, which is a gather. Then
-//   operand A   those rows, turned: 16 input channels by 16 (8 pixels at each of two taps)
+// tap need eight rows, wherever their winners lie: ldmatrix takes one address per row, which makes it a gather. Then
+//   operand A   those rows, transposed: 16 input channels by 16 (8 pixels at each of two taps)
 //   operand B   the pixels' gradients, on the diagonal of a matrix of 16 by 8: a pixel's column meets its own rows alone
 //   result      16 input channels by 8 pixels, summed over the taps in float32
-// Seven of eight products are with zero; tensor cores have time for them, and nothing else takes as few instructions a row.
-// NOTE: eight rows at the same place are eight rows in the same banks. So pixel p reads its channels in another order, group
-// i ^ p of eight at the i-th step: no two in the same banks, wherever they are. What a lane holds at
-// the end is then channels of group i ^ p; as a pixel has a column of its own, nothing is mixed.
+// Seven of eight products are with zero; tensor cores have time for them, and nothing else takes as few instructions per row.
+// NOTE: all rows begin in the same banks. So pixel p reads its groups of eight channels in another order, group i ^ p at the
+// i-th step: no two pixels in the same banks. At the end a lane holds channels of group i ^ p; as each pixel has a column of
+// its own, nothing is mixed.
 // A warp's pixels and the gradients that reach them are its own: no warp waits for another.
 // float32 is multiplied as float16: weights times a power of two for each input channel, gradients times one for each patch.
-// Limit: shared memory, 128 bytes a clock; then the memory that the gradient is written to.
+// grad_input_mma_plan.cuh cuts the work.
+// Limit: shared memory, 128 bytes per clock; then the memory that the gradient is written to.
 // Previous rung: grad_input_gather.
 
+#include "grad_input_mma_plan.cuh"
 #include "gradients.h"
 #include "implicit_gemm.cuh"
 #include "ptx/cp_async.cuh"
 
 namespace fused_kernels {
 
-constexpr int kWarps = 20, kThreads = kWarps * kWarpSize;
-constexpr int kGroup = 8;                            // channels in 16 bytes, pixels of an instruction
-constexpr int kStrips = 2, kRun = kStrips * kGroup;  // pixels side by side that a warp works on together
-constexpr int kPatchRows = 4, kPatchColumns = 32;    // what it works on, one run after the other
-constexpr int kMostTaps = 49;
-
-struct Plan {
-  int images, input[2], output[2], padding[2], dilation[2], kernel[2], taps;
-  int64_t grad_strides[4];
-  int in_channels, out_channels;
-  int halo[2], halo_pixels, patches_across[2], patches;  // the halo: output pixels that reach a patch of the input
-  uint32_t width_inverse;                                // 2^32 / its width, rounded up
-  int tap_offset[kMostTaps];                             // of an output pixel from the last one that reaches an input pixel
-  bool channels_last, vectors;                   // whole vectors of pixels or channels can be stored
-};
-
-template <int CHUNK>
-struct Rows {
-  static constexpr int kBytes = CHUNK * 2, kGroups = CHUNK / kGroup, kMatrices = CHUNK / 16;
-};
+// ---- the weights as operand A ----
 
 // Where a channel lies in its row, so that what a lane holds of two groups are neighbours: 16 e + 2 r + s at group 2 e + s.
 __device__ __forceinline__ int place_in_row(int channel) { return channel / 16 * 16 + channel % 2 * 8 + channel % 16 / 2; }
 
-// Operand A: [chunk][output channel][tap][place]. A block has eight input channels, a warp each, of all output channels.
+// Packs operand A: [chunk][output channel][tap][place]. A block has eight input channels, one per warp, of all output channels.
 template <typename T, int CHUNK>
 __global__ void __launch_bounds__(kGroup* kWarpSize)
     pack_rows_kernel(const T* weight, Strides4 strides, int in_channels, int out_channels, int kernel_w, int taps, uint16_t* rows,
@@ -81,7 +64,9 @@ __global__ void __launch_bounds__(kGroup* kWarpSize)
   }
 }
 
-// What lanes hold of channels i ^ bits at i, in order.
+// ---- the kernel ----
+
+// Puts in order what a lane holds: at i, the number of channel i ^ bits.
 template <int N>
 __device__ __forceinline__ void sort_by(int bits, float (&values)[N]) {
 #pragma unroll
@@ -106,16 +91,17 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 template <typename T, int CHUNK, int TAPS>
 __global__ void __launch_bounds__(kThreads, 1)
     grad_input_kernel(const T* grad, Winners winners, const uint16_t* rows, const float* factors, float scale, T* output,
-                      const __grid_constant__ Plan plan) {
+                      const __grid_constant__ GradInputMmaPlan plan) {
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kRowBytes = Rows<CHUNK>::kBytes, kMatrices = Rows<CHUNK>::kMatrices;
   extern __shared__ __align__(128) char shared[];
-  __shared__ alignas(8) float channel_factors[CHUNK];  // what float32's sums are to be multiplied by
+  __shared__ alignas(8) float channel_factors[CHUNK];  // undo the weights' powers of two, for float32
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
   const int taps = TAPS > 0 ? TAPS : plan.taps, rows_bytes = plan.out_channels * taps * kRowBytes;
-  uint32_t* const row_of = reinterpret_cast<uint32_t*>(shared + rows_bytes) + warp * 2 * plan.halo_pixels;
-  uint32_t* const gradient_of = row_of + plan.halo_pixels;
+  uint32_t* const row_of = reinterpret_cast<uint32_t*>(shared + rows_bytes) + warp * 2 * plan.reach_pixels;
+  uint32_t* const gradient_of = row_of + plan.reach_pixels;
 
+  // ---- all weights into shared memory ----
   const uint32_t first_row = ptx::shared_address(shared);
   const char* const source = reinterpret_cast<const char*>(rows) + static_cast<int64_t>(blockIdx.y) * rows_bytes;
   for (int i = threadIdx.x * 16; i < rows_bytes; i += kThreads * 16) ptx::cp_async_16(first_row + i, source + i, true);
@@ -124,10 +110,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   const int q = lane % 4, r = lane / 4;  // of the result a lane has pixels 2q and 2q + 1, channels of number r
-  // As ldmatrix wants it: this lane names the row of pixel lane % 8, of the first or second tap, of one of two groups.
+  // As ldmatrix wants it: this lane gives the row of pixel lane % 8, of the first or second tap, of one of two groups.
   const int pixel = lane % 8, second_tap = lane / 16;
   const uint32_t group = (lane / 8 % 2 ^ pixel % Rows<CHUNK>::kGroups) * 16;
-  // The pixels of a strip: what a lane stores of one channel shall be neighbours, and what four lanes store together, too.
+  // Which pixels a strip has: such that what a lane stores of one channel are neighbours, and what four lanes store together,
+  // too.
   const auto column_of = [](int p, int strip) { return p / 2 * (2 * kStrips) + strip * 2 + p % 2; };
   // Its place in operand B is on the diagonal for one of four lanes.
   const uint32_t on_diagonal = q != r / 2 ? 0u : r % 2 == 0 ? 0xffffu : 0xffff0000u;
@@ -136,7 +123,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int first_x = patch % plan.patches_across[1] * kPatchColumns;
     const int first_y = patch / plan.patches_across[1] % plan.patches_across[0] * kPatchRows;
     const int image = patch / plan.patches_across[1] / plan.patches_across[0];
-    // The halo: of each output pixel its winner's first row, and its gradient, twice, as an operand.
+    // ---- winners and gradients of the output pixels that reach the patch ----
+    // Of each its winner's first row, and its gradient, twice, as an operand.
     const int top = first_y + plan.padding[0] - (plan.kernel[0] - 1) * plan.dilation[0];
     const int left = first_x + plan.padding[1] - (plan.kernel[1] - 1) * plan.dilation[1];
     const int64_t first_output = static_cast<int64_t>(image) * plan.output[0] * plan.output[1];
@@ -144,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     float most = 0.0f;
     __syncwarp();
 #pragma unroll 4
-    for (int i = lane; i < plan.halo_pixels; i += kWarpSize) {
-      const int line = __umulhi(i, plan.width_inverse), y = top + line, x = left + i - line * plan.halo[1];
+    for (int i = lane; i < plan.reach_pixels; i += kWarpSize) {
+      const int line = __umulhi(i, plan.width_inverse), y = top + line, x = left + i - line * plan.reach[1];
       const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(plan.output[0]) &&
                           static_cast<unsigned>(x) < static_cast<unsigned>(plan.output[1]);
       uint32_t row = 0, bits = 0;
@@ -167,19 +155,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
       const int exponent = bits > 0 ? exponent_for(__uint_as_float(bits)) : 0;
       back *= power_of_two(-exponent);
-      for (int i = lane; i < plan.halo_pixels; i += kWarpSize) {
+      for (int i = lane; i < plan.reach_pixels; i += kWarpSize) {
         const float g = __uint_as_float(gradient_of[i]) * power_of_two(exponent);
         gradient_of[i] = ptx::pack_f16(g, g);
       }
     }
     __syncwarp();
 
+    // ---- gather, multiply, sum over the taps ----
 #pragma unroll 1
     for (int run = 0; run < kPatchRows * kPatchColumns / kRun; ++run) {
       const int y = run / (kPatchColumns / kRun), x = run % (kPatchColumns / kRun) * kRun;
       if (first_y + y >= plan.input[0] || first_x + x >= plan.input[1]) continue;
       float sums[kStrips][kMatrices][4] = {};
-      const int place = y * plan.halo[1] + x;
+      const int place = y * plan.reach[1] + x;
       const auto operand_b = [&](int tap, int strip) {
         return gradient_of[place + plan.tap_offset[tap] + column_of(r, strip)] & on_diagonal;
       };
@@ -220,6 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (taps % 2 == 1) add_tap(taps - 1);
       }
 
+      // ---- epilogue: scale and store ----
       // Channels 16 e + 2 r and the next, where e = m ^ q: of pixel 2q they are sums 0 and 2, of pixel 2q + 1 sums 3 and 1.
 #pragma unroll
       for (int m = 0; m < kMatrices; ++m) {
@@ -265,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-          // A channel's pixels: of each strip two neighbours.
+          // A channel's pixels: two neighbours of each strip.
           float values[kStrips][2][kMatrices];
 #pragma unroll
           for (int strip = 0; strip < kStrips; ++strip) {
@@ -282,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (channel >= plan.in_channels) continue;
             T* const to = output + (static_cast<int64_t>(image) * plan.in_channels + channel) * plane + line + out_x;
             const int column = column_of(2 * q, 0);
-            // NOTE: plain stores of both branches nvcc makes one of, of single elements.
+            // NOTE: __stwb, because nvcc merges plain stores of the two branches into one, of single elements.
             if (plan.vectors) {
               if (out_x + column >= plan.input[1]) continue;
               if constexpr (kScaled) {
@@ -305,9 +295,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// ---- host ----
+
 template <typename T, int CHUNK, int TAPS>
-void launch(const Plan& plan, int shared_bytes, const Tensor& grad, const Tensor& winners, const Tensor& weight, float scale,
-            Tensor& output) {
+void launch_grad_input_mma(const GradInputMmaPlan& plan, int shared_bytes, const Tensor& grad, const Tensor& winners,
+                           const Tensor& weight, float scale, Tensor& output) {
   const int chunks = static_cast<int>(ceil_div(plan.in_channels, CHUNK)), device = grad.get_device_index();
   const int64_t rows_bytes = static_cast<int64_t>(chunks) * plan.out_channels * plan.taps * CHUNK * 2;
   const Tensor memory =
@@ -346,53 +338,15 @@ Tensor grad_input_mma(const Tensor& grad, const Tensor& winners, const Tensor& w
   if (output.numel() == 0) return output;
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
 
-  Plan plan{};
-  plan.images = static_cast<int>(shape.images), plan.taps = static_cast<int>(shape.taps());
-  plan.in_channels = static_cast<int>(shape.in_channels), plan.out_channels = static_cast<int>(shape.out_channels);
-  for (int axis = 0; axis < 2; ++axis) {
-    plan.input[axis] = static_cast<int>(shape.input[axis]);
-    plan.output[axis] = static_cast<int>(shape.output[axis]);
-    plan.kernel[axis] = static_cast<int>(shape.kernel[axis]);
-    plan.padding[axis] = static_cast<int>(shape.padding[axis]);
-    plan.dilation[axis] = static_cast<int>(shape.dilation[axis]);
-  }
-  for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
-  plan.channels_last = channels_last;
-  const int64_t run = channels_last ? shape.in_channels : shape.input[1];
-  plan.vectors = run % (channels_last ? 2 : 2 * kStrips) == 0;
-
-  const int patch[2] = {kPatchRows, kPatchColumns};
-  for (int axis = 0; axis < 2; ++axis) {
-    plan.halo[axis] = patch[axis] + (plan.kernel[axis] - 1) * plan.dilation[axis];
-    plan.patches_across[axis] = static_cast<int>(ceil_div(plan.input[axis], patch[axis]));
-  }
-  STD_TORCH_CHECK(int64_t{plan.halo[0]} * plan.halo[1] < 1 << 16, "dilation: grad_input_mma expected a filter of a shorter reach");
-  plan.halo_pixels = plan.halo[0] * plan.halo[1];
-  plan.width_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.halo[1] + 1);
-  const int64_t patches = shape.images * plan.patches_across[0] * plan.patches_across[1];
-  STD_TORCH_CHECK(patches < INT32_MAX / 2, "input_size: grad_input_mma expected fewer patches, got ", patches);
-  plan.patches = static_cast<int>(patches);
-
-  // The weights of 64 input channels, or of 32.
-  const auto bytes = [&](int64_t chunk) {
-    return plan.out_channels * plan.taps * chunk * 2 + int64_t{kWarps} * plan.halo_pixels * 8 + chunk * 4;
-  };
-  const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, grad.get_device_index());
-  const bool narrow = shape.in_channels <= 32 || bytes(64) > available;
-  const int64_t shared_bytes = bytes(narrow ? 32 : 64);
-  STD_TORCH_CHECK(shared_bytes <= available,
-                  "weight: grad_input_mma expected the weights of 32 input channels to fit in shared memory");
-  for (int tap = 0; tap < plan.taps; ++tap) {
-    const int y = plan.kernel[0] - 1 - tap / plan.kernel[1], x = plan.kernel[1] - 1 - tap % plan.kernel[1];
-    plan.tap_offset[tap] = y * plan.dilation[0] * plan.halo[1] + x * plan.dilation[1];
-  }
-
+  const GradInputMmaCandidate candidate = plan_grad_input_mma(shape, grad, channels_last);
   dispatch(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) <= 4) {
-      const auto start = plan.taps == 9 ? (narrow ? launch<T, 32, 9> : launch<T, 64, 9>)
-                                        : (narrow ? launch<T, 32, 0> : launch<T, 64, 0>);
-      start(plan, shared_bytes, grad, winners, weight, static_cast<float>(scale), output);
+      const bool narrow = candidate.narrow;
+      const auto launch = candidate.plan.taps == 9
+                              ? (narrow ? launch_grad_input_mma<T, 32, 9> : launch_grad_input_mma<T, 64, 9>)
+                              : (narrow ? launch_grad_input_mma<T, 32, 0> : launch_grad_input_mma<T, 64, 0>);
+      launch(candidate.plan, candidate.shared_bytes, grad, winners, weight, static_cast<float>(scale), output);
     }
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,83 +1,50 @@
-// grad_weight_gather: the gradients of weights and bias where pixels are few or channels many: each weight's sum stays in a register
-// for as long as its output channel wins.
+// grad_weight_gather: the gradients of weights and bias where pixels are few or channels many. Each weight's sum stays in a
+// register while the pixels that its output channel wins go by.
 //
-// The pixels that an output channel wins form a list. Walking through it, a warp gathers the input under the filter, times the
-// pixel's gradient, and adds: no way to shared memory and back for each product, as in grad_weight_private, and no step of 16 to
-// fill for each 8 output channels, as in grad_weight_sorted, whose lists stay empty where few pixels are shared by many channels.
-//   a column   an input channel at a filter tap; a lane has a vector of neighbours, or a few single ones. For vectors, what a
-//              1 x 1 kernel reads of NCHW is copied to channels_last first
+// The pixels that an output channel wins form a list. A warp walks through it, gathers the input under the filter, multiplies
+// by the pixel's gradient, and adds. So products need not go to shared memory and back, as in grad_weight_private; and no step
+// of 16 pixels must be filled for each 8 output channels, as in grad_weight_sorted, whose steps stay nearly empty where few
+// pixels are shared by many channels.
+//   a column   an input channel at a filter tap; a lane has a vector of neighbours, or a few single ones. For the sake of
+//              vectors, what a 1 x 1 kernel reads of NCHW is copied to channels_last first
 //   a block    some columns, up to 32 output channels, and a slice of the pixels, in batches
-//   a batch    is sorted by winner in shared memory, then cut into runs of equal length, one a warp, however skewed the winners are
-// What a run begins or ends with may be a part of a list only; such parts are kept, and added in order afterwards. Every sum has one
-// owner and one order: the same bits every time.
-// Sums are float32, but of "ieee" float32 double: a long sum would lose more than the library's shorter ones do.
-// Limit: the cache, which hands out the input once for each output pixel and tap.
+//   a batch    is sorted by winner in shared memory, then cut into runs of equal length, one per warp, however skewed the
+//              winners are
+// A run may begin or end in the middle of a list; such parts of a list's sums are kept, and added in order afterwards. Every
+// sum has one owner and one order: the same bits every time.
+// Sums are float32, but double for float32 at "ieee" precision: a long sum would lose more than the library's shorter sums do.
+// grad_weight_gather_plan.cuh cuts the work.
+// Limit: the cache, which delivers the input once for each output pixel and tap.
 // Previous rung: grad_weight_sorted, grad_weight_private.
 
+#include "grad_weight_gather_plan.cuh"
 #include "gradients.h"
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "vectors.cuh"
 
 #include <string>
 
 namespace fused_kernels {
 
-constexpr int kWarpSize = 32, kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int kRounds = 8, kBatch = kRounds * kThreads;  // pixels that a thread looks up, and a block sorts
-constexpr int kMostOutputs = 32;                         // of a block
-static_assert(kMostOutputs == kWarpSize && kMostOutputs * kWarps == kThreads, "a thread counts for one of them and one warp");
-constexpr int kMostReach = 1 << 15;                      // an entry keeps a row and a column in 16 bits each
-
-struct Plan {
-  ConvShape shape;
-  int64_t grad_strides[4];
-  int taps, vectors, units, chunks;   // filter taps; vectors of channels; vectors at all taps, and blocks that share them
-  int outputs_a_block, ranges;        // of a group
-  int pixels, slices;
-  bool channels_fastest;              // the order of columns: what neighbouring lanes read lies side by side
-};
-
-// A pixel of a list.
-struct alignas(16) Entry {
-  int offset;       // of the input under the filter's first tap
-  float gradient;
-  int corner;       // where that lies: a row, and a column in the lower 16 bits
-  int output;       // of the block's
-};
-
-template <typename T, int VEC>
-struct alignas(VEC * sizeof(T)) Vector {
-  T values[VEC];
-};
-
-template <typename S, int VEC>
-constexpr int kUnits = VEC > 1 ? 1 : 16 / sizeof(S);  // a lane's
-template <typename S, int VEC>
-constexpr int kColumns = kWarpSize * VEC * kUnits<S, VEC>;
-
-template <typename S, int VEC>
-constexpr int shared_bytes(int outputs) {
-  return kBatch * sizeof(Entry) + (outputs + 2 * kWarps) * kColumns<S, VEC> * sizeof(S);
-}
-
 // Partial sums: [slice][output channel][column], the bias last. Where there is one slice, they are the result.
 template <typename T, typename S, int VEC, bool PADDED>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_kernel(const T* grad, Winners winners, const T* input, S* partial, T* grad_weight, T* grad_bias, S scale,
-               const __grid_constant__ Plan plan) {
+               const __grid_constant__ GradWeightGatherPlan plan) {
   constexpr int kInFlight = VEC == 1 ? 3 : sizeof(S) == 4 ? 6 : 4;  // more of them spill
   extern __shared__ __align__(16) char shared[];
   Entry* const entries = reinterpret_cast<Entry*>(shared);
   // Of an output channel, and of a warp's first and last list in parts: [vector][its channel][lane].
   S* const sums = reinterpret_cast<S*>(entries + kBatch);
-  S* const parts = sums + plan.outputs_a_block * kColumns<S, VEC>;
+  S* const parts = sums + plan.outputs_per_block * kColumns<S, VEC>;
   __shared__ S bias_sums[kMostOutputs], bias_parts[kWarps][2];
   __shared__ int before[kWarps][kMostOutputs], begins[kMostOutputs + 1], of_warps[kWarps];
 
   const ConvShape& s = plan.shape;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int chunk = blockIdx.x % plan.chunks, first_output = blockIdx.x / plan.chunks * plan.outputs_a_block;
-  const int outputs = min(plan.outputs_a_block, static_cast<int>(s.out_channels) - first_output);
+  const int chunk = blockIdx.x % plan.chunks, first_output = blockIdx.x / plan.chunks * plan.outputs_per_block;
+  const int outputs = min(plan.outputs_per_block, static_cast<int>(s.out_channels) - first_output);
   const int group = blockIdx.y, first_winner = group * static_cast<int>(s.out_channels) + first_output;
   const int slice = blockIdx.z;
   const int begin = static_cast<int64_t>(plan.pixels) * slice / plan.slices;
@@ -85,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = threadIdx.x; i < outputs * kColumns<S, VEC>; i += kThreads) sums[i] = 0;
   if (threadIdx.x < kMostOutputs) bias_sums[threadIdx.x] = 0;
 
-  // What this lane reads of a pixel: vectors of channels, each shifted by a tap.
+  // What this lane reads for a pixel: vectors of channels, each shifted by a tap.
   const auto unit_of = [&](int j) { return (chunk * kUnits<S, VEC> + j) * kWarpSize + lane; };
   const auto channel_of = [&](int unit) { return (plan.channels_fastest ? unit % plan.vectors : unit / plan.taps) * VEC; };
   const auto tap_of = [&](int unit) { return plan.channels_fastest ? unit / plan.vectors : unit % plan.taps; };
@@ -104,6 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int height = s.input[0], width = s.input[1], output_h = s.output[0], output_w = s.output[1];
 
   for (int first = begin; first < end; first += kBatch) {
+    // ---- sort a batch by winner ----
     // Each warp has a run of pixels. A pixel's rank is the number of those before it in the run that have the same winner.
     int owner[kRounds], rank[kRounds];
 #pragma unroll
@@ -123,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncwarp();
     }
     __syncthreads();
-    // Where each warp's pixels begin in each list: a sum over all lists and warps before. A thread has one of them.
+    // Where each warp's pixels begin in each list: a sum over all lists and warps before. One list and warp per thread.
     {
       const int output = threadIdx.x / kWarps, of = threadIdx.x % kWarps, mine = before[of][output];
       int sum = mine;
@@ -159,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
 
+    // ---- walk through a run, sums in registers ----
     const int count = begins[kMostOutputs];
     const auto run_begin = [&](int w) { return count * w / kWarps; };
     const int low = run_begin(warp), high = run_begin(warp + 1);
@@ -224,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (current >= 0) put();
     __syncthreads();
 
-    // Lists that several warps had parts of.
+    // ---- add the parts of lists that several warps had ----
     for (int output = warp; output < outputs; output += kWarps) {
       const int from = begins[output], to = begins[output + 1];
       if (from == to) continue;
@@ -243,6 +212,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
 
+  // ---- store ----
   for (int output = warp; output < outputs; output += kWarps) {
     const int64_t row = static_cast<int64_t>(slice) * s.out_channels * s.groups + first_winner + output;
     const int64_t columns = static_cast<int64_t>(plan.units) * VEC;
@@ -273,10 +243,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread adds what the slices found of one weight.
+// Adds the slices' sums: one thread per weight.
 template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads)
-    reduce_kernel(const S* partial, S scale, T* grad_weight, T* grad_bias, int vec, const __grid_constant__ Plan plan) {
+    reduce_kernel(const S* partial, S scale, T* grad_weight, T* grad_bias, int vec,
+                  const __grid_constant__ GradWeightGatherPlan plan) {
   const int64_t columns = static_cast<int64_t>(plan.units) * vec;
   const int64_t count = plan.shape.out_channels * plan.shape.groups * (columns + 1);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -295,23 +266,14 @@ __global__ void __launch_bounds__(kThreads)
   grad_weight[(output * channels + channel) * plan.taps + tap] = static_cast<T>(sum * scale);
 }
 
+// ---- host ----
+
 template <typename T, typename S, int VEC>
-void launch(Plan plan, bool is_padded, const Tensor& grad, const Tensor& winners, const Tensor& input, double scale,
-            Tensor& grad_weight, Tensor& grad_bias) {
+void launch_grad_weight_gather(GradWeightGatherPlan plan, bool is_padded, const Tensor& grad, const Tensor& winners,
+                               const Tensor& input, double scale, Tensor& grad_weight, Tensor& grad_bias) {
   const ConvShape& s = plan.shape;
   const int device = input.get_device_index();
-  plan.vectors = static_cast<int>(s.in_channels / VEC);
-  plan.units = plan.vectors * plan.taps;
-  plan.chunks = static_cast<int>(ceil_div(plan.units, kWarpSize * kUnits<S, VEC>));
-  // Two blocks for each multiprocessor: first by slices, of no less than a batch, which share the lists of channels that win often;
-  // then by fewer output channels each.
-  const int64_t wanted = 2 * multiprocessors(device), batches = std::max<int64_t>(ceil_div(plan.pixels, kBatch), 1);
-  const auto blocks = [&] { return plan.chunks * ceil_div(s.out_channels, plan.outputs_a_block) * s.groups; };
-  plan.outputs_a_block = kMostOutputs;
-  const int64_t batches_a_slice = ceil_div(batches, std::clamp<int64_t>(wanted / blocks(), 1, batches));
-  plan.slices = static_cast<int>(ceil_div(batches, batches_a_slice));
-  while (plan.outputs_a_block > 8 && 2 * plan.slices * blocks() <= wanted) plan.outputs_a_block /= 2;
-  plan.ranges = static_cast<int>(ceil_div(s.out_channels, plan.outputs_a_block));
+  cut_grad_weight_gather<S, VEC>(plan, device);
   const int64_t sums = s.out_channels * s.groups * (static_cast<int64_t>(plan.units) * VEC + 1);
   const int64_t bytes = plan.slices > 1 ? plan.slices * sums * static_cast<int64_t>(sizeof(S)) : 0;
   const Tensor memory = torch::stable::new_empty(input, {bytes}, torch::headeronly::ScalarType::Byte);
@@ -319,7 +281,7 @@ void launch(Plan plan, bool is_padded, const Tensor& grad, const Tensor& winners
   const cudaStream_t stream = current_stream(input);
 
   const auto kernel = is_padded ? sum_kernel<T, S, VEC, true> : sum_kernel<T, S, VEC, false>;
-  const int shared = shared_bytes<S, VEC>(plan.outputs_a_block);
+  const int shared = shared_bytes<S, VEC>(plan.outputs_per_block);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   const dim3 grid(grid_size(static_cast<int64_t>(plan.chunks) * plan.ranges), static_cast<unsigned>(s.groups), plan.slices);
   T* const to_weight = static_cast<T*>(grad_weight.data_ptr());
@@ -332,8 +294,8 @@ void launch(Plan plan, bool is_padded, const Tensor& grad, const Tensor& winners
                                                                                     to_bias, VEC, plan);
 }
 
-// What a 1 x 1 kernel reads of an input whose channels do not lie side by side, copied so that they do, and its sizes: vectors of
-// channels gain more than that costs.
+// Copies what a 1 x 1 kernel reads of an input whose channels do not lie side by side, so that they do; updates the sizes.
+// Vectors of channels gain more than the copy costs.
 Tensor in_channels_last(const Tensor& input, ConvShape& shape) {
   Tensor read = input;
   for (int axis = 0; axis < 2; ++axis) {
@@ -383,7 +345,7 @@ std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& 
   Tensor grad_weight = torch::stable::new_empty(input, {out_channels, shape.in_channels, shape.kernel[0], shape.kernel[1]});
   Tensor grad_bias = torch::stable::new_empty(input, {out_channels});
 
-  Plan plan{.shape = shape, .taps = static_cast<int>(shape.taps()), .pixels = static_cast<int>(shape.pixels()),
+  GradWeightGatherPlan plan{.shape = shape, .taps = static_cast<int>(shape.taps()), .pixels = static_cast<int>(shape.pixels()),
             .channels_fastest = shape.input_strides[1] == 1};
   for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
   dispatch(input.scalar_type(), [&](auto element) {
@@ -394,7 +356,8 @@ std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& 
       for (int d : {0, 2, 3}) dense = dense && (input.size(d) == 1 || shape.input_strides[d] % VEC == 0);
       const auto with_sums_of = [&](auto sum) {
         using S = decltype(sum);
-        (dense ? launch<T, S, VEC> : launch<T, S, 1>)(plan, is_padded, grad, winners, input, scale, grad_weight, grad_bias);
+        const auto launch = dense ? launch_grad_weight_gather<T, S, VEC> : launch_grad_weight_gather<T, S, 1>;
+        launch(plan, is_padded, grad, winners, input, scale, grad_weight, grad_bias);
       };
       if constexpr (sizeof(T) == 4) {
         if (precision != "tf32") return with_sums_of(double());

@@ -1,14 +1,15 @@
 // grad_weight_private: the gradients of weights and bias, summed from the winners alone, by blocks with sums of their own.
 //
-// An output pixel adds to the weights of its winner only: its gradient times the input that the filter lay on. Which row of the
-// weights that is changes from pixel to pixel, and every pixel of the batch may hit the same one: atomic additions would queue up.
-// So each block keeps private sums in shared memory, and each sum has one owner, a thread: no atomics, one order, the same bits
-// every time. A second kernel adds what the blocks found.
-//   a column   an input channel at a filter tap, whose input a thread reads for pixel after pixel; one more is the bias: all ones
+// An output pixel adds to the weights of its winner only: its gradient times the input under the filter. Which row of the
+// weights that is changes from pixel to pixel, and all pixels may hit the same one: atomic additions would queue up. So each
+// block keeps private sums in shared memory, and each sum has one owner, a thread: no atomics, one order, the same bits every
+// time. A second kernel adds the blocks' sums.
+//   a column   an input channel at a filter tap, whose input a thread reads for pixel after pixel; one more for the bias: all
+//              ones
 //   a block    some columns, some output channels, and a slice of the pixels
-// Takes everything: any stride, padding, dilation, groups, dtype. Sums are double, of 16-bit types float32: a long sum of float32
-// in float32 would lose more than the library's shorter ones do.
-// Limit: the way from shared memory and back for each product.
+// Takes everything: any stride, padding, dilation, groups, dtype. Sums are double, or float32 for 16-bit types: a long sum of
+// float32 in float32 would lose more than the library's shorter sums do.
+// Limit: each product's way to shared memory and back.
 // Previous rung: the dense backward convolution of PyTorch's library.
 
 #include "gradients.h"
@@ -21,17 +22,17 @@ namespace fused_kernels {
 
 constexpr int kWarpSize = 32;
 constexpr int kBatch = 8;              // pixels whose inputs are on their way together
-constexpr int kMostColumns = 256;      // of a block, a thread each
-constexpr int kSharedBytes = 72 << 10;  // for a block's sums: three blocks a multiprocessor
+constexpr int kMostColumns = 256;      // of a block, one per thread
+constexpr int kSharedBytes = 72 << 10;  // for a block's sums: three blocks per multiprocessor
 
 template <typename T>
 using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
 
-struct Plan {
+struct GradWeightPrivatePlan {
   ConvShape shape;
   int64_t grad_strides[4];
-  int columns, columns_a_block, column_blocks;   // of a group
-  int outputs_a_block, output_blocks;            // of a group
+  int columns, columns_per_block, column_blocks;   // of a group
+  int outputs_per_block, output_blocks;            // of a group
   int64_t pixels, slices;
   bool channels_fastest;                         // the order of columns: what neighbouring threads read lies side by side
 };
@@ -39,14 +40,15 @@ struct Plan {
 // Partial sums: [slice][output channel][column], the bias last.
 template <typename T, bool PADDED>
 __global__ void __launch_bounds__(kMostColumns, 1)
-    private_kernel(const T* grad, Winners winners, const T* input, Sum<T>* partial, const __grid_constant__ Plan plan) {
+    private_kernel(const T* grad, Winners winners, const T* input, Sum<T>* partial,
+                   const __grid_constant__ GradWeightPrivatePlan plan) {
   extern __shared__ double dynamic_shared[];
   Sum<T>* const sums = reinterpret_cast<Sum<T>*>(dynamic_shared);
   const ConvShape& s = plan.shape;
-  const int group = blockIdx.y / plan.output_blocks, first_output = blockIdx.y % plan.output_blocks * plan.outputs_a_block;
-  const int outputs = min(plan.outputs_a_block, static_cast<int>(s.out_channels) - first_output);
+  const int group = blockIdx.y / plan.output_blocks, first_output = blockIdx.y % plan.output_blocks * plan.outputs_per_block;
+  const int outputs = min(plan.outputs_per_block, static_cast<int>(s.out_channels) - first_output);
   const int first_winner = group * static_cast<int>(s.out_channels) + first_output;
-  const int column = blockIdx.x % plan.column_blocks * plan.columns_a_block + threadIdx.x;
+  const int column = blockIdx.x % plan.column_blocks * plan.columns_per_block + threadIdx.x;
   const int64_t slice = blockIdx.x / plan.column_blocks;
   const int64_t begin = plan.pixels * slice / plan.slices, end = plan.pixels * (slice + 1) / plan.slices;
   Sum<T>* const mine = sums + threadIdx.x;
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kMostColumns, 1)
   const int input_height = s.input[0], input_width = s.input[1];
 
   for (int64_t first = begin; first < end; first += kWarpSize) {
-    // A lane looks up one pixel: its winner, its gradient, and where the filter's first tap lies on the input.
+    // Each lane looks up one pixel: its winner, its gradient, and where the filter's first tap lies on the input.
     const int count = static_cast<int>(min(end - first, static_cast<int64_t>(kWarpSize)));
     int top = 0, left = 0, winner = -1;
     int64_t offset = 0;
@@ -124,7 +126,8 @@ __global__ void __launch_bounds__(kMostColumns, 1)
 // Adds the slices, always in the same order.
 template <typename T>
 __global__ void __launch_bounds__(256)
-    reduce_kernel(const Sum<T>* partial, Sum<T> scale, T* grad_weight, T* grad_bias, const __grid_constant__ Plan plan) {
+    reduce_kernel(const Sum<T>* partial, Sum<T> scale, T* grad_weight, T* grad_bias,
+                  const __grid_constant__ GradWeightPrivatePlan plan) {
   const ConvShape& s = plan.shape;
   const int64_t count = s.groups * s.out_channels * plan.columns;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// The launch of both; without an input, for the bias alone.
+// Launches both kernels; without an input, for the bias alone.
 std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winners, const std::optional<Tensor>& input,
                                          double scale, const ConvShape& shape) {
   const int64_t out_channels = shape.out_channels * shape.groups, columns = input ? shape.in_channels * shape.taps() + 1 : 1;
@@ -155,7 +158,7 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const cudaStream_t stream = current_stream(grad);
 
-  Plan plan{.shape = shape, .columns = static_cast<int>(columns), .pixels = shape.pixels(),
+  GradWeightPrivatePlan plan{.shape = shape, .columns = static_cast<int>(columns), .pixels = shape.pixels(),
             .channels_fastest = input && shape.input_strides[1] == 1};
   for (int d = 0; d < 4; ++d) plan.grad_strides[d] = grad.stride(d);
   // Whether a filter anywhere hangs over the input's edge.
@@ -168,19 +171,19 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
   dispatch(grad.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Sum<T>;
-    // As many output channels as fit beside enough columns for a few warps.
+    // As many output channels as leave room for the columns of a few warps.
     const int64_t fit = kSharedBytes / sizeof(A);
-    plan.outputs_a_block = static_cast<int>(std::min(shape.out_channels, fit / std::min<int64_t>(columns, 2 * kWarpSize)));
-    plan.output_blocks = static_cast<int>(ceil_div(shape.out_channels, plan.outputs_a_block));
-    plan.outputs_a_block = static_cast<int>(ceil_div(shape.out_channels, plan.output_blocks));
-    const int64_t most = std::min<int64_t>(fit / plan.outputs_a_block, kMostColumns);
+    plan.outputs_per_block = static_cast<int>(std::min(shape.out_channels, fit / std::min<int64_t>(columns, 2 * kWarpSize)));
+    plan.output_blocks = static_cast<int>(ceil_div(shape.out_channels, plan.outputs_per_block));
+    plan.outputs_per_block = static_cast<int>(ceil_div(shape.out_channels, plan.output_blocks));
+    const int64_t most = std::min<int64_t>(fit / plan.outputs_per_block, kMostColumns);
     plan.column_blocks = static_cast<int>(ceil_div(columns, most));
     const int64_t even = ceil_div(columns, plan.column_blocks), threads = ceil_div(even, kWarpSize) * kWarpSize;
-    plan.columns_a_block = static_cast<int>(threads <= most ? threads : even);
-    plan.column_blocks = static_cast<int>(ceil_div(columns, plan.columns_a_block));
-    const int block = static_cast<int>(ceil_div(plan.columns_a_block, kWarpSize)) * kWarpSize;
-    const int shared = static_cast<int>(plan.outputs_a_block * block * sizeof(A));
-    // Slices: enough to fill the chip a few times, no fewer pixels in one than make its sums worth adding.
+    plan.columns_per_block = static_cast<int>(threads <= most ? threads : even);
+    plan.column_blocks = static_cast<int>(ceil_div(columns, plan.columns_per_block));
+    const int block = static_cast<int>(ceil_div(plan.columns_per_block, kWarpSize)) * kWarpSize;
+    const int shared = static_cast<int>(plan.outputs_per_block * block * sizeof(A));
+    // Slices: enough to fill the chip a few times, but with so many pixels each that adding the slices' sums is little work.
     const int64_t blocks = static_cast<int64_t>(plan.column_blocks) * plan.output_blocks * shape.groups;
     const int64_t resident = std::clamp<int64_t>((200 << 10) / (shared + 1024), 1, 2048 / block);
     const int64_t wanted = multiprocessors(grad.get_device_index()) * resident / blocks;

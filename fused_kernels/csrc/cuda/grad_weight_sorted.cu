@@ -1,21 +1,27 @@
 // grad_weight_sorted: pixels sorted by their winners, so that tensor cores can sum the gradients of the weights.
 //
-// A tile's output pixels are put in lists, one for each eight output channels; sixteen pixels of a list are a step. At a tap
-//   operand A   the inputs that the filter lay on: 16 input channels by 16 pixels, gathered by ldmatrix from the tile's input
+// A tile's output pixels are sorted into lists, one for every eight output channels; sixteen pixels of a list are a step. At a
+// tap
+//   operand A   the inputs under the filter: 16 input channels by 16 pixels, gathered by ldmatrix from the input tile (the tile
+//               with its halo, the margin that the filter reaches into)
 //   operand B   the pixels' gradients, each in its winner's column of eight
 //   result      16 input channels by 8 output channels, added to sums that stay in registers from the first tile to the last
-// A multiprocessor's registers have the sums of 16 or 32 input channels, 9 taps and 128 output channels: 72 or 144 KiB. A warp has
-// a tap, and walks through all the lists, whichever channels win: however skewed the winners are, all warps do the same work.
-//   sort_kernel     one block a tile: the lists; and the tile's part of the bias's gradient
-//   sum_kernel      warps of two kinds: some bring the input of the next tile, nine multiply
-//   reduce_kernel   adds what the blocks found
+// A multiprocessor's registers have the sums of 16 or 32 input channels, 9 taps and 128 output channels: 72 or 144 KiB. Each
+// consumer warp has one tap and walks through all the lists, whichever channels win: however skewed the winners are, all do the
+// same work.
+//   sort_kernel     one block per tile: the lists, and the tile's part of the bias's gradient
+//   sum_kernel      a persistent grid with warp specialization: producers bring the input tile of the next tile, nine consumers
+//                   multiply
+//   reduce_kernel   adds the blocks' sums
 // Every sum has one owner and one order: the same bits every time.
-// NOTE: ldmatrix reads eight rows at once, and rows at the same place modulo 8 are in the same banks. So a step's pixels are dealt
-// out by their place: the first eight have all eight places, as far as there are such pixels, and so do the second eight.
-// float32 is multiplied as float16, times powers of two that a tile's largest values ask for.
-// Limit: shared memory, 128 bytes a clock.
+// NOTE: ldmatrix reads eight rows at once, and rows at the same place modulo 8 are in the same banks. So a step's pixels are
+// chosen by their place: the first eight have all eight places, as far as there are such pixels, and so do the second eight.
+// float32 is multiplied as float16, times powers of two that the largest values of a tile ask for.
+// grad_weight_sorted_plan.cuh cuts the work.
+// Limit: shared memory, 128 bytes per clock.
 // Previous rung: grad_weight_private.
 
+#include "grad_weight_sorted_plan.cuh"
 #include "gradients.h"
 #include "implicit_gemm.cuh"
 #include "ptx/bulk_copy.cuh"
@@ -24,66 +30,37 @@
 
 namespace fused_kernels {
 
-constexpr int kColumns = 8, kStep = 16;               // output channels of a list, pixels of a step
-constexpr int kLists = 16;                             // of a block that sums
-constexpr int kPlaces = 8;
-constexpr int kTaps = 9, kMostTaps = 49;              // of a block that sums, and in all
-constexpr int kMostPixels = 1024, kMostHalo = 4096;  // of a tile, and of its input
-constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarpSize;
-constexpr int kStages = 2;
-constexpr int kStepBytes = kWarpSize * 8 + kStep * 4;  // operand B of a step, and where its pixels' rows begin
-
-// What a thread that brings input has under way, 16 bytes of operand each. Before Hopper more of them spill.
+// How many loads a producer thread has in flight, for 16 bytes of operand each. Before Hopper more of them spill.
 #if __CUDA_ARCH__ >= 900
 constexpr int kInFlight = 4;
 #else
 constexpr int kInFlight = 2;
 #endif
 
-// How a block that sums cuts the input's channels, and who brings them. 16-bit channels that lie side by side are copied past the
-// registers, and few warps do that. All else is converted or transposed by warps that then need registers of their own, and more
-// of them than there are beside the sums of 32 channels.
-template <typename T, bool DENSE>
-struct Cut {
-  static constexpr bool kCopies = DENSE && sizeof(T) == 2;
-  static constexpr int kChunk = kCopies ? 32 : 16, kGroups = kChunk / 8;
-  static constexpr int kPixelBytes = kChunk * 2 + 16;  // padded so that places modulo 8 are different banks
-  static constexpr int kInputWarps = kCopies ? 3 : 11, kInputThreads = kInputWarps * kWarpSize;
-  static constexpr int kThreads = kTaps * kWarpSize + kInputThreads;
-};
-
 // An entry: a gradient of 16 bits, its winner's column, and where its input begins in the tile's.
 constexpr int kColumnShift = 12;
-
-struct Plan {
-  int images, input[2], output[2], padding[2], stride[2], dilation[2], kernel[2], taps;
-  int64_t input_strides[4], grad_strides[4];
-  int in_channels, out_channels;
-  int tile[2], halo[2], tiles_across[2], tiles;
-  int lists, capacity;                 // of a tile: lists, entries
-  int chunks, ranges, slices;          // of input channels, output channels, tiles
-  int tap_offset[kMostTaps];           // in bytes of the halo
-  uint32_t width_inverse;              // 2^32 / its width, rounded up
-};
 
 struct Place {
   int image, row, column;  // of a tile's first output pixel
 };
 
-__device__ __forceinline__ Place place_of(const Plan& plan, int tile) {
-  // Rows inside columns inside images: a tile's halo meets the next one's in the cache.
+__device__ __forceinline__ Place place_of(const GradWeightSortedPlan& plan, int tile) {
+  // Rows inside columns inside images: neighbouring tiles find what their halos share in the cache.
   return {tile / plan.tiles_across[0] / plan.tiles_across[1], tile % plan.tiles_across[0] * plan.tile[0],
           tile / plan.tiles_across[0] % plan.tiles_across[1] * plan.tile[1]};
 }
 
-// A sum of products with other powers of two is multiplied by their quotient, but by no more than this on the way up: where small
-// values follow large ones they are multiplied by less.
+// ---- float32's powers of two ----
+
+// Where a tile has other powers of two than the sums so far, these are multiplied by the quotient, but on the way up by no more
+// than 2^kMostRise: where small values follow large ones, the small values are multiplied by less.
 constexpr int kMostRise = 48;
-constexpr int kNoExponent = INT32_MAX;  // of a tile all zeros
-// A power of two was right where the largest float16 is in [2^6, 2^14): as bits.
+constexpr int kNoExponent = INT32_MAX;  // of a tile of zeros
+// A power of two was right if the largest float16 is in [2^6, 2^14): here as bits.
 constexpr uint32_t kLeastSeen = 0x5400, kMostSeen = 0x7400;
 
-// For the largest of a tile's values; in steps of eight, so that most tiles have the same one: the largest value is at least 64 still.
+// The power of two for a tile's largest value; in steps of eight, so that most tiles have the same one. The largest value is
+// still at least 64.
 __device__ __forceinline__ int common_exponent(float largest) {
   const int exponent = exponent_for(largest);
   return exponent < kLargestExponent / 8 * 8 ? exponent & ~7 : exponent;
@@ -91,18 +68,21 @@ __device__ __forceinline__ int common_exponent(float largest) {
 
 __device__ __forceinline__ float finite_magnitude(float value) { return fabsf(value) < kInfinity<float> ? fabsf(value) : 0.0f; }
 
-// Lists: [tile][entry]. Where each list begins, in steps: [tile][list], one more for the end. Sums for the bias: [tile][channel].
+// ---- sort_kernel ----
+
+// Lists: [tile][entry]. Where each list begins, in steps: [tile][list], one more for the end. Sums for the bias:
+// [tile][channel].
 template <typename T>
 __global__ void __launch_bounds__(kSortThreads)
     sort_kernel(const T* grad, Winners winners, uint32_t* entries, uint16_t* begins, int* exponents, float* bias_parts,
-                const __grid_constant__ Plan plan) {
+                const __grid_constant__ GradWeightSortedPlan plan) {
   constexpr int kRounds = kMostPixels / kSortThreads;
   extern __shared__ __align__(128) char shared[];
   const int bins = plan.lists * kPlaces;
   float* const sorted = reinterpret_cast<float*>(shared);                           // gradients
   uint32_t* const sorted_entries = reinterpret_cast<uint32_t*>(sorted + plan.capacity);
   int* const in_bin = reinterpret_cast<int*>(sorted_entries + plan.capacity);          // how many
-  int* const spare = in_bin + bins;                                                 // where a bin's surplus begins among the list's
+  int* const spare = in_bin + bins;                                                 // where a bin's surplus begins in the list's
   int* const first_round = spare + bins;                                            // a list's, in eights
   uint16_t* const before = reinterpret_cast<uint16_t*>(first_round + plan.lists + 1);  // [warp][bin]
   __shared__ uint32_t largest;
@@ -112,6 +92,7 @@ __global__ void __launch_bounds__(kSortThreads)
   if (threadIdx.x == 0) largest = 0;
   __syncthreads();
 
+  // ---- count: which bin each pixel is in, and its rank there ----
   // Each warp has a run of pixels, and counts those of a bin before each of them.
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const Place tile = place_of(plan, blockIdx.x);
@@ -129,7 +110,7 @@ __global__ void __launch_bounds__(kSortThreads)
       const int winner = winners[at];
       gradients[k] = static_cast<float>(grad[tile.image * plan.grad_strides[0] + (tile.row + row) * plan.grad_strides[2] +
                                             (tile.column + x) * plan.grad_strides[3]]);
-      place[k] = row * plan.stride[0] * plan.halo[1] + x * plan.stride[1];
+      place[k] = row * plan.stride[0] * plan.input_tile[1] + x * plan.stride[1];
       column[k] = winner % kColumns;
       bin_of[k] = winner / kColumns * kPlaces + place[k] % kPlaces;
       most = fmaxf(most, finite_magnitude(gradients[k]));
@@ -148,6 +129,7 @@ __global__ void __launch_bounds__(kSortThreads)
   if (lane == 0) atomicMax(&largest, of_warp);
   __syncthreads();
 
+  // ---- where bins and lists begin ----
   for (int bin = threadIdx.x; bin < bins; bin += kSortThreads) {
     int sum = 0;
     for (int w = 0; w < kSortWarps; ++w) {
@@ -188,6 +170,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
   __syncthreads();
 
+  // ---- place the pixels ----
   const int exponent = sizeof(T) == 4 ? common_exponent(__uint_as_float(largest)) : 0;
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) {
@@ -195,7 +178,7 @@ __global__ void __launch_bounds__(kSortThreads)
     const int bin = bin_of[k], list = bin / kPlaces, first = first_round[list], rounds = first_round[list + 1] - first;
     int round = before[warp * bins + bin] + rank[k], slot = bin % kPlaces;
     if (round >= rounds) {
-      // More than there are rounds: into what the other places leave free.
+      // More pixels than rounds: into slots that the other places leave free.
       int free = spare[bin] + round - rounds;
       for (slot = 0;; ++slot) {
         const int room = max(rounds - in_bin[list * kPlaces + slot], 0);
@@ -217,6 +200,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
   __syncthreads();
 
+  // ---- store the lists; sum the bias ----
   const int count = first_round[plan.lists] * kPlaces;
   uint4* const target = reinterpret_cast<uint4*>(entries + static_cast<int64_t>(blockIdx.x) * plan.capacity);
   for (int i = threadIdx.x; i < count / 4; i += kSortThreads) target[i] = reinterpret_cast<const uint4*>(sorted_entries)[i];
@@ -224,7 +208,7 @@ __global__ void __launch_bounds__(kSortThreads)
     begins[static_cast<int64_t>(blockIdx.x) * (plan.lists + 1) + list] = static_cast<uint16_t>(first_round[list] / 2);
   }
   if (threadIdx.x == 0) exponents[blockIdx.x] = largest > 0 ? exponent : kNoExponent;
-  // The bias: of a list's eight columns four lanes each sum a quarter.
+  // The bias: for each of a list's eight columns, four lanes sum a quarter each.
   for (int list = warp; list < plan.lists; list += kSortWarps) {
     const int end = first_round[list + 1] * kPlaces;
     double sum = 0.0;
@@ -240,7 +224,9 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-// A stage's barriers: one says that it is full, one that it is empty again.
+// ---- sum_kernel ----
+
+// A place in the pipeline. Each stage has two barriers: one says that it is full, one that it is empty again.
 struct Stage {
   int index, phase;
 
@@ -249,7 +235,7 @@ struct Stage {
   }
 };
 
-// Eight channels of a pixel as operand A.
+// Stores eight channels of a pixel as operand A.
 template <typename T>
 __device__ __forceinline__ void put_group(const Raw<T>(&values)[8], float factor, uint32_t& most, char* target) {
   uint32_t packed[4];
@@ -266,39 +252,39 @@ __device__ __forceinline__ void put_group(const Raw<T>(&values)[8], float factor
   *reinterpret_cast<uint4*>(target) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
 
-// Where a tile's input lies.
+// Where an input tile lies.
 template <typename T, class C>
 struct InputTile {
   const Raw<T>* first;  // of the tile's first pixel, the chunk's first channel; perhaps outside the image
   int top, left, channels;
-  bool whole;  // no padding, all channels there
+  bool whole;  // no padding, all channels exist
 
-  __device__ __forceinline__ InputTile(const T* input, const Plan& plan, const Place& tile, int first_channel)
+  __device__ __forceinline__ InputTile(const T* input, const GradWeightSortedPlan& plan, const Place& tile, int first_channel)
       : top(tile.row * plan.stride[0] - plan.padding[0]), left(tile.column * plan.stride[1] - plan.padding[1]),
         channels(min(plan.in_channels - first_channel, C::kChunk)) {
     const int64_t* const strides = plan.input_strides;
     first = reinterpret_cast<const Raw<T>*>(input) + tile.image * strides[0] + first_channel * strides[1] + top * strides[2] +
             left * strides[3];
-    whole = top >= 0 && left >= 0 && top + plan.halo[0] <= plan.input[0] && left + plan.halo[1] <= plan.input[1] &&
+    whole = top >= 0 && left >= 0 && top + plan.input_tile[0] <= plan.input[0] && left + plan.input_tile[1] <= plan.input[1] &&
             channels == C::kChunk;
   }
-  __device__ __forceinline__ bool has(const Plan& plan, int row, int column) const {
+  __device__ __forceinline__ bool has(const GradWeightSortedPlan& plan, int row, int column) const {
     return static_cast<unsigned>(top + row) < static_cast<unsigned>(plan.input[0]) &&
            static_cast<unsigned>(left + column) < static_cast<unsigned>(plan.input[1]);
   }
 };
 
-// Brings it: [pixel][channel] in 16 bits, zeros in the padding. Gives the largest magnitude that it saw, of two float16.
-// Past the last pixel the last one is read again, so that a whole tile's loads have no conditions.
+// Brings an input tile: [pixel][channel] in 16 bits, zeros in the padding. Gives the largest magnitude that it saw, of two
+// float16. Past the last pixel the last one is read again, so that a whole tile's loads have no conditions.
 template <typename T, bool DENSE, bool WHOLE, class C>
-__device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, const Plan& plan, int thread, float factor,
-                                                char* target) {
-  const int pixels = plan.halo[0] * plan.halo[1];
+__device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, const GradWeightSortedPlan& plan, int thread,
+                                                float factor, char* target) {
+  const int pixels = plan.input_tile[0] * plan.input_tile[1];
   const int row_stride = static_cast<int>(plan.input_strides[2]), column_stride = static_cast<int>(plan.input_strides[3]);
   const int channel_stride = static_cast<int>(plan.input_strides[1]);
   uint32_t most = 0;
-  // Of dense channels eight threads have the same group of eight neighbouring pixels, else all of them neighbouring pixels: in
-  // shared memory, different banks.
+  // DENSE: eight threads have the same group of channels of eight neighbouring pixels; otherwise all threads have neighbouring
+  // pixels. Both write to different banks.
   constexpr int kStride = DENSE ? C::kInputThreads / C::kGroups : C::kInputThreads;
   const int group = DENSE ? thread / 8 % C::kGroups : 0;
   const int first_pixel = DENSE ? thread / (8 * C::kGroups) * 8 + thread % 8 : thread;
@@ -306,7 +292,7 @@ __device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, con
   char* const to = target + group * 16;
   const auto offset_of = [&](int pixel, bool& inside) {
     pixel = min(pixel, pixels - 1);
-    const int row = __umulhi(pixel, plan.width_inverse), column = pixel - row * plan.halo[1];
+    const int row = __umulhi(pixel, plan.width_inverse), column = pixel - row * plan.input_tile[1];
     inside = WHOLE || tile.has(plan, row, column);
     return row * row_stride + column * column_stride;
   };
@@ -353,12 +339,12 @@ __device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, con
   return most;
 }
 
-// Reads a tile's input once more, for its largest value that is finite.
+// Reads an input tile once more, for its largest value that is finite.
 template <typename T, class C>
-__device__ __forceinline__ float largest_finite(const InputTile<T, C>& tile, const Plan& plan, int thread) {
+__device__ __forceinline__ float largest_finite(const InputTile<T, C>& tile, const GradWeightSortedPlan& plan, int thread) {
   float most = 0.0f;
-  for (int pixel = thread; pixel < plan.halo[0] * plan.halo[1]; pixel += C::kInputThreads) {
-    const int row = pixel / plan.halo[1], column = pixel % plan.halo[1];
+  for (int pixel = thread; pixel < plan.input_tile[0] * plan.input_tile[1]; pixel += C::kInputThreads) {
+    const int row = pixel / plan.input_tile[1], column = pixel % plan.input_tile[1];
     if (!tile.has(plan, row, column)) continue;
     const Raw<T>* const source = tile.first + row * plan.input_strides[2] + column * plan.input_strides[3];
     for (int c = 0; c < tile.channels; ++c) most = fmaxf(most, finite_magnitude(source[c * plan.input_strides[1]]));
@@ -366,7 +352,7 @@ __device__ __forceinline__ float largest_finite(const InputTile<T, C>& tile, con
   return most;
 }
 
-// Two entries as two neighbours of operand B: their gradients where the column is this lane's, else zero.
+// Makes two entries two neighbours of operand B: their gradients if the column is this lane's, otherwise zero.
 template <typename T>
 __device__ __forceinline__ uint32_t operand_b(uint2 two, __half2 column, __half2 factor) {
   uint32_t gradients = __byte_perm(two.x, two.y, 0x7632);
@@ -382,10 +368,11 @@ __device__ __forceinline__ uint32_t operand_b(uint2 two, __half2 column, __half2
 template <typename T, bool DENSE>
 __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
     sum_kernel(const T* input, const uint32_t* entries, const uint16_t* begins, const int* exponents, float* partial,
-               const __grid_constant__ Plan plan) {
+               const __grid_constant__ GradWeightSortedPlan plan) {
   using C = Cut<T, DENSE>;
   extern __shared__ __align__(128) char shared[];
-  const int input_bytes = plan.halo[0] * plan.halo[1] * C::kPixelBytes, stage_bytes = input_bytes + plan.capacity / kStep * kStepBytes;
+  const int input_bytes = plan.input_tile[0] * plan.input_tile[1] * C::kPixelBytes,
+            stage_bytes = input_bytes + plan.capacity / kStep * kStepBytes;
   __shared__ uint16_t list_begins[kStages][kLists + 1];
   __shared__ int stage_exponents[kStages];
   __shared__ uint32_t largest[2];
@@ -412,6 +399,7 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
   const int first_list = range * kLists, lists = min(plan.lists - first_list, kLists);
   Stage stage{0, 0};
 
+  // ---- producers: the input tile, and operand B ----
   if (warp >= kTaps) {
     const int thread = threadIdx.x - kTaps * kWarpSize;
     const uint32_t n = lane / 4 << kColumnShift, both = n * 0x10001u;
@@ -432,7 +420,7 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
       };
       uint32_t seen = bring();
       if constexpr (sizeof(T) == 4) {
-        // The power of two was a guess, the last tile's; where it was wrong, again.
+        // The power of two was a guess, the last tile's. If it was wrong, bring the tile again.
         const auto largest_of_all = [&](uint32_t bits) {
           bits = __reduce_max_sync(0xffffffffu, bits);
           if (lane == 0) atomicMax(&largest[turn], bits);
@@ -463,7 +451,7 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
         }
         if (thread == 0) stage_exponents[stage.index] = total;
       }
-      // The lists, as the tensor cores want them.
+      // The lists, in the order in which the tensor cores read them.
       const __half2 factor = __float2half2_rn(power_of_two(-min(excess, kLargestExponent)));
 #pragma unroll 4
       for (int step = thread / kWarpSize; step < steps; step += C::kInputWarps) {
@@ -484,10 +472,10 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
   }
   if (warp >= taps) return;
 
-  // A warp that multiplies: a tap.
+  // ---- consumers: one tap per warp ----
   float sums[kLists][C::kChunk / 16][4] = {};
   int exponent = 0;
-  const int slot = lane % 8 + lane / 16 * 8;  // the pixel whose row this lane names
+  const int slot = lane % 8 + lane / 16 * 8;  // the pixel whose row this lane gives to ldmatrix
   const uint32_t shift = plan.tap_offset[first_tap + warp] + lane / 8 % 2 * 16;
   for (int tile = begin; tile < end; ++tile) {
     const char* const inputs = shared + stage.index * stage_bytes;
@@ -532,6 +520,7 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
     stage.advance();
   }
 
+  // ---- epilogue: store this block's sums ----
   const float back = power_of_two(-exponent / 2), rest = power_of_two(-(exponent - exponent / 2));
   const int padded = plan.chunks * C::kChunk;
   float* const target = partial + (static_cast<int64_t>(slice) * plan.taps + first_tap + warp) * plan.out_channels * padded + chunk * C::kChunk;
@@ -548,10 +537,13 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
   }
 }
 
-// A thread adds an element's slices.
+// ---- reduce_kernel ----
+
+// Adds the slices' sums: one thread per weight.
 template <typename T>
 __global__ void __launch_bounds__(256)
-    reduce_kernel(const float* partial, float scale, T* grad_weight, int padded, const __grid_constant__ Plan plan) {
+    reduce_kernel(const float* partial, float scale, T* grad_weight, int padded,
+                  const __grid_constant__ GradWeightSortedPlan plan) {
   const int64_t count = static_cast<int64_t>(plan.taps) * plan.out_channels * padded;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   const int channel = i % padded;
@@ -563,7 +555,7 @@ __global__ void __launch_bounds__(256)
   grad_weight[(output * plan.in_channels + channel) * plan.taps + tap] = static_cast<T>(sum * scale);
 }
 
-// A block adds an output channel's tiles.
+// Adds the tiles' sums of the bias: one block per output channel.
 template <typename T>
 __global__ void __launch_bounds__(256) reduce_bias_kernel(const float* parts, float scale, T* grad_bias, int tiles, int channels) {
   __shared__ double of_warps[256 / kWarpSize];
@@ -579,48 +571,16 @@ __global__ void __launch_bounds__(256) reduce_bias_kernel(const float* parts, fl
   grad_bias[blockIdx.x] = static_cast<T>(static_cast<float>(sum) * scale);
 }
 
-// Cuts the work; false where no tile's input fits in shared memory.
-bool lay_out(Plan& plan, int pixel_bytes, int most, int& shared_bytes) {
-  plan.lists = static_cast<int>(ceil_div(plan.out_channels, kColumns));
-  plan.tile[1] = static_cast<int>(ceil_div(plan.output[1], ceil_div(plan.output[1], 64)));
-  for (int most_rows = std::min(kMostPixels / plan.tile[1], plan.output[0]); most_rows > 0; --most_rows) {
-    plan.tile[0] = static_cast<int>(ceil_div(plan.output[0], ceil_div(plan.output[0], most_rows)));
-    for (int axis = 0; axis < 2; ++axis) {
-      plan.halo[axis] = (plan.tile[axis] - 1) * plan.stride[axis] + (plan.kernel[axis] - 1) * plan.dilation[axis] + 1;
-    }
-    plan.halo[1] = std::max(plan.halo[1], 2);  // for the inverse
-    plan.capacity = (plan.tile[0] * plan.tile[1] / kStep + 1 + plan.lists) * kStep;
-    const int64_t halo = static_cast<int64_t>(plan.halo[0]) * plan.halo[1];
-    // A step past the last is read, and not used.
-    const int64_t bytes = kStages * (halo * pixel_bytes + plan.capacity / kStep * int64_t{kStepBytes}) + kWarpSize * 8;
-    if (halo > kMostHalo || bytes > most) continue;
-    shared_bytes = static_cast<int>(bytes);
-    return true;
-  }
-  return false;
-}
+// ---- host ----
 
 template <typename T, bool DENSE>
-void launch(Plan plan, const Tensor& grad, const Tensor& winners, const Tensor& input, float scale, Tensor& grad_weight,
-            Tensor& grad_bias) {
+void launch_grad_weight_sorted(GradWeightSortedPlan plan, const Tensor& grad, const Tensor& winners, const Tensor& input,
+                               float scale, Tensor& grad_weight, Tensor& grad_bias) {
   using C = Cut<T, DENSE>;
   const int device = input.get_device_index();
-  int shared_bytes = 0;
-  STD_TORCH_CHECK(lay_out(plan, C::kPixelBytes, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - 1024, shared_bytes),
-                  "input: grad_weight_sorted expected a tile's input to fit in shared memory");
-  for (int axis = 0; axis < 2; ++axis) plan.tiles_across[axis] = static_cast<int>(ceil_div(plan.output[axis], plan.tile[axis]));
-  const int64_t tiles = static_cast<int64_t>(plan.images) * plan.tiles_across[0] * plan.tiles_across[1];
-  STD_TORCH_CHECK(tiles < INT32_MAX / 2, "grad: grad_weight_sorted expected fewer tiles, got ", tiles);
-  plan.tiles = static_cast<int>(tiles);
-  plan.width_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.halo[1] + 1);
-  plan.chunks = static_cast<int>(ceil_div(plan.in_channels, C::kChunk));
-  plan.ranges = static_cast<int>(ceil_div(plan.lists, kLists));
+  const int shared_bytes = cut_grad_weight_sorted<C>(plan, device);
+  const int64_t tiles = plan.tiles;
   const int tap_sets = static_cast<int>(ceil_div(plan.taps, kTaps));
-  plan.slices = std::clamp(multiprocessors(device) / (plan.chunks * plan.ranges * tap_sets), 1, plan.tiles);
-  for (int tap = 0; tap < plan.taps; ++tap) {
-    const int row = tap / plan.kernel[1] * plan.dilation[0], column = tap % plan.kernel[1] * plan.dilation[1];
-    plan.tap_offset[tap] = (row * plan.halo[1] + column) * C::kPixelBytes;
-  }
 
   // Workspace, all parts multiples of 16 bytes.
   const auto rounded = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
@@ -673,7 +633,7 @@ std::tuple<Tensor, Tensor> grad_weight_sorted(const Tensor& grad, const Tensor& 
   Tensor grad_weight = torch::stable::new_empty(input, {out_channels, shape.in_channels, shape.kernel[0], shape.kernel[1]});
   Tensor grad_bias = torch::stable::new_empty(input, {out_channels});
 
-  Plan plan{};
+  GradWeightSortedPlan plan{};
   plan.images = static_cast<int>(shape.images), plan.taps = static_cast<int>(shape.taps());
   plan.in_channels = static_cast<int>(shape.in_channels), plan.out_channels = static_cast<int>(out_channels);
   for (int axis = 0; axis < 2; ++axis) {
@@ -703,7 +663,8 @@ std::tuple<Tensor, Tensor> grad_weight_sorted(const Tensor& grad, const Tensor& 
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) <= 4) {
-      (dense ? launch<T, true> : launch<T, false>)(plan, grad, winners, input, static_cast<float>(scale), grad_weight, grad_bias);
+      const auto launch = dense ? launch_grad_weight_sorted<T, true> : launch_grad_weight_sorted<T, false>;
+      launch(plan, grad, winners, input, static_cast<float>(scale), grad_weight, grad_bias);
     }
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,4 +1,4 @@
-// scale_min_coalesced: a thread a pixel, so that neighbouring threads read neighbouring addresses.
+// scale_min_coalesced: one thread per pixel, so that neighbouring threads read neighbouring addresses.
 //
 // The 32 lanes of a warp read 32 consecutive pixels of one channel: every byte of every sector is used, each lane keeps its
 // own minimum in a register, and nothing is shared.

@@ -1,10 +1,10 @@
-// scale_min_naive: the first kernel that comes to mind. A block a pixel, a thread a channel; one thread reduces.
+// scale_min_naive: the first kernel that comes to mind. One block per pixel, one thread per channel; one thread reduces.
 //
-// Limit: a block a pixel is millions of blocks, each started for one load a thread; neighbouring threads read addresses H * W
-// apart, so each 4-byte load moves a 32-byte sector; and one thread compares all channels while the others wait. Slower than the
-// two PyTorch kernels that it replaces.
-// Previous rung: none; this is the source document's kernel in other words. Mended just enough to build and to be right past
-// 2^31 elements; its faults of speed, and the one of NaN, are kept to be looked at.
+// Limit: one block per pixel is millions of blocks, each started for one load per thread. Neighbouring threads read addresses H
+// * W apart, so each 4-byte load moves a 32-byte sector. And one thread compares all channels while the others wait. Slower
+// than the two PyTorch kernels that it replaces.
+// Previous rung: none; this is the source document's kernel in other words, repaired just enough to build and to be right past
+// 2^31 elements. Its faults of speed, and its fault with NaN, are kept as examples.
 
 #include "launch.cuh"
 #include "numerics.cuh"
@@ -36,7 +36,7 @@ Tensor scale_min_naive(const Tensor& any_layout, double scale) {
   check_input(any_layout);
   const Tensor input = torch::stable::contiguous(any_layout);
   const int64_t images = input.size(0), channels = input.size(1), plane = input.size(2) * input.size(3);
-  STD_TORCH_CHECK(channels <= 1024, "input: scale_min_naive expects at most 1024 channels, one a thread, got ", channels);
+  STD_TORCH_CHECK(channels <= 1024, "input: scale_min_naive expects at most 1024 channels, one per thread, got ", channels);
   // Zeroed first, then overwritten, as in the source document.
   Tensor output = torch::stable::new_zeros(input, {images, 1, input.size(2), input.size(3)});
   if (output.numel() == 0) return output;

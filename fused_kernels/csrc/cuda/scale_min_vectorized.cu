@@ -1,13 +1,13 @@
 // scale_min_vectorized: wide loads, several of them in flight, in whichever layout the input has.
 //
-// Memory speed needs tens of kilobytes of loads in flight on each SM all the time (bandwidth x latency). So a thread asks for
-// several vectors of up to 16 bytes before it uses the first.
-//   NCHW           a thread owns a vector of pixels and walks the channels; the minimum is lane by lane.
+// Full memory bandwidth needs tens of kilobytes of loads in flight on each SM all the time (bandwidth x latency). So a thread
+// asks for several vectors of up to 16 bytes before it uses the first.
+//   NCHW           a thread owns a vector of pixels and walks through the channels; each pixel has a minimum of its own.
 //   channels_last  a group of threads owns a pixel, whose channels lie side by side; exchanges among lanes finish the minimum.
 //   other strides  a thread owns a pixel, as in the previous rung.
-// The same kernels make a second operator, scale_min_bias, that first adds a number a channel: a convolution's bias, for which
-// PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
-// For training they also give each pixel's winner; then the backward has only to write: the gradient there, zeros elsewhere.
+// The same kernels make a second operator, scale_min_bias, that first adds one number per channel: a convolution's bias, for
+// which PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
+// For training they also give each pixel's winner, from which scale_min_vectorized_backward makes the gradient.
 // Limit: the memory's read bandwidth.
 // Previous rung: scale_min_coalesced.
 
@@ -16,11 +16,11 @@
 #include "launch.cuh"
 #include "numerics.cuh"
 #include "ptx/grid_dependency.cuh"
+#include "vectors.cuh"
 
 namespace fused_kernels {
 
 constexpr int kWarpBits = 5, kWarpSize = 1 << kWarpBits;
-constexpr int kVectorBytes = 16;
 
 // What to add to an element before it is scaled. NOTE: x + -0.0 is x, whatever x is: without a bias the addition compiles away.
 template <bool BIAS, typename T>
@@ -29,7 +29,7 @@ __device__ __forceinline__ Accumulator<T> addend(const T& bias) {
   return -0.0;
 }
 
-// How a kernel is launched: threads a block, vectors in flight a thread (Planes: their bytes), blocks that must fit on an SM.
+// How a kernel is launched: threads per block, vectors in flight per thread (Planes: bytes), blocks that must fit on an SM.
 // Chosen by measurement. NOTE: more in flight than needed is slower again, by 1 % at 128 bytes (float32, H200).
 // NOTE: told no number of blocks, ptxas saves registers for more of them by moving each load next to its use: of four in the
 // source, two are in flight (read off the SASS, nvcc 13.0).
@@ -38,18 +38,13 @@ struct Planes {
 };
 struct ChannelsLast {
   static constexpr int kThreadBits = 7, kThreads = 1 << kThreadBits, kPixels = 8, kBlocksPerSM = 8;
-  // A small image keeps more of the chip busy with fewer pixels a thread, and where it has many channels, with several vectors
-  // of a single one: all of them at once, if possible.
+  // A small image keeps more of the chip busy with fewer pixels per thread, and where it has many channels, with several
+  // vectors of a single pixel: all of them at once, if possible.
   static constexpr int kFewPixels = 2, kFewVectors = 2, kVectors = 4;
   static constexpr int kAnyGroup = -1;  // the size of a group is known at run time only
 };
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
-};
-
-template <typename T, int VEC>
-struct alignas(VEC * sizeof(T)) Vector {
-  T values[VEC];
 };
 
 // One load instruction of VEC * sizeof(T) bytes.
@@ -78,6 +73,8 @@ __device__ __forceinline__ void put_winners(Winners winners, int64_t pixel, cons
   winners.wide ? put(static_cast<int32_t*>(winners.data)) : put(static_cast<uint8_t*>(winners.data));
 }
 
+// ---- NCHW ----
+
 // A load of less than 8 bytes counts as one of 8: more of them at once gained nothing on an H200.
 template <typename T, int VEC>
 constexpr int kPlanesInFlight = Planes::kBytesInFlight / (VEC * sizeof(T) > 8 ? VEC * sizeof(T) : 8);
@@ -102,8 +99,8 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
   for (int i = 0; i < VEC; ++i) smallest[i] = kInfinity<A>, winner[i] = row;
 
   if (inside) {
-    const int64_t vectors_a_plane = plane / VEC;
-    const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
+    const int64_t vectors_per_plane = plane / VEC;
+    const int64_t image = vector / vectors_per_plane, offset = vector % vectors_per_plane * VEC;
     const T* source = input + (image * channels + row) * plane + offset;
     const int64_t step = split * plane;
     bias += row;
@@ -158,6 +155,8 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
     if constexpr (kWinners) put_winners(winners, vector * VEC, winner);
   }
 }
+
+// ---- channels_last ----
 
 // The least of a warp's numbers, in one instruction instead of five exchanges among lanes, each waiting for the one before.
 // It takes integers: here in the numbers' order, with NaN the least. For training also the winner, of several the first channel.
@@ -266,7 +265,9 @@ __global__ void __launch_bounds__(ChannelsLast::kThreads, ChannelsLast::kBlocksP
   }
 }
 
-// Any strides, in elements.
+// ---- any strides ----
+
+// In elements.
 struct Strides {
   int64_t image, channel, row, column;
 };
@@ -289,23 +290,7 @@ __global__ void __launch_bounds__(Strided::kThreads, Strided::kBlocksPerSM)
   if constexpr (kWinners) winners.put(pixel, winner);
 }
 
-// The widest vector that starts at an aligned address in every run of `length` elements.
-template <typename T>
-int vector_width(const void* pointer, int64_t length) {
-  int width = kVectorBytes / sizeof(T);
-  while (length % width != 0 || reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) != 0) width /= 2;
-  return width;
-}
-
-// Calls f with the run-time width as a compile-time one.
-template <typename T, int VEC = kVectorBytes / sizeof(T), typename F>
-void with_width(int width, const F& f) {
-  if (width == VEC) {
-    f(std::integral_constant<int, VEC>());
-  } else if constexpr (VEC > 1) {
-    with_width<T, VEC / 2>(width, f);
-  }
-}
+// ---- host: which kernel, how many threads ----
 
 bool is_channels_last(const Tensor& t) {
   const int64_t expected[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
@@ -316,7 +301,7 @@ bool is_channels_last(const Tensor& t) {
 }
 
 template <typename T, bool BIAS>
-void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early, Tensor& output, Winners winners) {
+void launch_scale_min(const Tensor& input, const T* bias, Accumulator<T> scale, bool early, Tensor& output, Winners winners) {
   const int channels = input.size(1);
   const int64_t height = input.size(2), width = input.size(3), plane = height * width, pixels = input.size(0) * plane;
   const T* source = static_cast<const T*>(input.data_ptr());
@@ -329,10 +314,10 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
     with_width<T>(common, [&](auto vec) {
       int group_bits = 0;
       while (group_bits < kWarpBits && (vec << group_bits) < channels) ++group_bits;
-      const auto start = [&](auto pixels_a_group, auto vectors, auto known_bits) {
+      const auto start = [&](auto pixels_per_group, auto vectors, auto known_bits) {
         const int bits = known_bits == ChannelsLast::kAnyGroup ? group_bits : known_bits;
-        const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_a_group);
-        launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_a_group, vectors, known_bits>, grid_size(blocks),
+        const int64_t blocks = ceil_div(pixels, (ChannelsLast::kThreads >> bits) * pixels_per_group);
+        launch_kernel(early, channels_last_kernel<T, vec, BIAS, pixels_per_group, vectors, known_bits>, grid_size(blocks),
                       ChannelsLast::kThreads, 0, stream, source, scale, target, pixels, channels, bits, bias, winners);
       };
       constexpr std::integral_constant<int, 1> kOne;
@@ -362,7 +347,7 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
   } else if (input.is_contiguous()) {
     with_width<T>(vector_width<T>(source, plane), [&](auto vec) {
       const int64_t vectors = pixels / vec;
-      // Enough threads to fill the chip half, unless a thread would be left with too few channels.
+      // Enough threads to fill half the chip, unless a thread would be left with too few channels.
       const int64_t wanted = static_cast<int64_t>(multiprocessors(input.get_device_index())) * 1024;
       int split_bits = 0;
       while (split_bits < 4 && vectors << split_bits < wanted && channels >= kPlanesInFlight<T, vec> << (split_bits + 1)) {
@@ -385,15 +370,15 @@ void launch(const Tensor& input, const T* bias, Accumulator<T> scale, bool early
 bool is_small(const Tensor& input) { return input.numel() * input.element_size() < 2 << 20; }
 
 template <bool BIAS>
-Forward run(const Tensor& input, const void* bias, double scale, bool early) {
+Forward run_scale_min(const Tensor& input, const void* bias, double scale, bool early) {
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   const std::optional<Tensor> winners = new_winners(output, input.size(1));
   if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    launch<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input), output,
-                    winners_in(winners));
+    launch_scale_min<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input),
+                              output, winners_in(winners));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return forward_result(output, winners);
@@ -401,7 +386,7 @@ Forward run(const Tensor& input, const void* bias, double scale, bool early) {
 
 Forward scale_min_vectorized(const Tensor& input, double scale) {
   check_input(input);
-  return run<false>(input, nullptr, scale, true);
+  return run_scale_min<false>(input, nullptr, scale, true);
 }
 
 Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bool early) {
@@ -410,149 +395,12 @@ Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bo
                   input.size(1), " channels");
   STD_TORCH_CHECK(bias.scalar_type() == input.scalar_type(), "bias: expected the input's dtype");
   STD_TORCH_CHECK(bias.is_cuda() && bias.get_device_index() == input.get_device_index(), "bias: expected the input's device");
-  return run<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
+  return run_scale_min<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
 }
-
-#ifdef FUSED_KERNELS_WINNERS
-
-// The backward. A thread reads the gradient and the winner of its pixels once, and stores several vectors.
-struct Backward {
-  static constexpr int kThreads = 256;
-  static constexpr int kChannels = 16;  // NCHW: of a thread's vector of pixels
-  static constexpr int kVectors = 4;    // channels_last: of a thread, a block apart
-};
-
-// NCHW. Neighbouring blocks take the same pixels' other channels: what they read is in the cache.
-template <typename T, int VEC>
-__global__ void __launch_bounds__(Backward::kThreads)
-    planes_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result, int64_t vectors,
-                           int channels, int64_t plane, int parts) {
-  const int part = blockIdx.x % parts;
-  const int64_t vector = static_cast<int64_t>(blockIdx.x / parts) * Backward::kThreads + threadIdx.x;
-  if (vector >= vectors) return;
-  T value[VEC];
-  int winner[VEC];
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    value[i] = static_cast<T>(static_cast<Accumulator<T>>(grad[(vector * VEC + i) * step]) * scale);
-    winner[i] = winners[vector * VEC + i];
-  }
-  const int64_t vectors_a_plane = plane / VEC;
-  const int64_t image = vector / vectors_a_plane, offset = vector % vectors_a_plane * VEC;
-  const int first = part * Backward::kChannels, end = min(first + Backward::kChannels, channels);
-  T* target = result + (image * channels + first) * plane + offset;
-#pragma unroll 4
-  for (int channel = first; channel < end; ++channel) {
-    Vector<T, VEC> stored;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) stored.values[i] = winner[i] == channel ? value[i] : T(0);
-    *reinterpret_cast<Vector<T, VEC>*>(target) = stored;
-    target += plane;
-  }
-}
-
-// channels_last: all vectors in their order.
-template <typename T, int VEC>
-__global__ void __launch_bounds__(Backward::kThreads)
-    channels_last_backward_kernel(const T* grad, int64_t step, Winners winners, Accumulator<T> scale, T* result,
-                                  int64_t vectors, int vectors_a_pixel) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * Backward::kThreads * Backward::kVectors + threadIdx.x;
-  int64_t pixel = first / vectors_a_pixel;
-  int place = static_cast<int>(first % vectors_a_pixel);  // of the vector in its pixel
-  const int pixel_step = Backward::kThreads / vectors_a_pixel, place_step = Backward::kThreads % vectors_a_pixel;
-  T value[Backward::kVectors];
-  int winner[Backward::kVectors];  // from the vector's first channel on
-#pragma unroll
-  for (int k = 0; k < Backward::kVectors; ++k) {
-    if (first + k * Backward::kThreads < vectors) {
-      value[k] = static_cast<T>(static_cast<Accumulator<T>>(grad[pixel * step]) * scale);
-      winner[k] = winners[pixel] - place * VEC;
-    }
-    pixel += pixel_step, place += place_step;
-    if (place >= vectors_a_pixel) place -= vectors_a_pixel, ++pixel;
-  }
-#pragma unroll
-  for (int k = 0; k < Backward::kVectors; ++k) {
-    const int64_t vector = first + k * Backward::kThreads;
-    Vector<T, VEC> stored;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) stored.values[i] = winner[k] == i ? value[k] : T(0);
-    if (vector < vectors) *reinterpret_cast<Vector<T, VEC>*>(result + vector * VEC) = stored;
-  }
-}
-
-// How far apart neighbouring pixels are, if it is the same everywhere: one in most gradients, zero in an expanded number.
-std::optional<int64_t> pixel_step(const Tensor& t) {
-  int64_t pixels = 1, step = 0;
-  for (int d : {3, 2, 0}) {
-    if (t.size(d) == 1) continue;
-    if (pixels == 1) step = t.stride(d);
-    if (t.stride(d) != step * pixels) return std::nullopt;
-    pixels *= t.size(d);
-  }
-  return step;
-}
-
-// The gradient of scale_min's input: the minimum's times the scale at the winner, elsewhere zero.
-Tensor scale_min_vectorized_backward(const Tensor& any_grad, const Tensor& any_winners, double scale, int64_t channels,
-                                     bool channels_last) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(any_grad.dim() == 4 && any_grad.size(1) == 1, "grad: expected 4 dimensions (N, 1, H, W)");
-  STD_TORCH_CHECK(channels > 0 && channels <= INT32_MAX - kMostPastChannels, "channels: expected a number from 1 to ",
-                  INT32_MAX - kMostPastChannels, ", got ", channels);
-  const ScalarType of_winners = any_winners.scalar_type();
-  STD_TORCH_CHECK(of_winners == ScalarType::Byte || of_winners == ScalarType::Int, "winners: expected uint8 or int32");
-  STD_TORCH_CHECK(any_winners.dim() == 4 && any_winners.is_cuda() &&
-                      any_winners.get_device_index() == any_grad.get_device_index(),
-                  "winners: expected 4 dimensions, on grad's device");
-  for (int d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(any_winners.size(d) == any_grad.size(d), "winners: expected grad's shape");
-  }
-  using torch::headeronly::MemoryFormat;
-  const int64_t images = any_grad.size(0), height = any_grad.size(2), width = any_grad.size(3);
-  const std::vector<int64_t> sizes{images, channels, height, width};
-  Tensor result = torch::stable::empty(sizes, any_grad.scalar_type(), std::nullopt, any_grad.device(), std::nullopt,
-                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (result.numel() == 0) return result;
-  const torch::stable::accelerator::DeviceGuard guard(any_grad.get_device_index());
-  // In any other order, the gradient is put in this one: it is small beside the result.
-  const bool even = pixel_step(any_grad).has_value();
-  const Tensor grad = even ? any_grad : torch::stable::contiguous(any_grad);
-  const std::optional<Tensor> winners = any_winners.is_contiguous() ? any_winners : torch::stable::contiguous(any_winners);
-  const int64_t step = even ? *pixel_step(any_grad) : 1, plane = height * width, pixels = images * plane;
-  const cudaStream_t stream = current_stream(grad);
-  dispatch(grad.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const T* source = static_cast<const T*>(grad.data_ptr());
-    T* target = static_cast<T*>(result.data_ptr());
-    const auto factor = static_cast<Accumulator<T>>(scale);
-    with_width<T>(vector_width<T>(target, channels_last ? channels : plane), [&](auto vec) {
-      if (channels_last) {
-        const int64_t vectors = pixels * (channels / vec);
-        const int64_t blocks = ceil_div(vectors, Backward::kThreads * Backward::kVectors);
-        channels_last_backward_kernel<T, vec><<<grid_size(blocks), Backward::kThreads, 0, stream>>>(
-            source, step, winners_in(winners), factor, target, vectors, static_cast<int>(channels / vec));
-      } else {
-        const int64_t vectors = pixels / vec, parts = ceil_div(channels, Backward::kChannels);
-        const int64_t blocks = ceil_div(vectors, Backward::kThreads) * parts;
-        planes_backward_kernel<T, vec><<<grid_size(blocks), Backward::kThreads, 0, stream>>>(
-            source, step, winners_in(winners), factor, target, vectors, static_cast<int>(channels), plane,
-            static_cast<int>(parts));
-      }
-    });
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return result;
-}
-
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
   m.impl(FORWARD("scale_min_vectorized"), TORCH_BOX(&scale_min_vectorized));
   m.impl(FORWARD("scale_min_bias"), TORCH_BOX(&scale_min_bias));
-#ifdef FUSED_KERNELS_WINNERS
-  m.impl("scale_min_vectorized_backward", TORCH_BOX(&scale_min_vectorized_backward));
-#endif
 }
 
 }  // namespace fused_kernels

@@ -1,10 +1,11 @@
 // to_channels_last: a convolution's input and weights, copied into the layout that the library's tensor cores want.
 //
-// For each image a transposition: rows of pixels become rows of channels. Whoever reads along one and writes along the other
-// touches a whole sector of memory for each element. So a thread gathers 16 bytes of a pixel's channels, its warp side by side
-// the pixels; the block exchanges them through shared memory, and a warp writes runs of 128 bytes, channels of a pixel.
-// Both tensors go in one launch, for where they are small the launch is what takes time. Weights of 1 x 1 lie right as they are;
-// and with them a convolution of stride 2 reads one pixel of four, so the input may be such a view, and the copy takes no more.
+// For each image a transposition: rows of pixels become rows of channels. Reading along one and writing along the other would
+// touch a whole sector of memory for each element. So a thread gathers 16 bytes of a pixel's channels, a warp those of
+// neighbouring pixels; the block exchanges them through shared memory, and a warp writes runs of 128 bytes, channels of a
+// pixel. Both tensors go in one launch, because where they are small the launch is what takes time. Weights of 1 x 1 need no
+// copy. With them a convolution of stride 2 reads one pixel of four: then the input may be such a view, and only those pixels
+// are copied.
 // Limit: the memory's bandwidth, in and out. PyTorch's own copy reaches a sixth of it (25 MB on an H200).
 // Used by: composite.
 
@@ -15,7 +16,7 @@
 
 namespace fused_kernels {
 
-constexpr int kLanes = 32, kUnits = 8;  // of a block: a lane a pixel, a warp a unit of 16 bytes of their channels
+constexpr int kLanes = 32, kUnits = 8;  // of a block: one pixel per lane, one unit of 16 bytes of their channels per warp
 constexpr int kThreads = kLanes * kUnits, kBlocksPerSM = 4;
 static_assert(kLanes % kUnits == 0, "kUnits: expected a divisor of kLanes");
 
@@ -49,8 +50,8 @@ int64_t span(const Tensor& t) {
 // Whether the pixels of a plane lie at equal distances.
 bool in_one_run(const Tensor& t) { return t.stride(2) == t.size(3) * t.stride(3); }
 
-// NOTE: where all is in L2, instructions decide: 87 a thread instead of 125 (read off the SASS) took a tenth off the time (on
-// an H100). So Index has 32 bits where that is enough, and templates leave out what the usual shapes do not need.
+// NOTE: where everything is in L2, instructions decide: 87 per thread instead of 125 (read off the SASS) took a tenth off the
+// time (on an H100). So Index has 32 bits where that is enough, and templates leave out what the usual shapes do not need.
 template <typename T, typename Index>
 struct Transposition {
   static constexpr int kUnitChannels = 16 / sizeof(T), kBlockChannels = kUnits * kUnitChannels;
@@ -63,8 +64,8 @@ struct Transposition {
   uint32_t blocks = 0;
 
   Transposition() = default;
-  // Whether a block stays in one image: no division of pixels by planes. Else pixels are counted through all images: one
-  // filter's nine taps would leave most of a warp idle, four filters' fill it.
+  // planes: whether a block stays in one image, which needs no division of pixels by planes. Otherwise pixels are counted
+  // through all images: the nine taps of one filter would leave most of a warp idle, those of four filters fill it.
   Transposition(const Tensor& from, const Tensor& to, bool planes)
       : source(static_cast<const T*>(from.data_ptr())), target(static_cast<T*>(to.data_ptr())),
         channels(static_cast<Index>(from.size(1))), images(static_cast<Index>(from.size(0))),

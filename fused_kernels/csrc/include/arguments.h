@@ -1,6 +1,7 @@
 #pragma once
 // What the host functions of all kernels share, on a CPU and on a GPU: checks of the arguments, and a convolution's sizes.
-// The Python functions say what is wrong in full; these keep a direct call of an operator from reading out of bounds.
+// The Python functions explain what is wrong in full; these checks keep a direct call of an operator from reading out of
+// bounds.
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,9 +35,8 @@ inline void check_input(const Tensor& input) {
                   " channels, got ", channels);
 }
 
-// Every forward source is compiled twice: for inference, and where a gradient is wanted once more with FUSED_KERNELS_WINNERS. Then
-// its operator, whose name ends in _winners, also gives each pixel's winner: the channel that has the minimum.
-// What it returns is the minima; and the winners.
+// Forward sources are compiled for inference, and where a gradient is wanted once more with FUSED_KERNELS_WINNERS. Then the
+// operator, whose name ends in _winners, returns the minima and each pixel's winner: the channel that has the minimum.
 #ifdef FUSED_KERNELS_WINNERS
 constexpr bool kWinners = true;
 #define FORWARD(name) name "_winners"
@@ -49,7 +49,7 @@ using Forward = Tensor;
 inline Forward forward_result(const Tensor& output, const std::optional<Tensor>&) { return output; }
 #endif
 
-// Where winners lie: a byte each while there are no more than 256 channels, else an int.
+// Where winners lie: one byte each if there are no more than 256 channels, otherwise an int each.
 struct Winners {
   void* data;
   bool wide;

@@ -103,7 +103,7 @@ template <class V> inline V nan_min(V minimum, V v) { return ((v < minimum) | (v
 
 constexpr double NOTHING = std::numeric_limits<double>::infinity();  // the minimum of no channels
 
-// Integers beside numbers, as wide as they are: what a comparison of vectors gives, and what channels are counted in.
+// Integers as wide as the numbers: what a comparison of vectors gives, and what channels are counted in.
 template <class V> struct IndexOf { using Type = decltype(V{} < V{}); };
 template <> struct IndexOf<float> { using Type = int32_t; };
 template <> struct IndexOf<double> { using Type = int64_t; };

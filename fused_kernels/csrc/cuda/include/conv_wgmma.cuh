@@ -1,7 +1,16 @@
 #pragma once
-// The kernel of conv_wgmma and conv_wgmma_ieee, and its launch.
+// The kernel of conv_wgmma and conv_wgmma_ieee: an implicit GEMM in a persistent grid, with warp specialization.
+//
+// Producer warps fill three rings of buffers (pipeline stages) in shared memory, consumer warps empty them; each buffer has two
+// mbarriers, one that says full and one that says empty.
+//   ring of input    operand A; a slot has a tile with its halo (the margin that the filter reaches into), or one row of it
+//   ring of weights  operand B; one producer warp brings it by bulk copies
+//   staging ring     float32 and NCHW input as the TMA brought it, before six producer warps convert or transpose it
+// Two warpgroups consume: wgmma, then the epilogue (bias, scale, min) in registers.
+// conv_wgmma_plan.cuh cuts the work; conv_wgmma_launch.cuh launches it.
 
 #include "conv_wgmma_plan.cuh"
+#include "conv_wgmma_walk.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
@@ -9,104 +18,18 @@
 #include "ptx/tensor_copy.cuh"
 #include "ptx/wgmma.cuh"
 
-#include <map>
-#include <mutex>
-
 namespace fused_kernels {
 
-// A block's place among the tiles: rows inside columns inside images.
-struct Tile {
-  const Plan& plan;
-  int index, end, row, column, image;
-  bool begins;  // a strip
-
-  __device__ __forceinline__ explicit Tile(const Plan& plan) : plan(plan), begins(true) {
-    index = static_cast<int>(static_cast<int64_t>(plan.tiles) * blockIdx.x / gridDim.x);
-    end = static_cast<int>(static_cast<int64_t>(plan.tiles) * (blockIdx.x + 1) / gridDim.x);
-    row = index % plan.tiles_down;
-    column = index / plan.tiles_down % plan.tiles_across;
-    image = index / plan.tiles_down / plan.tiles_across;
-  }
-  __device__ __forceinline__ bool exists() const { return index < end; }
-  __device__ __forceinline__ void advance() {
-    ++index;
-    begins = !plan.sliding;
-    if (++row < plan.tiles_down) return;
-    row = 0;
-    begins = true;
-    if (++column < plan.tiles_across) return;
-    column = 0;
-    ++image;
-  }
-  // Slots that this tile shares with the one before it.
-  __device__ __forceinline__ int kept() const { return begins ? 0 : plan.kept; }
-};
-
-// A place in a ring of slots, each with two mbarriers: one says that it is full, one that it is empty again.
-struct Ring {
-  uint32_t barriers;
-  int slots, slot, phase;
-
-  __device__ __forceinline__ Ring(uint32_t barriers, int slots) : barriers(barriers), slots(slots), slot(0), phase(0) {}
-  __device__ __forceinline__ uint32_t full() const { return barriers + slot * 16; }
-  __device__ __forceinline__ uint32_t empty() const { return barriers + slot * 16 + 8; }
-  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(full(), phase); }
-  __device__ __forceinline__ void wait_empty() const { ptx::mbarrier_wait(empty(), phase ^ 1); }
-  // By each thread, done with reading.
-  __device__ __forceinline__ void release() const { ptx::mbarrier_arrive(empty()); }
-  __device__ __forceinline__ void advance() {
-    if (++slot == slots) slot = 0, phase ^= 1;
-  }
-  // The place so many slots on, or back; no more than there are.
-  __device__ __forceinline__ Ring operator+(int n) const {
-    Ring other = *this;
-    other.slot += n;
-    if (other.slot >= slots) other.slot -= slots, other.phase ^= 1;
-    return other;
-  }
-  __device__ __forceinline__ Ring operator-(int n) const {
-    Ring other = *this;
-    other.slot -= n;
-    if (other.slot < 0) other.slot += slots, other.phase ^= 1;
-    return other;
-  }
-};
-
-// The order in which slots are filled.
-struct Cursor {
-  const Plan& plan;
-  Tile tile;
-  int load, loads, chunk, row;
-
-  __device__ __forceinline__ Cursor(const Plan& plan, int blocks_n)
-      : plan(plan), tile(plan), load(0), loads(plan.chunks == 1 ? 1 : blocks_n), chunk(0), row(0) {}
-  __device__ __forceinline__ bool exists() const { return tile.exists(); }
-  __device__ __forceinline__ int window() const { return plan.kept + plan.fresh; }
-  __device__ __forceinline__ void advance() {
-    if (++row < window()) return;
-    row = 0;
-    if (++chunk < plan.chunks) return;
-    chunk = 0;
-    if (++load < loads) return;
-    load = 0;
-    tile.advance();
-    row = tile.kept();
-  }
-  // Where the slot's first pixel is in the input.
-  __device__ __forceinline__ int image() const { return tile.image * plan.tile_images; }
-  __device__ __forceinline__ int y() const { return tile.row * plan.tile_rows - plan.padding[0] + row; }
-  __device__ __forceinline__ int x() const { return tile.column * plan.tile_columns - plan.padding[1]; }
-  __device__ __forceinline__ int channel() const { return chunk * plan.chunk; }
-};
+// ---- helpers ----
 
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 __device__ __forceinline__ uint32_t divide(uint32_t a, uint32_t inverse) { return __umulhi(a, inverse); }
 
-// Where 16 bytes of eight channels lie in operand A's row: swizzled by the row's address.
+// Where eight channels, 16 bytes, lie in a row of operand A: swizzled by the row's address.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, int group) { return row + (((row >> 7 & 7) ^ group) << 4); }
 
-// Where a tile's sums are when they are complete.
+// Where a tile's complete sums are.
 template <class C, class Sums, class Rounded>
 __device__ __forceinline__ auto& totals(Sums& sums, Rounded& rounded) {
   if constexpr (C::SPLIT) {
@@ -116,19 +39,21 @@ __device__ __forceinline__ auto& totals(Sums& sums, Rounded& rounded) {
   }
 }
 
+// ---- the kernel ----
+
 template <typename T, Source S, class C>
 __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     conv_wgmma_kernel(const __grid_constant__ CUtensorMap map, const Raw<T>* input, const char* weights,
-                      const float2* constants, T* output, float* partial, const __grid_constant__ Plan plan) {
+                      const float2* constants, T* output, float* partial, const __grid_constant__ ConvWgmmaPlan plan) {
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kThreads = Roles<S, C::SPLIT>::kThreads;
 
   extern __shared__ __align__(128) char shared[];
-  const uint32_t halos = ptx::shared_address(shared);
-  const uint32_t stages = halos + plan.slots * plan.slot_bytes;
-  const int steps_a_tap = plan.chunk / kStepDepth;
-  const uint32_t low_parts = plan.slot_bytes / C::kParts;  // from a slot's begin
-  const int stage_bytes = plan.stage_taps * steps_a_tap * C::kStepBytes;
+  const uint32_t base = ptx::shared_address(shared);  // the ring of input comes first
+  const uint32_t stages = base + plan.slots * plan.slot_bytes;
+  const int steps_per_tap = plan.chunk / kStepDepth;
+  const uint32_t low_parts = plan.slot_bytes / C::kParts;  // from a slot's beginning
+  const int stage_bytes = plan.stage_taps * steps_per_tap * C::kStepBytes;
   const int staging_offset = plan.slots * plan.slot_bytes + plan.weight_slots * stage_bytes;
   PixelBlock* const block_table = reinterpret_cast<PixelBlock*>(shared + staging_offset + plan.places * plan.piece_bytes);
   __shared__ alignas(8) uint64_t barriers[4 * kMostSlots + 2 * kMostPlaces];
@@ -141,13 +66,13 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // NOTE: the shuffle tells the compiler that all lanes have the same warp: what follows from it fits in uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
   const uint32_t first_barrier = ptx::shared_address(barriers);
-  Ring halo_ring(first_barrier, plan.slots);
+  Ring input_ring(first_barrier, plan.slots);
   Ring weight_ring(first_barrier + kMostSlots * 16, plan.weight_slots);
   Ring staging_ring(first_barrier + kMostSlots * 32, plan.places);
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.slots; ++i) {
-      ptx::mbarrier_init((halo_ring + i).full(), S == Source::kTiles ? 1 : kInputThreads);
-      ptx::mbarrier_init((halo_ring + i).empty(), kMathThreads);
+      ptx::mbarrier_init((input_ring + i).full(), S == Source::kTiles ? 1 : kInputThreads);
+      ptx::mbarrier_init((input_ring + i).empty(), kMathThreads);
     }
     for (int i = 0; i < plan.weight_slots; ++i) {
       ptx::mbarrier_init((weight_ring + i).full(), 1);
@@ -175,25 +100,25 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   __syncthreads();
 
   // This block's share of the output channels.
-  const int first_n = blockIdx.y * plan.blocks_a_split;
-  const int end_n = min(first_n + plan.blocks_a_split, plan.blocks_n);
+  const int first_n = blockIdx.y * plan.blocks_per_split;
+  const int end_n = min(first_n + plan.blocks_per_split, plan.blocks_n);
   const int taps = plan.kernel[0] * plan.kernel[1];
 
-  if (warp >= kMathThreads / kWarpSize) {
+  if (warp >= kMathThreads / kWarpSize) {  // a producer
     ptx::fewer_registers<Roles<S, C::SPLIT>::kOtherRegisters>();
     const int thread = threadIdx.x - kMathThreads;
 
+    // ---- producer: weights ----
     if (warp == Roles<S, C::SPLIT>::kWeightWarp) {
-      // The weights' warp.
       if (threadIdx.x % kWarpSize > 0) return;
       ptx::wait_for_previous_grid();
-      const int64_t item_bytes = static_cast<int64_t>(taps) * steps_a_tap * C::kStepBytes;
+      const int64_t item_bytes = static_cast<int64_t>(taps) * steps_per_tap * C::kStepBytes;
       const char* const first = weights + first_n * plan.chunks * item_bytes;
       for (Tile tile(plan); tile.exists(); tile.advance()) {
         const char* source = first;
         for (int item = 0; item < (end_n - first_n) * plan.chunks; ++item) {
           for (int left = taps; left > 0; left -= plan.stage_taps) {
-            const int bytes = min(left, plan.stage_taps) * steps_a_tap * C::kStepBytes;
+            const int bytes = min(left, plan.stage_taps) * steps_per_tap * C::kStepBytes;
             weight_ring.wait_empty();
             ptx::mbarrier_arrive_expect_bytes(weight_ring.full(), bytes);
             ptx::bulk_copy(stages + weight_ring.slot * stage_bytes, source, bytes, weight_ring.full());
@@ -206,23 +131,23 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       return;
     }
 
+    // ---- producer: input through the TMA, slot after slot or piece after piece ----
     if (warp == Roles<S, C::SPLIT>::kCopyWarp) {
-      // The input's: slot after slot, or piece after piece.
       if (threadIdx.x % kWarpSize > 0 || (S != Source::kTiles && !plan.bulk)) return;
       ptx::prefetch_tensor_map(&map);
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
         if constexpr (S == Source::kTiles) {
           const int image_bytes = plan.slot_rows * plan.pitch * kRowBytes;
-          halo_ring.wait_empty();
-          ptx::mbarrier_arrive_expect_bytes(halo_ring.full(), plan.tile_images * image_bytes);
+          input_ring.wait_empty();
+          ptx::mbarrier_arrive_expect_bytes(input_ring.full(), plan.tile_images * image_bytes);
           for (int i = 0; i < plan.tile_images; ++i) {
-            ptx::tensor_copy(halos + halo_ring.slot * plan.slot_bytes + i * image_bytes, &map, cursor.channel(), cursor.x(),
-                             cursor.y(), cursor.image() + i, halo_ring.full());
+            ptx::tensor_copy(base + input_ring.slot * plan.slot_bytes + i * image_bytes, &map, cursor.channel(), cursor.x(),
+                             cursor.y(), cursor.image() + i, input_ring.full());
           }
-          halo_ring.advance();
+          input_ring.advance();
         } else {
           for (int piece = 0; piece < plan.pieces; ++piece) {
-            const uint32_t target = halos + staging_offset + staging_ring.slot * plan.piece_bytes, full = staging_ring.full();
+            const uint32_t target = base + staging_offset + staging_ring.slot * plan.piece_bytes, full = staging_ring.full();
             staging_ring.wait_empty();
             ptx::mbarrier_arrive_expect_bytes(full, plan.piece_bytes);
             if constexpr (S == Source::kPlanes) {
@@ -243,16 +168,16 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       return;
     }
 
+    // ---- producers: input that is converted or transposed, piece after piece in turn, into operand A ----
     if constexpr (S != Source::kTiles) {
-      // The input's warps take pieces in turn, convert or transpose them, and store operand A.
-      // They don't wait for the packing kernel: it let this one begin only after the input was there. But this SM's cache may
-      // hold what was there before.
+      // No wait for the packing kernel: it let this one begin only after the input was complete. But this SM's cache may hold
+      // what was there before.
       __threadfence();
       // NOTE: `warp` is in a uniform register, and so is all that follows from it. Faster than thread / kWarpSize (on an H200).
       const int lane = thread % kWarpSize, my_warp = warp - kMathThreads / kWarpSize;
       int exponent = !kScaled ? 0 : C::SPLIT ? kFirstSplitExponent : kFirstExponent;
       uint32_t most = 0;  // of two float16
-      // Two neighbours as float16; split: and their low parts.
+      // Packs two neighbours as float16; split: their low parts, too.
       const auto pack = [&](float first, float second, uint32_t& low) {
         const float factor = power_of_two(exponent);
         uint32_t packed;
@@ -265,8 +190,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         return packed;
       };
 
-      // Four blocks are a quad, which one instruction stores; so many quads at once hide shared memory's latency. Where a piece
-      // has no more, what the table says of them stays in registers.
+      // Four blocks are a quad, which one instruction stores. kQuads at once hide shared memory's latency. Where a piece has no
+      // more, their table entries stay in registers.
       constexpr int kQuads = C::SPLIT ? 2 : 3;
       struct {
         int staged[4];  // where the quad's blocks begin, or of 16-bit pixels, this lane's row of them in the first
@@ -292,7 +217,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       };
       if (S == Source::kPlanes && plan.bulk) look_up(0);
 
-      // A share of a part from where it was laid into its slot.
+      // Converts a share of a part, from the staging ring into its slot.
       const auto convert = [&](int source, uint32_t slot, int part, int share) {
         if constexpr (S == Source::kPlanes) {
 #pragma unroll 1
@@ -302,14 +227,14 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
 #pragma unroll
             for (int q = 0; q < kQuads; ++q) {
               if constexpr (kScaled) {
-                // Of a channel two pixels, in each of four blocks.
+                // Two pixels of a channel, in each of four blocks.
                 float2 two[4];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) two[j] = *reinterpret_cast<const float2*>(shared + source + quads[q].staged[j]);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) matrices[q][j] = pack(two[j].x, two[j].y, low[q][j]);
               } else {
-                ptx::ldmatrix_x4(matrices[q], halos + source + quads[q].staged[0]);
+                ptx::ldmatrix_x4(matrices[q], base + source + quads[q].staged[0]);
               }
             }
 #pragma unroll
@@ -332,7 +257,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             packed.x = pack(four.x, four.y, low.x), packed.y = pack(four.z, four.w, low.y);
             const auto store = [&](uint32_t parts, uint2 of_pixel) {
               const uint32_t address = swizzled(parts + (block.position + pixel) * kRowBytes, lane % 16 / 2) + lane % 2 * 8;
-              if (pixel < block.end) *reinterpret_cast<uint2*>(shared + (address - halos)) = of_pixel;
+              if (pixel < block.end) *reinterpret_cast<uint2*>(shared + (address - base)) = of_pixel;
             };
             store(slot, packed);
             if constexpr (C::SPLIT) store(slot + low_parts, low);
@@ -340,9 +265,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         }
       };
 
-      // A unit is eight channels of a position.
+      // A unit is eight channels of one position in the slot.
       const int positions = plan.tile_images * plan.slot_rows * plan.pitch, units = positions * (plan.chunk / kGroup);
-      const auto load = [&](const Cursor& cursor, int unit, int row, Raw<T>(&values)[kGroup]) {
+      const auto load_unit = [&](const Cursor& cursor, int unit, int row, Raw<T>(&values)[kGroup]) {
         const int group = unit / positions, position = unit % positions;
         const int line = divide(position, plan.pitch_inverse), image = divide(line, plan.rows_inverse);
         const int n = cursor.image() + image, x = cursor.x() + position - line * plan.pitch;
@@ -358,12 +283,12 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           source += plan.input_strides[1];
         }
       };
-      // The window's row (or the whole halo) into a slot, through registers.
-      const auto fill = [&](const Cursor& cursor, uint32_t slot, int row) {
+      // Fills a slot through registers: with the window's row, or with a whole tile and its halo.
+      const auto fill_slot = [&](const Cursor& cursor, uint32_t slot, int row) {
 #pragma unroll 1
         for (int unit = thread; unit < units; unit += kInputThreads) {
           Raw<T> values[kGroup];
-          load(cursor, unit, row, values);
+          load_unit(cursor, unit, row, values);
           uint32_t packed[kGroup / 2], low[kGroup / 2];
 #pragma unroll
           for (int j = 0; j < kGroup / 2; ++j) {
@@ -375,13 +300,13 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           }
           const auto store = [&](uint32_t parts, const uint32_t(&of_unit)[kGroup / 2]) {
             const uint32_t address = swizzled(parts + unit % positions * kRowBytes, unit / positions);
-            *reinterpret_cast<uint4*>(shared + (address - halos)) = make_uint4(of_unit[0], of_unit[1], of_unit[2], of_unit[3]);
+            *reinterpret_cast<uint4*>(shared + (address - base)) = make_uint4(of_unit[0], of_unit[1], of_unit[2], of_unit[3]);
           };
           store(slot, packed);
           if constexpr (C::SPLIT) store(slot + low_parts, low);
         }
       };
-      const auto slot_address = [&](const Ring& at) { return halos + at.slot * plan.slot_bytes; };
+      const auto slot_address = [&](const Ring& at) { return base + at.slot * plan.slot_bytes; };
       const auto publish = [&](const Ring& at, int change) {
         if (kScaled && thread == 0) exponents[at.slot] = exponent, changes[at.slot] = change;
         ptx::fence_async_proxy();
@@ -393,62 +318,63 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         most = 0;
       };
 
-      // With the largest of exponents, what is zero in float16 is zero.
+      // No larger power of two exists than kLargestExponent's: accept that what is too small flushes to zero.
       const auto fits = [&](float most) {
         const float scaled = most * power_of_two(exponent);
         const float smallest = C::SPLIT ? kSmallSplitMaximum : kSmallMaximum;
         return (scaled >= smallest || exponent == kLargestExponent) && (C::SPLIT ? scaled < kLargestF16 : scaled <= kLargestF16);
       };
-      int unpublished = 0;          // slots before halo_ring's
+      int unpublished = 0;          // slots before input_ring's that are filled, but not yet handed over
       float largest_summed = 0.0f;  // of the chunks before this one
-      // NOTE: a ring's phase is known by its parity alone. A warp has its shares at the same places each time round (places x
-      // units is a multiple of the warps), and so sees every phase of those; else it could take the phase after the next for this.
+      // NOTE: a wait tells phases apart by their parity alone: it would take the phase after the next for this one. So a warp
+      // has its shares at the same places each time round (places x units is a multiple of the warps), and sees every phase of
+      // those.
       const int units_of_piece = plan.parts * plan.shares, units_of_slot = plan.pieces * units_of_piece;
       Ring place = staging_ring;
       int unit_of_slot = my_warp, unit_of_piece = my_warp;
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
-        halo_ring.wait_empty();
+        input_ring.wait_empty();
         if (plan.bulk) {
           for (; unit_of_slot < units_of_slot; unit_of_slot += kInputWarps) {
             for (; unit_of_piece >= units_of_piece; unit_of_piece -= units_of_piece) place.advance();
             place.wait_full();
             const int source = staging_offset + place.slot * plan.piece_bytes + unit_of_piece / plan.shares * plan.part_bytes;
-            convert(source, slot_address(halo_ring), unit_of_slot / plan.shares, unit_of_piece % plan.shares);
+            convert(source, slot_address(input_ring), unit_of_slot / plan.shares, unit_of_piece % plan.shares);
             place.release();
             unit_of_piece += kInputWarps;
           }
           unit_of_slot -= units_of_slot;
         } else {
-          fill(cursor, slot_address(halo_ring), cursor.row);
+          fill_slot(cursor, slot_address(input_ring), cursor.row);
         }
         if constexpr (!kScaled) {
-          publish(halo_ring, 0);
-          halo_ring.advance();
+          publish(input_ring, 0);
+          input_ring.advance();
         } else {
-          note_largest(halo_ring);
-          halo_ring.advance();
+          note_largest(input_ring);
+          input_ring.advance();
           ++unpublished;
           if (cursor.row + 1 < cursor.window()) continue;
 
-          // All rows are there that a tile sums over. Do they fit in float16?
+          // All rows that a tile sums over are in their slots. Do they fit in float16?
           const int window = cursor.window(), kept = cursor.tile.kept();
-          Ring next = halo_ring - unpublished;
+          Ring next = input_ring - unpublished;
           ptx::barrier_sync(1, kInputThreads);
           uint32_t bits = 0;
           for (int i = lane; i < window * kInputWarps; i += kWarpSize) {
-            bits = max(bits, largest[(halo_ring - (1 + i / kInputWarps)).slot][i % kInputWarps]);
+            bits = max(bits, largest[(input_ring - (1 + i / kInputWarps)).slot][i % kInputWarps]);
           }
           bits = __reduce_max_sync(0xffffffffu, bits);
           float most_of_all = fmaxf(largest_summed, __half2float(__ushort_as_half(bits)) * power_of_two(-exponent));
           int change = 0;
           if (!fits(most_of_all)) {
-            // Look again, past infinities; then choose a power of two for all that is summed together.
+            // Read again, leaving out infinities; then choose a power of two for all that is summed together.
             float finite_most = 0.0f;
             for (int row = 0; row < window; ++row) {
 #pragma unroll 1
               for (int unit = thread; unit < units; unit += kInputThreads) {
                 Raw<T> values[kGroup];
-                load(cursor, unit, row, values);
+                load_unit(cursor, unit, row, values);
 #pragma unroll
                 for (float value : values) finite_most = fmaxf(finite_most, fabsf(value) < kInfinity<float> ? fabsf(value) : 0.0f);
               }
@@ -463,18 +389,18 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
               const int before = exponent;
               exponent = exponent_for(most_of_all);
               if (plan.sliding) {
-                // A new run of rows: those that the tile before uses, too, come again.
+                // A new run of rows: those that the previous tile uses as well are brought again.
                 for (int row = 0; row < window; ++row) {
                   if (row >= unpublished) next.wait_empty();
-                  fill(cursor, slot_address(next), row);
+                  fill_slot(cursor, slot_address(next), row);
                   note_largest(next);
                   publish(next, row == 0 && kept > 0);
                   next.advance();
                 }
-                halo_ring = next;
+                input_ring = next;
                 unpublished = 0;
               } else {
-                fill(cursor, slot_address(next), 0);
+                fill_slot(cursor, slot_address(next), 0);
                 most = 0;  // known already, and no part of the next slot
                 change = cursor.chunk > 0 ? exponent - before : 0;
               }
@@ -491,27 +417,27 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     return;
   }
 
-  // The warps that multiply.
+  // ---- consumers: two warpgroups multiply ----
   ptx::more_registers<Roles<S, C::SPLIT>::kMathRegisters>();
   ptx::wait_for_previous_grid();
   const int warpgroup = warp / 4, thread = threadIdx.x % 128;
   const int window = plan.kept + plan.fresh;
   int oldest = 0;        // slot that this warpgroup has not released
-  int to_release = 0;    // as soon as the sums under way are complete
-  int released = 0;      // of a strip's window
+  int to_release = 0;    // slots, as soon as the sums under way are complete
+  int released = 0;      // slots of a strip's window
   int stages_begun = 0;  // unless the weights are resident
   // NOTE: a slot may be released unread once a later one was seen full: it was filled before.
   const auto release = [&](int slots) {
 #pragma unroll 1
     for (; slots > 0; --slots) {
-      Ring ring = halo_ring;
+      Ring ring = input_ring;
       ring.slot = oldest;
       ring.release();
       if (++oldest == plan.slots) oldest = 0;
     }
   };
 
-  // Where all output channels have the same power of two, as they mostly do, it joins the input's: one multiplication less.
+  // Where all output channels have the same power of two, as is usual, it joins the input's: one multiplication less.
   float common_factor = 0.0f;
   if constexpr (kScaled && C::OVERLAPS) {
     const float* const factors = reinterpret_cast<const float*>(constants + first_n * C::BLOCK_N) + C::BLOCK_N;
@@ -520,16 +446,16 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     if (__all_sync(0xffffffffu, same)) common_factor = factors[0];
   }
 
-  // NOTE: tensor cores cut their sums off instead of rounding them, so that errors grow with the number of products. Split: the
-  // sums of a tap are added to others outside.
+  // NOTE: tensor cores truncate their sums instead of rounding them, so errors grow with the number of products. Split: the
+  // sums of each tap are added to `rounded`, outside the tensor cores.
   float rounded[C::SUBTILES][C::SPLIT ? C::BLOCK_N / 2 : 1];
   float low[C::SUBTILES][2];
-  int winners[C::SUBTILES][2];  // only kWinners; from the latest block's first channel of this thread's on
-  // What the sums of a tile need besides, when they are complete.
+  int winners[C::SUBTILES][2];  // only kWinners; counted from this thread's first channel of the latest block_n
+  // What the epilogue needs to know of a tile, next to its sums.
   struct Done {
     int block_n, exponent, image, row, column;
   };
-  // The epilogue: bias, scale and min where the sums are.
+  // ---- epilogue: bias, scale and min, in the registers that have the sums ----
   const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2], const Done& done) {
     if (C::OVERLAPS || done.block_n == first_n) {
 #pragma unroll
@@ -557,7 +483,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             const float sum = sums[i][pair * 8 + k];
             const int column = k / 4 * 2 + k % 2;
             float value = sum + bias[column];
-            // The powers of two one by one where together they may leave float32's range.
+            // The two powers of two one by one, where their product may leave float32's range.
             if constexpr (kScaled) {
               value = decltype(joins)::value ? fmaf(sum, joined, bias[column]) : fmaf(sum * back, factor[column], bias[column]);
             }
@@ -616,11 +542,12 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     }
   };
 
-  // One tile's sums for one block of output channels; they are complete only later. Meanwhile: what else is to do when the
-  // tensor cores have work again, and all sums before these are complete. Gives the exponent of the input's power of two.
+  // ---- main loop: one tile, one block of output channels ----
+  // Issues the multiplications; the sums are complete only after wgmma_wait. `meanwhile` runs as soon as the tensor cores have
+  // work and all earlier sums are complete. Gives the exponent of the input's power of two.
   const auto multiply = [&](float(&sums)[C::SUBTILES][C::BLOCK_N / 2], bool last_n, const auto& meanwhile) {
     const int step_a = kStepDepth * 2 >> 4, step_b = C::kStepBytes >> 4;
-    const int tap_a = plan.dilation[1] * kRowBytes >> 4, tap_b = steps_a_tap * step_b;
+    const int tap_a = plan.dilation[1] * kRowBytes >> 4, tap_b = steps_per_tap * step_b;
     // Once a filter row's first multiplications are under way, all before them are done.
     const auto begin_filter_row = [&](int dy) {
       ptx::wgmma_wait<1>();
@@ -647,9 +574,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if constexpr (kScaled && !C::OVERLAPS) {
         if (chunk > 0) {
-          halo_ring.wait_full();
+          input_ring.wait_full();
           ptx::wgmma_wait<0>();
-          const int change = changes[halo_ring.slot];
+          const int change = changes[input_ring.slot];
           if (change != 0) {
 #pragma unroll
             for (auto& of_subtile : totals<C>(sums, rounded)) {
@@ -670,14 +597,14 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           const int subtile = warpgroup * C::SUBTILES + i;
           uint32_t start;
           if (plan.sliding) {
-            const Ring row = halo_ring + (subtile + dy * plan.dilation[0]);
+            const Ring row = input_ring + (subtile + dy * plan.dilation[0]);
             row.wait_full();
             start = row.slot * plan.slot_bytes;
           } else {
-            if (dy == 0) halo_ring.wait_full();
-            start = halo_ring.slot * plan.slot_bytes + plan.subtile_offset[subtile] + dy * plan.dilation[0] * plan.pitch * kRowBytes;
+            if (dy == 0) input_ring.wait_full();
+            start = input_ring.slot * plan.slot_bytes + plan.subtile_offset[subtile] + dy * plan.dilation[0] * plan.pitch * kRowBytes;
           }
-          a[i] = ptx::descriptor(ptx::kSwizzledRows, halos + start);
+          a[i] = ptx::descriptor(ptx::kSwizzledRows, base + start);
         }
         if constexpr (C::OVERLAPS) {
           if (taps_left == 0) {
@@ -719,7 +646,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
               const uint64_t part_a = a[0] + (i == 1 ? low_parts >> 4 : 0), part_b = b + (i == 0 ? C::kPartBytes >> 4 : 0);
               ptx::wgmma(sums[0], part_a + s * step_a, part_b + s * step_b, i > 0 || s > 0, Operand<T>());
             };
-            if (steps_a_tap == kRowSteps) {
+            if (steps_per_tap == kRowSteps) {
               ptx::wgmma_fence();
 #pragma unroll
               for (int i = 0; i < 3 * kRowSteps; ++i) multiply_parts(i / kRowSteps, i % kRowSteps);
@@ -728,13 +655,13 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
 #pragma unroll
               for (int i = 0; i < 3; ++i) {
 #pragma unroll 1
-                for (int s = 0; s + (i == 2) < steps_a_tap; ++s) {
+                for (int s = 0; s + (i == 2) < steps_per_tap; ++s) {
                   ptx::wgmma_fence();
                   multiply_parts(i, s);
                 }
               }
               ptx::wgmma_fence();
-              multiply_parts(2, steps_a_tap - 1);
+              multiply_parts(2, steps_per_tap - 1);
               ptx::wgmma_commit();
             }
             b += tap_b;
@@ -749,25 +676,26 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             if (dx == 0 && (plan.sliding || dy == 0)) begin_filter_row(dy);
             continue;
           }
-          // NOTE: the commit stays beside its multiplications; in a basic block of its own, ptxas adds an empty one to carry it.
+          // NOTE: the commit stays next to its multiplications; in a basic block of its own, ptxas adds an empty one to carry
+          // it.
           const auto step = [&](int s) {
 #pragma unroll
             for (int i = 0; i < C::SUBTILES; ++i) ptx::wgmma(sums[i], a[i] + s * step_a, b + s * step_b, add, Operand<T>());
             add = 1;
           };
-          if (steps_a_tap == kRowSteps) {
+          if (steps_per_tap == kRowSteps) {
             ptx::wgmma_fence();
 #pragma unroll
             for (int s = 0; s < kRowSteps; ++s) step(s);
             ptx::wgmma_commit();
           } else {
 #pragma unroll 1
-            for (int s = 0; s + 1 < steps_a_tap; ++s) {
+            for (int s = 0; s + 1 < steps_per_tap; ++s) {
               ptx::wgmma_fence();
               step(s);
             }
             ptx::wgmma_fence();
-            step(steps_a_tap - 1);
+            step(steps_per_tap - 1);
             ptx::wgmma_commit();
           }
           b += tap_b;
@@ -786,39 +714,40 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         }
       }
       if constexpr (kScaled) {
-        // From a slot that this warpgroup has seen full and still holds: a strip's earlier ones may be in use again.
-        const Ring held = halo_ring + (plan.sliding ? warpgroup * C::SUBTILES + plan.kept : 0);
+        // From a slot that this warpgroup has seen full and still holds: a strip's earlier ones may be refilled already.
+        const Ring held = input_ring + (plan.sliding ? warpgroup * C::SUBTILES + plan.kept : 0);
         exponent = uniform(exponents[held.slot]);
       }
       if (!plan.sliding && (chunks > 1 || last_n)) {
-        halo_ring.advance();
+        input_ring.advance();
         to_release = 1;
       }
     }
     return exponent;
   };
 
+  // ---- consumers: from tile to tile ----
   Tile tile(plan);
   while (tile.exists()) {
-    // A run of tiles: a strip's, each of which keeps rows of the one before; or any, with halos of their own.
+    // A run of tiles: a strip's, each of which keeps rows of the previous one; or any tiles, each with a halo of its own.
     // NOTE: the shuffles tell the compiler that all lanes go the same way; else it may make the rest ready for divergence.
     const int tiles_left = tile.end - tile.index;
     const int run = uniform(plan.sliding ? min(plan.tiles_down - tile.row, tiles_left) : tiles_left);
     released = 0;
     const auto begin_tile = [&](int t) {
       if (!plan.sliding || t == 0) return;
-      halo_ring = halo_ring + plan.fresh;
+      input_ring = input_ring + plan.fresh;
       to_release = plan.fresh - released;
       released = 0;
       if constexpr (kScaled) {
-        // Does another power of two begin here? Then the tile keeps nothing.
-        const Ring first_new = halo_ring + plan.kept;
+        // Does another power of two begin here? Then the tile keeps none of the previous tile's rows.
+        const Ring first_new = input_ring + plan.kept;
         first_new.wait_full();
         if (plan.kept > 0 && __any_sync(0xffffffffu, changes[first_new.slot] != 0)) {
           ptx::wgmma_wait<0>();
           const int held = first_new.slot - oldest;
           release(held < 0 ? held + plan.slots : held);
-          halo_ring = first_new;
+          input_ring = first_new;
           to_release = released = 0;
         }
       }
@@ -869,13 +798,15 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       }
     }
     if (plan.sliding) {
-      // The next strip may need these slots to begin.
-      (halo_ring + (window - 1)).wait_full();
+      // The producers may need these slots to begin the next strip.
+      (input_ring + (window - 1)).wait_full();
       release(window - released);
-      halo_ring = halo_ring + window;
+      input_ring = input_ring + window;
     }
   }
 }
+
+// ---- how the weights are packed ----
 
 // Operand B's core matrices: 8 columns by 8 k, two side by side.
 template <int PARTS>
@@ -884,160 +815,12 @@ struct CoreMatrixOrder {
   __device__ static int column(int word) { return word / 64 * 8 + word / 4 % 8; }
   __device__ static int k(int word) { return word / 32 % 2 * 8 + word % 4 * 2; }
   // First all biases, then all factors. A thread's columns are 8 j + 2 (lane % 4) and the next: of two j, side by side.
-  // NOTE: and neighbouring threads' beside them. Global loads, too, have bank conflicts, and the tensor cores feel each one.
+  // NOTE: neighbouring threads' columns follow each other. Global loads have bank conflicts as well, and each one slows the
+  // tensor cores down.
   __device__ static void put(float2* block, int columns, int column, float factor, float bias) {
     float* const at = reinterpret_cast<float*>(block) + column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
     at[0] = bias, at[columns] = factor;
   }
 };
-
-// The driver's function, which the runtime finds: no library to link.
-inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found));
-    STD_TORCH_CHECK(pointer && found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(pointer);
-  }();
-  return encoder;
-}
-
-// A map of the tensor for the copy engine.
-template <typename T>
-bool encode(CUtensorMap& map, const Tensor& input, const ConvShape& shape, Source source, const Plan& plan) {
-  using torch::headeronly::ScalarType;
-  const bool planes = source == Source::kPlanes;
-  // From the innermost dimension out: channels, columns, rows; or columns, rows, channels. Then images.
-  const int order[4] = {planes ? 3 : 1, planes ? 2 : 3, planes ? 1 : 2, 0};
-  cuuint64_t sizes[4], strides[3];
-  cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
-  for (int i = 0; i < 4; ++i) {
-    sizes[i] = input.size(order[i]);
-    if (i > 0) strides[i - 1] = shape.input_strides[order[i]] * sizeof(T);
-  }
-  box[3] = 1;
-  if (source == Source::kTiles) {
-    box[0] = kRowChannels, box[1] = plan.pitch, box[2] = plan.slot_rows;
-  } else if (planes) {
-    box[0] = plan.line, box[1] = plan.slot_rows, box[2] = kGroup * plan.parts;
-  } else {
-    box[0] = kRowChannels, box[1] = kGroup * plan.parts, box[2] = 1;
-  }
-  const auto type = sizeof(T) == 4                            ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                    : input.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return tensor_map_encoder()(&map, type, 4, input.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                              source == Source::kTiles ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// Whether the copy engine can bring it: the innermost dimension dense, all else multiples of 16 bytes apart.
-inline bool is_bulk(const Tensor& input, const ConvShape& shape, int innermost) {
-  const int64_t size = input.element_size();
-  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
-  if (shape.input_strides[innermost] != 1 && input.size(innermost) > 1) return false;
-  for (int d = 0; d < 4; ++d) {
-    const int64_t bytes = shape.input_strides[d] * size;
-    if (d != innermost && (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40)) return false;
-  }
-  return true;
-}
-
-template <typename T, Source S, class C>
-void launch(const Planned& planned, const ConvShape& shape, const Tensor& input, const Tensor& weight,
-            const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners, const Device& device) {
-  Plan plan = planned.plan;
-  const Scale scaled(scale);
-  plan.scale_first = scaled.first;
-  plan.factor = scaled.factor;
-  const int taps = plan.kernel[0] * plan.kernel[1], steps = taps * plan.chunk / kStepDepth;
-  const WeightOrder order{plan.in_channels, {plan.kernel[0], plan.kernel[1]}, {plan.kernel[0], plan.kernel[1]}, 1, 1,
-                          plan.chunk,       plan.chunks,                      steps,                            plan.blocks_n};
-  const int64_t packed_bytes = static_cast<int64_t>(plan.blocks_n) * plan.chunks * steps * C::kStepBytes;
-  const Workspace workspace(input, packed_bytes, plan.blocks_n * C::BLOCK_N, plan.splits > 1 ? plan.splits * shape.pixels() : 0);
-  plan.out_channels = static_cast<int>(shape.out_channels);
-  plan.winners = winners;
-  plan.partial_winners = workspace.partial_winners;
-  const cudaStream_t stream = current_stream(input);
-  pack_weights<T, CoreMatrixOrder<C::kParts>>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
-
-  CUtensorMap map{};
-  if (plan.bulk) STD_TORCH_CHECK(encode<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
-  const auto kernel = conv_wgmma_kernel<T, S, C>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes));
-  const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
-  launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, planned.shared_bytes, stream, map,
-               static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed),
-               workspace.constants, static_cast<T*>(output.data_ptr()), workspace.partial, plan);
-  if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
-}
-
-// The cheapest of these shapes, remembered by all that the choice depends on: to choose takes longer than a small kernel.
-// NOTE: static, as the variables in it would else be the same ones in all libraries built from this text, changed or not.
-template <typename T, Source S, class... Shapes>
-static void run(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-         double scale, Tensor& output, Winners winners) {
-  struct Choice {
-    Planned planned;
-    void (*launch)(const Planned&, const ConvShape&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, Tensor&,
-                   Winners, const Device&) = nullptr;
-  };
-  static std::map<std::string, Choice> choices;
-  static std::mutex mutex;
-  constexpr size_t kMostChoices = 1024;
-  struct Question {
-    ConvShape shape;
-    int64_t bulk, scale_first;
-    Device device;
-  };
-  static_assert(std::has_unique_object_representations_v<Question>);
-  const int index = input.get_device_index();
-  const Question question{shape, bulk, Scale(scale).first,
-                          {attribute(cudaDevAttrMultiProcessorCount, index),
-                           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)}};
-  const std::string key(reinterpret_cast<const char*>(&question), sizeof question);
-  Choice best;
-  {
-    const std::lock_guard lock(mutex);
-    if (const auto found = choices.find(key); found != choices.end()) best = found->second;
-  }
-  if (!best.launch) {
-    const auto consider = [&](auto block) {
-      using C = decltype(block);
-      const Planned planned = make_plan<C>(shape, S, bulk, sizeof(T), question.device);
-      if (C::OVERLAPS && question.scale_first) return;
-      if (planned.cost < best.planned.cost) best = {planned, launch<T, S, C>};
-    };
-    (consider(Shapes()), ...);
-    STD_TORCH_CHECK(best.launch, "input: expected a shape that conv_wgmma can cut to fit in shared memory");
-    const std::lock_guard lock(mutex);
-    if (choices.size() >= kMostChoices) choices.clear();
-    choices.emplace(key, best);
-  }
-  best.launch(best.planned, shape, input, weight, bias, scale, output, winners, question.device);
-}
-
-// From wherever the input lies.
-template <typename T, class... Shapes>
-static void run(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-         Tensor& output, Winners winners) {
-  constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
-  if (is_bulk(input, shape, 1)) {
-    run<T, kChannelsLast, Shapes...>(shape, true, input, weight, bias, scale, output, winners);
-  } else {
-    run<T, Source::kPlanes, Shapes...>(shape, is_bulk(input, shape, 3), input, weight, bias, scale, output, winners);
-  }
-}
-
-// What the rungs' operators check besides.
-inline ConvShape check_plain_conv(const char* rung, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                  const std::vector<int64_t>& dilation, int64_t groups) {
-  const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
-  for (int64_t s : shape.stride) STD_TORCH_CHECK(s == 1, "stride: ", rung, " expected 1, got ", s);
-  STD_TORCH_CHECK(groups == 1, "groups: ", rung, " expected 1, got ", groups);
-  return shape;
-}
 
 }  // namespace fused_kernels

@@ -1,9 +1,13 @@
 #pragma once
-// How conv_wgmma cuts its work: tiles, strips, and what lies in shared memory.
+// How conv_wgmma cuts its work, decided on the host: tiles with their halo (the margin that the filter reaches into), strips,
+// the rings' slots (pipeline stages), and who does what. Candidates that fit in shared memory are costed in cycles; the
+// cheapest runs.
 
 #include "implicit_gemm.cuh"
 
 namespace fused_kernels {
+
+// ---- constants, roles, tile sizes ----
 
 constexpr int kSubtile = 64;                                                              // M of one instruction
 constexpr int kRowChannels = 64, kRowBytes = 128, kRowSteps = kRowChannels / kStepDepth;  // of operand A
@@ -15,7 +19,8 @@ constexpr int kStagingBytes = 27 * 1024, kMostPlaces = 32;  // for pieces of inp
 
 enum class Source { kTiles, kPlanes, kPixels };
 
-// Who does what, and in how many registers. The last two warps give orders to the copy engine.
+// Who does what, and in how many registers: warp specialization. Two warpgroups consume. Of the producers, the last two warps
+// give orders to the TMA, and the others, if there are any, convert the input.
 template <Source S, bool SPLIT>
 struct Roles {
   static constexpr int kThreads = kMathThreads + (S == Source::kTiles ? 128 : 256);
@@ -24,51 +29,56 @@ struct Roles {
   static constexpr int kWeightWarp = kThreads / kWarpSize - 1, kCopyWarp = kWeightWarp - 1;
 };
 
-// Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels, and as many sums in registers; or twice as many, so that
-// the epilogue of one tile overlaps with the work on the next. The latter for what is most frequent alone: filters three wide,
-// full rows of channels, and weights that stay. Split: float32 as a sum of two float16, a high and a low part, in operand A (a
-// slot has all high parts first) and in operand B (a step has them first); three products of parts make one.
+// Sizes of a tile. Each warpgroup has SUBTILES x 64 pixels by BLOCK_N output channels, and as many sums in registers. OVERLAPS:
+// it has twice as many sums, so that the epilogue of one tile overlaps with the work on the next; only for the most frequent
+// case, filters three wide, full rows of channels, and weights that stay. SPLIT: float32 as a sum of two float16, a high and a
+// low part, in operand A (a slot has all high parts first) and in operand B (a step has them first); three products of parts
+// make one.
 template <int BLOCK_N_, int SUBTILES_, bool OVERLAPS_, bool SPLIT_ = false>
-struct Shape {
+struct TileConfig {
   static constexpr int BLOCK_N = BLOCK_N_, SUBTILES = SUBTILES_;
   static constexpr bool OVERLAPS = OVERLAPS_, SPLIT = SPLIT_;
   static constexpr int kParts = SPLIT ? 2 : 1;
   static constexpr int kRowTaps = 3;  // where it overlaps
-  // Of the tensor cores, for a subtile's step; of the warp that orders a tap. From times on an H200.
+  // Cycles of the tensor cores for a subtile's step; and of the warp that issues a tap. From times on an H200.
   static constexpr int kCycles = (BLOCK_N == 128 ? 68 : 40) * (SPLIT ? 3 : 1), kLeastCycles = 250 * (SPLIT ? 3 : 1);
   static constexpr int kSubtiles = kWarpgroups * SUBTILES, BLOCK_M = kSubtiles * kSubtile;
   static constexpr int kPartBytes = kStepDepth * BLOCK_N * 2, kStepBytes = kParts * kPartBytes;  // of weights
 };
 
+// ---- the plan ----
+
 // How the work is cut; the same for every block.
-struct Plan {
+struct ConvWgmmaPlan {
   int images, input[2], output[2], padding[2], dilation[2], kernel[2];
   int64_t input_strides[4];
-  int in_channels, chunk, chunks;     // channels at once
-  int blocks_n, splits, blocks_a_split;  // of output channels; how they are cut, blockIdx.y
+  int in_channels, chunk, chunks;     // chunk: channels at once
+  int blocks_n, splits, blocks_per_split;  // of output channels; how they are cut, blockIdx.y
   // A tile, and how many there are.
   int tile_images, tile_rows, tile_columns, tiles_down, tiles_across, tiles;
-  // Its halo lies in slots of a ring: one slot, or where a strip slides, a slot a row, of which a tile keeps some from before.
+  // The tile with its halo lies in slots of a ring: in one slot; or where a strip slides, one slot per image row, of which a
+  // tile keeps some from the tile before.
   bool sliding;
   int slots, slot_bytes, slot_rows, pitch, kept, fresh;
-  uint32_t pitch_inverse, rows_inverse;  // 2^32 / pitch and / slot_rows, rounded up
-  int image_subtiles, subtile_offset[4];  // unless sliding: of an image; bytes from the slot's begin
-  // The weights of an item (a chunk of the channels) come in stages.
+  uint32_t pitch_inverse, rows_inverse;  // 2^32 / pitch and 2^32 / slot_rows, rounded up
+  int image_subtiles, subtile_offset[4];  // unless sliding: subtiles of an image; bytes from the slot's beginning
+  // The weights of an item (a chunk of the channels) come in pipeline stages.
   int stage_taps, weight_slots;
   bool resident;
-  // Input that has to be transposed or converted lands in pieces first. A part is eight channels or eight pixels; warps share it.
+  // Input that has to be transposed or converted is staged in pieces first. A part is eight channels or eight pixels; warps
+  // share it.
   bool bulk;
   int blocks, pieces, parts, shares, part_bytes, piece_bytes, places;
   int lead, line, plane_stride;  // lead: staged pixels before a row's first
   float factor;
   bool scale_first;
-  // Only kWinners.
+  // Only if kWinners:
   int out_channels;
   Winners winners;
   int* partial_winners;
 };
 
-// Eight neighbouring pixels of a halo's row, as they are staged: some of them may lie left or right of it.
+// Eight neighbouring pixels of a slot's row, as they are staged: some of them may lie left or right of the slot.
 struct PixelBlock {
   int staged;         // where they begin in a piece, in elements
   int16_t position;   // the first one's in the slot, in rows of operand A
@@ -76,18 +86,21 @@ struct PixelBlock {
   int16_t image, row, column;
 };
 
-// What a block takes besides the plan's buffers: static memory, and what the system keeps.
+// Shared memory that a block needs in addition to the plan's buffers: static arrays, and what the system keeps.
 constexpr int kOtherBytes = 3 * 1024;
 
-struct Planned {
-  Plan plan;
+// A plan that can run, and what it costs.
+struct ConvWgmmaCandidate {
+  ConvWgmmaPlan plan;
   int64_t cost = INT64_MAX;  // in cycles of the busiest multiprocessor
   int shared_bytes = 0;
 };
 
+// ---- what fits, and what it costs ----
+
 // Lays out shared memory for a tile's shape: the ring of input, the weights, the staging. False where it does not fit.
 template <class C>
-bool lay_out(Plan& p, Source source, int element_size, const Device& device, int& shared_bytes) {
+bool lay_out(ConvWgmmaPlan& p, Source source, int element_size, const Device& device, int& shared_bytes) {
   const int taps = p.kernel[0] * p.kernel[1], tap_bytes = p.chunk / kStepDepth * C::kStepBytes;
   const int window = p.kept + p.fresh;
   int room = device.shared_bytes - kOtherBytes;
@@ -95,11 +108,11 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
   // Staging: as many pieces ahead as hide the memory's latency.
   p.blocks = p.pieces = p.parts = p.shares = p.part_bytes = p.piece_bytes = p.places = p.lead = p.line = p.plane_stride = 0;
   if (source != Source::kTiles) {
-    // NOTE: the copy engine faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
+    // NOTE: the TMA faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
     const int dense = 16 / element_size;
     p.lead = source == Source::kPlanes ? (dense - p.padding[1] % dense) % dense : 0;
     int across = static_cast<int>(ceil_div(p.lead + p.pitch, kGroup));
-    // NOTE: the copy engine takes long over each order: pieces as large as leave a few of them on their way.
+    // NOTE: the TMA takes long over each order: make pieces large, but so that a few of them are on their way.
     const int groups = p.chunk / kGroup;
     if (source == Source::kPlanes) {
       p.line = across * kGroup;
@@ -119,8 +132,8 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
     }
     p.blocks = p.tile_images * p.slot_rows * across;
     if (p.bulk) {
-      // As many places as fit, but such that a warp has the same ones each time round; where that would cost half of them, warps
-      // share the parts.
+      // As many places as fit, but so that a warp has the same ones each time round the ring; where that would cost half of the
+      // places, warps share the parts.
       const int most = std::clamp(kStagingBytes / p.piece_bytes, 2, kMostPlaces);
       for (p.shares = 1; p.places == 0; ++p.shares) {
         for (p.places = most; p.places >= 2 && p.places * p.parts * p.shares % kInputWarps != 0;) --p.places;
@@ -130,12 +143,12 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
     }
     room -= p.blocks * static_cast<int>(sizeof(PixelBlock)) + p.places * p.piece_bytes;
   }
-  // What the last subtile reads past its slot must be there, too.
+  // The last subtile reads past its slot: that must lie in shared memory, too.
   const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
 
-  // The weights stay if all of them fit beside the ring.
+  // The weights stay if all of them fit next to the ring.
   const int all_stages_bytes = taps * p.chunks * tap_bytes, least_slots = p.sliding ? window + p.fresh : 2;
-  p.resident = p.blocks_a_split == 1 && all_stages_bytes + least_slots * p.slot_bytes <= room;
+  p.resident = p.blocks_per_split == 1 && all_stages_bytes + least_slots * p.slot_bytes <= room;
   if (p.resident) {
     p.stage_taps = std::max<int>(p.kernel[1], static_cast<int>(ceil_div(taps * p.chunks, kMostSlots)));
     p.weight_slots = static_cast<int>(ceil_div(taps, p.stage_taps)) * p.chunks;
@@ -157,11 +170,11 @@ bool lay_out(Plan& p, Source source, int element_size, const Device& device, int
   return shared_bytes + kOtherBytes <= device.shared_bytes;
 }
 
-// Cuts the work; takes the cheapest way that fits.
+// Cuts the work in the cheapest way that fits.
 template <class C>
-Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_size, const Device& device) {
-  Planned best;
-  Plan p{};
+ConvWgmmaCandidate plan_conv_wgmma(const ConvShape& shape, Source source, bool bulk, int element_size, const Device& device) {
+  ConvWgmmaCandidate best;
+  ConvWgmmaPlan p{};
   p.images = static_cast<int>(shape.images);
   p.in_channels = static_cast<int>(shape.in_channels);
   p.blocks_n = static_cast<int>(ceil_div(shape.out_channels, C::BLOCK_N));
@@ -198,24 +211,24 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
     if (tiles > INT32_MAX / 2) return;
     p.tiles = static_cast<int>(tiles);
     for (int split = C::OVERLAPS ? p.blocks_n : 1; split <= p.blocks_n; ++split) {
-      p.blocks_a_split = static_cast<int>(ceil_div(p.blocks_n, split));
-      p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_a_split));
+      p.blocks_per_split = static_cast<int>(ceil_div(p.blocks_n, split));
+      p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_per_split));
       if (p.splits != split || split > device.multiprocessors) continue;
       p.bulk = bulk;
       int shared_bytes = 0;
       if (!lay_out<C>(p, source, element_size, device, shared_bytes)) continue;
       if (source == Source::kTiles && !p.bulk) continue;
       if (C::OVERLAPS && (!p.resident || p.stage_taps % C::kRowTaps != 0)) continue;
-      // Cycles, from times on an H200: of the tensor cores, or of the warp that gives them a tap's work; of the weights' way from
-      // L2; of the input's. They overlap, but not for nothing.
-      const int64_t taps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.blocks_a_split;
-      const int64_t steps_a_tap = p.chunk / kStepDepth;
-      const int64_t arithmetic = taps * std::max<int64_t>(steps_a_tap * C::kSubtiles * C::kCycles, C::kLeastCycles);
-      const int64_t stream = p.resident ? 0 : taps * steps_a_tap * C::kStepBytes / 24;
-      const int64_t loads = p.chunks == 1 ? 1 : p.blocks_a_split;
+      // Cycles, from times on an H200: of the tensor cores, or of the warp that issues a tap; of the weights' way from L2; of
+      // the input's way. They overlap, but not for free: an eighth of each is added.
+      const int64_t taps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.blocks_per_split;
+      const int64_t steps_per_tap = p.chunk / kStepDepth;
+      const int64_t arithmetic = taps * std::max<int64_t>(steps_per_tap * C::kSubtiles * C::kCycles, C::kLeastCycles);
+      const int64_t stream = p.resident ? 0 : taps * steps_per_tap * C::kStepBytes / 24;
+      const int64_t loads = p.chunks == 1 ? 1 : p.blocks_per_split;
       const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
       const int64_t loading = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
-      const int64_t epilogues = p.blocks_a_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
+      const int64_t epilogues = p.blocks_per_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
       const int64_t tile_cost = std::max({arithmetic, stream, loading}) + (arithmetic + stream + loading) / 8 + epilogues;
       const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
       const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
@@ -232,7 +245,7 @@ Planned make_plan(const ConvShape& shape, Source source, bool bulk, int element_
     p.tile_columns = kSubtile;
     consider();
   }
-  // Else (or where the image is small) tiles, of rows that are whole or cut evenly.
+  // Otherwise (or where the image is small) tiles, of rows that are whole or cut evenly.
   p.sliding = false;
   for (int64_t cuts = 1;; ++cuts) {
     p.tile_columns = static_cast<int>(ceil_div(p.output[1], cuts));

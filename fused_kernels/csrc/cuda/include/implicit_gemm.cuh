@@ -1,6 +1,6 @@
 #pragma once
-// What the tensor-core rungs share: float32 in float16 operands, the weights in the order in which tensor cores read operand B,
-// and a minimum over blocks.
+// What the rungs on tensor cores share, all of them implicit GEMMs: float32 in float16 operands, the weights packed in the
+// order in which tensor cores read operand B, and a minimum over blocks.
 
 #include "launch.cuh"
 #include "numerics.cuh"
@@ -15,6 +15,8 @@ namespace fused_kernels {
 
 constexpr int kWarpSize = 32;
 constexpr int kStepDepth = 16;  // K of one instruction
+
+// ---- float32 in float16 operands ----
 
 // How an element lies in memory, and the type that the tensor cores take it as.
 template <typename T>
@@ -41,8 +43,8 @@ constexpr float kSmallMaximum = 64.0f;
 constexpr int kFirstExponent = 8;
 
 // Two numbers as sums of two float16 each: high parts and low parts.
-// NOTE: an infinity's high part is the largest finite number, and only its low part is infinite: infinity minus infinity would be
-// NaN. A low part meets high parts alone, and a weight's is zero only where the weight is.
+// NOTE: an infinity's high part is the largest finite number, and only its low part is infinite: infinity minus infinity would
+// be NaN. A low part is multiplied by high parts only, and a weight's high part is zero only where the weight is.
 __device__ __forceinline__ void split_f16(float first, float second, uint32_t& high, uint32_t& low) {
   high = ptx::pack_finite_f16(first, second);
   const float2 kept = __half22float2(reinterpret_cast<const __half2&>(high));
@@ -53,8 +55,8 @@ __device__ __forceinline__ void split_f16(float first, float second, uint32_t& h
 constexpr float kSmallSplitMaximum = 2048.0f;
 constexpr int kFirstSplitExponent = 12;
 
-// A scale's part in the minimum. Below zero the smallest product is the largest sum's: turn all signs. Zero and infinity turn
-// sums into NaN, each by itself, and must multiply first.
+// What a scale does to the minimum. If it is negative, the smallest product is the largest sum's: turn all signs. Zero and
+// infinity turn single sums into NaN, and must multiply before the minimum is taken.
 struct Scale {
   float factor, sign;
   bool first;
@@ -71,6 +73,8 @@ struct Strides4 {
 
   explicit Strides4(const int64_t (&strides)[4]) : of{strides[0], strides[1], strides[2], strides[3]} {}
 };
+
+// ---- packed weights: operand B ----
 
 // Operand B is a row of items for each block of output channels: a piece of the filter (mostly all of it) for a chunk of the
 // input channels. An item is a row of steps, taps outside, channels inside.
@@ -93,16 +97,16 @@ inline bool rows_are_dense(const ConvShape& shape) {
 constexpr int kPackColumns = 16, kPackThreads = kPackColumns * kWarpSize;
 constexpr int kUnitWords = kStepDepth * kPackColumns / 2;  // 16 columns of a step, two numbers a word
 
-// Puts the weights in order. A block takes 16 output channels of some input channels and filter rows; its threads write side by
-// side, and read what their neighbours' cache lines hold. Past the last output channel comes the last one again, which a minimum
-// does not mind. Order says which column and which k the words of a unit
-// hold, and where in a block a column's constants go: the power of two that its sums want, and its bias.
+// Packs the weights. A block takes 16 output channels of some input channels and filter rows; its threads write side by side,
+// and read what their neighbours' cache lines hold. Past the last output channel the last one is repeated: the minimum stays
+// the same. Order says which column and which k the words of a unit hold, and where in a block a column's constants go: the
+// power of two that undoes its weights', and its bias.
 template <typename T, class Order>
 __global__ void __launch_bounds__(kPackThreads)
     pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const T* bias, int64_t bias_stride,
                         int out_channels, int units_in_block_n, float sign, uint32_t* packed, float2* constants,
                         const __grid_constant__ WeightOrder order) {
-  // The next kernel begins to read the input, which by then is there.
+  // The next kernel may begin to read the input, which is complete by now.
   ptx::wait_for_previous_grid();
   ptx::let_next_grid_begin();
   const int block_columns = units_in_block_n * kPackColumns;
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kPackThreads)
     return static_cast<int64_t>(block_n / order.blocks_n) * out_channels + min(in_group, out_channels - 1);
   };
 
-  // A warp looks for an output channel's largest weight, and so for its power of two.
+  // Each warp looks for one output channel's largest weight, and so for its power of two.
   __shared__ int exponents[kPackColumns];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   int exponent = 0;
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kPackThreads)
     }
     most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
     if (most > 0.0f) exponent = exponent_for(most);
-    // In steps of eight, that most channels have the same: the largest weight is at least kSmallMaximum still.
+    // In steps of eight, so that most channels have the same one: the largest weight is still at least kSmallMaximum.
     if (Order::kParts == 1 && exponent < kLargestExponent / 8 * 8) exponent &= ~7;
     if (lane == 0) exponents[warp] = exponent;
     __syncthreads();
@@ -145,8 +149,8 @@ __global__ void __launch_bounds__(kPackThreads)
   const int word = threadIdx.x % kUnitWords, column = Order::column(word), k = Order::k(word);
   const T* const row = weight + channel(column) * strides.of[0];
   const float factor = sizeof(T) == 4 ? power_of_two(exponents[column]) : 1.0f;
-  const int steps_a_tap = order.chunk / kStepDepth, units_at_once = kPackThreads / kUnitWords;
-  for (int unit = blockIdx.y * units_at_once + threadIdx.x / kUnitWords; unit < order.chunks * steps_a_tap * order.kernel[0];
+  const int steps_per_tap = order.chunk / kStepDepth, units_at_once = kPackThreads / kUnitWords;
+  for (int unit = blockIdx.y * units_at_once + threadIdx.x / kUnitWords; unit < order.chunks * steps_per_tap * order.kernel[0];
        unit += gridDim.y * units_at_once) {
     const int block_c = unit / order.kernel[0], y = unit % order.kernel[0], c = block_c * kStepDepth + k;
     const T* const source = row + c * strides.of[1] + y * strides.of[2];
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(kPackThreads)
           } else {
             bits[j] = ptx::pack_f16(value * factor, 0.0f);
           }
-          // Not to zero: its product with an infinity is one.
+          // Never round a weight to zero: its product with an infinity must be infinite.
           if (bits[j] << 17 == 0 && value != 0.0f) bits[j] |= 1;
           bits[j] &= 0xffff, low_bits[j] &= 0xffff;
         } else {
@@ -171,8 +175,8 @@ __global__ void __launch_bounds__(kPackThreads)
       }
       const int piece = y / order.piece[0] * order.pieces_across + x / order.piece[1];
       const int tap = y % order.piece[0] * order.piece[1] + x % order.piece[1];
-      const int item = (block_n * order.pieces + piece) * order.chunks + block_c / steps_a_tap;
-      const int64_t step = static_cast<int64_t>(item) * order.steps + tap * steps_a_tap + block_c % steps_a_tap;
+      const int item = (block_n * order.pieces + piece) * order.chunks + block_c / steps_per_tap;
+      const int64_t step = static_cast<int64_t>(item) * order.steps + tap * steps_per_tap + block_c % steps_per_tap;
       const int64_t first_unit = step * units_in_block_n * Order::kParts + first_column / kPackColumns;
       packed[first_unit * kUnitWords + word] = bits[0] | bits[1] << 16;
       if constexpr (Order::kParts == 2) packed[(first_unit + units_in_block_n) * kUnitWords + word] = low_bits[0] | low_bits[1] << 16;
@@ -180,7 +184,9 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-// Where the output channels were cut between blocks. A minimum has no rounding: the order does not matter.
+// ---- a minimum over blocks ----
+
+// Combines the minima of blocks that shared the output channels. A minimum has no rounding: the order does not matter.
 template <typename T>
 __global__ void combine_kernel(const float* partial, T* output, int64_t pixels, int splits) {
   ptx::wait_for_previous_grid();
@@ -191,7 +197,7 @@ __global__ void combine_kernel(const float* partial, T* output, int64_t pixels, 
   output[pixel] = static_cast<T>(smallest);
 }
 
-// The same, with the winners.
+// The same, with winners.
 template <typename T>
 __global__ void combine_winners_kernel(const float* partial, const int32_t* partial_winners, T* output, Winners winners,
                                        int64_t pixels, int splits) {
@@ -205,6 +211,8 @@ __global__ void combine_winners_kernel(const float* partial, const int32_t* part
   winners.put(pixel, partial_winners[share * pixels + pixel]);
 }
 
+// ---- host ----
+
 struct Device {
   int multiprocessors, shared_bytes;  // of a multiprocessor
 };
@@ -215,8 +223,8 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Memory for the packed weights, the constants, and where the output channels are cut the minima of each share, and behind all of
-// them, where they are wanted, the winners.
+// Memory for the packed weights, the constants, and where blocks share the output channels each share's minima; and behind all
+// of them, where they are wanted, the winners.
 struct Workspace {
   Tensor memory;
   uint32_t* packed;
@@ -252,7 +260,7 @@ void pack_weights(const WeightOrder& order, const ConvShape& shape, int block_n,
                block_n / kPackColumns, scale.sign, workspace.packed, workspace.constants, order);
 }
 
-// Makes one minimum of the shares', and one winner.
+// Launches the kernel that makes one minimum, and one winner, of all shares'.
 template <typename T>
 void combine(const Workspace& workspace, int splits, int64_t pixels, Tensor& output, [[maybe_unused]] Winners winners,
              cudaStream_t stream) {
@@ -267,7 +275,7 @@ void combine(const Workspace& workspace, int splits, int64_t pixels, Tensor& out
   }
 }
 
-// What the rungs' operators do around their kernels: checks, the results' memory, the device, and run(T(), output, winners).
+// What the rungs' operators do around their kernels: checks, memory for the results, the device, and run(T(), output, winners).
 template <typename Run>
 Forward convolve(const char* rung, const char* float32_precision, const Tensor& input, const ConvShape& shape,
                  const std::string& precision, const Run& run) {

@@ -42,10 +42,11 @@ constexpr bool kBeginsEarly = std::min({__CUDA_ARCH_LIST__}) >= 900;
 constexpr bool kBeginsEarly = false;
 #endif
 
-// Launches a kernel whose threads call ptx::wait_for_previous_grid before they touch what others may still write or read. Early,
-// its blocks find their place and set themselves up meanwhile ("programmatic dependent launch" in the CUDA programming guide).
-// NOTE: what such a kernel reads after the wait must be neither __restrict__ nor __ldg: both promise that nobody writes it while
-// the kernel runs, and the compiler could read it before the wait.
+// Launches a kernel whose threads call ptx::wait_for_previous_grid before they touch what others may still write or read. If
+// early, its blocks are placed and set up while the kernel before it ends ("programmatic dependent launch", CUDA programming
+// guide).
+// NOTE: what such a kernel reads after the wait must be neither __restrict__ nor __ldg: both promise that nobody writes it
+// while the kernel runs, and the compiler could read it before the wait.
 template <typename... Params, typename... Args>
 void launch_kernel(bool early, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                    Args... args) {

@@ -26,8 +26,8 @@ __device__ __forceinline__ double min_nan(double a, double b) { return (a < b ||
 __device__ __forceinline__ bool same_bits(float a, float b) { return __float_as_int(a) == __float_as_int(b); }
 __device__ __forceinline__ bool same_bits(double a, double b) { return __double_as_longlong(a) == __double_as_longlong(b); }
 
-// A running minimum and, for training, the channel that it is from. It is a new one where the minimum's bits changed: NaN, which
-// min_nan gives one pattern (of doubles: keeps), stays the first one's.
+// A running minimum and, for training, the channel that it is from, which is a new one where the minimum's bits changed.
+// min_nan gives all NaN one pattern (of doubles: keeps the first one's), so that of several NaN the first channel stays.
 template <typename A>
 __device__ __forceinline__ void take_smaller(A& smallest, A value, [[maybe_unused]] int& winner, [[maybe_unused]] int channel) {
   const A before = smallest;

@@ -1,6 +1,6 @@
 #pragma once
-// One thread's order to the copy engine: a run of bytes from global to shared memory; sm_90 and later. One wrapper per
-// instruction; the names in quotes are sections of the PTX ISA.
+// One thread's order to the TMA (tensor memory accelerator): a run of bytes from global to shared memory, a bulk copy; sm_90
+// and later. One wrapper per instruction; the names in quotes are sections of the PTX ISA.
 
 #include <cstdint>
 

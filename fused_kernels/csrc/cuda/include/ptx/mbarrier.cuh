@@ -11,7 +11,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// "fence.mbarrier_init": the copy engine, too, sees the barriers that this thread made.
+// "fence.mbarrier_init": the TMA, too, sees the barriers that this thread made.
 __device__ __forceinline__ void mbarrier_init_fence() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -1,5 +1,5 @@
 #pragma once
-// Tensor cores, a warp at a time (sm_80 and later). PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions".
+// Tensor cores, one warp at a time (sm_80 and later). PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions".
 
 #include <cstdint>
 

@@ -1,6 +1,6 @@
 #pragma once
-// One thread's order to the copy engine: a box of a tensor from global to shared memory; sm_90 and later. What lies outside the
-// tensor arrives as zeros. One wrapper per instruction; the names in quotes are sections of the PTX ISA.
+// One thread's order to the TMA (tensor memory accelerator): a box of a tensor from global to shared memory; sm_90 and later.
+// What lies outside the tensor arrives as zeros. One wrapper per instruction; the names in quotes are sections of the PTX ISA.
 
 #include <cuda.h>
 
@@ -24,8 +24,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// "Parallel Synchronization and Communication Instructions: fence.proxy": the tensor cores and the copy engine, too, see what
-// this thread wrote to shared memory.
+// "Parallel Synchronization and Communication Instructions: fence.proxy": the tensor cores and the TMA, too, see what this
+// thread wrote to shared memory.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

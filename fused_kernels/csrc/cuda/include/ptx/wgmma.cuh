@@ -1,6 +1,6 @@
 #pragma once
-// Tensor cores, four warps at a time: operands in shared memory, sums in registers, results later; sm_90a alone. One wrapper per
-// instruction; PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+// Tensor cores, four warps (a warpgroup) at a time: operands in shared memory, sums in registers, complete only later; sm_90a
+// alone. One wrapper per instruction; PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 
 #include <cstdint>
 
