@@ -12,7 +12,7 @@ from .environment import default_device
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: median and the 20th and 80th percentiles of ``repeats`` calls."""
+    """Seconds per call: median and the 20th and 80th percentiles of ``repeats`` calls."""
 
     p20: float
     p50: float
@@ -41,7 +41,7 @@ def measure(function, device=None, *, bytes=None, seconds=0.3):
 
 
 def compare(functions, device=None, *, bytes=None, seconds=0.3, warm_up=0.1, before=None):
-    """Time several functions in turns, so that a drift of the machine's clock strikes all of them alike.
+    """Time several functions in turns, so that a drift of the machine's clock affects all of them equally.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def _cuda_times(functions, repeats, before):
 
 
 def _in_turns(functions, repeats):
-    """Give every function once a round, each round in another order: each finds the caches as the one before it left them."""
+    """Yield every function once per round, each round in another order: each finds the caches as the one before left them."""
     order, shuffle = list(functions.items()), random.Random(0).shuffle
     for _ in range(repeats):
         shuffle(order)

@@ -11,7 +11,7 @@ from .clock import compare
 from .workloads import layout_name
 
 # What torch.compile searches longest with. The same kernels as "max-autotune", without the CUDA graph: its replay would first
-# copy the whole input to a fixed address, half a millisecond that the peer need not pay.
+# copy the whole input to a fixed address, half a millisecond that the peer does not have to pay.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
@@ -39,7 +39,7 @@ def compiled(function, mode, *args):
 
 
 def cudnn_graph(work):
-    """Convolution, bias and minimum as one graph of cuDNN's, run by the fastest of the plans that it proposes.
+    """Give convolution, bias and minimum as one graph of cuDNN's, run by the fastest of the plans that it proposes.
 
     The scale is folded into weight and bias beforehand, outside the timing: in the peer's favour, and exact for a power of two.
     """

@@ -61,7 +61,7 @@ class Workload:
 
     @property
     def bytes(self):
-        """Count what no implementation can avoid to move: input, weight, bias and result, each once."""
+        """Count what every implementation must move: input, weight, bias and result, each once."""
         elements = self.input.numel() + self.weight.numel() + self.bias.numel()
         return elements * self.input.element_size() + self.result_bytes
 
