@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, bench, build, export
+from .bench import records
 from .check import DTYPES
 from .rungs import LADDER
 
@@ -47,8 +48,8 @@ def run_bench(options):
     dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
     # Apart, for the newest run of a machine's file is what all figures show.
     apart = "-".join(name for name in ("training", "layers") if getattr(options, name))
-    data = options.data or bench.data_dir() / apart
-    keep = (lambda part: bench.append(part, data)) if options.record else None
+    data = options.data or records.data_dir() / apart
+    keep = (lambda part: records.append(part, data)) if options.record else None
     how = {"quick": options.quick, "layers": options.layers, "training": options.training, "machine": options.machine}
     new = bench.run(options.device, dtypes=dtypes, each=keep, **how)
     print(bench.summary(new))
@@ -57,23 +58,23 @@ def run_bench(options):
 
 
 def figures(options):
-    """Draw every machine's figures from its newest run, and the README's tables."""
-    from . import plots
+    """Draw every machine's figures from its newest run, and write the tables of README.md and figures/README.md."""
+    from . import plots, tables
 
-    records = bench.records(data=options.data)
-    if not records:
-        raise SystemExit(
-            f"no records in {options.data or bench.data_dir()}; make some with: python -m fused_kernels bench --record"
-        )
-    out = options.out or (options.data or bench.data_dir()).parent
-    training = bench.records(data=(options.data or bench.data_dir()) / "training")
-    for path in plots.save_all(records, out, training):
+    data = options.data or records.data_dir()
+    forward = records.read(data=data)
+    if not forward:
+        raise SystemExit(f"no records in {data}; make some with: python -m fused_kernels bench --record")
+    training, layers, training_layers = (records.read(data=data / part) for part in ("training", "layers", "training-layers"))
+    out = options.out or data.parent
+    for path in plots.save_all(forward, out, training):
         print(path)
+    page = out / "README.md"
+    page.write_text(tables.figures_page(forward, training, layers, training_layers))
+    print(page)
     readme = out.parent / "README.md"
-    if readme.exists() and plots.BEGIN in readme.read_text():
-        plots.update_readme(readme, records)
-        if training and plots.TRAINING_BEGIN in readme.read_text():
-            plots.update_training(readme, training)
+    if readme.exists() and tables.BEGIN in readme.read_text():
+        tables.update_readme(readme, forward)
         print(readme)
 
 
@@ -105,7 +106,7 @@ def main(arguments=None):
     parser_bench.set_defaults(command=run_bench)
 
     parser_figures = commands.add_parser("figures", help=figures.__doc__)
-    parser_figures.add_argument("--out", type=Path, help="folder of the pictures, by default figures")
+    parser_figures.add_argument("--out", type=Path, help="folder of the pictures and their page, by default figures")
     parser_figures.add_argument("--data", type=Path, help="folder of the records, by default figures/data")
     parser_figures.set_defaults(command=figures)
 

@@ -1,4 +1,4 @@
-"""Every figure and table, from recorded data: functions take records (:mod:`fused_kernels.bench`) and return a Figure.
+"""Every figure, from recorded data: functions take records (:mod:`fused_kernels.bench.records`) and return a Figure.
 
 Only this module imports matplotlib, and only when something is drawn.
 """
@@ -6,13 +6,9 @@ Only this module imports matplotlib, and only when something is drawn.
 import math
 from pathlib import Path
 
-from . import bench
+from .bench.records import latest, select
+from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, whole_model
 from .rungs import LADDER
-
-BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
-TRAINING_BEGIN, TRAINING_END = "<!-- training:begin -->", "<!-- training:end -->"
-
-PEERS = ("eager", "compile", "compile-max-autotune", "cudnn-graph")
 
 # Peers are grey; a rung keeps its colour in every figure. Told apart by the colour-blind (Okabe and Ito; Tol).
 COLOURS = {
@@ -35,8 +31,8 @@ COLOURS = {
     "backward": "#d55e00",
 }
 OTHER = "#332288"
-# Of a training step.
-_PARTS = {"forward with winners": "#117733", "gradient of the input": "#56b4e9", "gradients of weights and bias": "#d55e00"}
+# Of the parts of a training step.
+_PART_COLOURS = ("#117733", "#56b4e9", "#d55e00")
 
 
 def ladder(records, dtype="float32", precision=None):
@@ -50,8 +46,8 @@ def ladder(records, dtype="float32", precision=None):
     precision : str, optional
         By default PyTorch's own for this dtype: "tf32" for float32 on a GPU.
     """
-    chosen, layouts = _whole_model(records, dtype, precision)
-    names = _order(chosen)
+    chosen, layouts = whole_model(records, dtype, precision)
+    names = in_order(chosen)
     figure, axes = _figure(len(layouts), 1.1 + 0.33 * len(names), sharey=True)
     for axis, layout in zip(axes, layouts, strict=True):
         here = {r.rung: r for r in chosen if r.layout == layout}
@@ -73,7 +69,7 @@ def ladder(records, dtype="float32", precision=None):
         axis.set_yticks(range(len(names)), names)
         axis.set_xlabel("ms, less is better")
         axis.set_title(f"{layout} input", fontsize=9, loc="left")
-    return _finish(figure, f"min over channels of (scale · conv2d(x)), {_precision_words(chosen[0])}", chosen[0])
+    return _finish(figure, f"min over channels of (scale · conv2d(x)), {precision_words(chosen[0])}", chosen[0])
 
 
 def roofline(records, dtype="float32", precision=None, layout="NCHW"):
@@ -84,7 +80,7 @@ def roofline(records, dtype="float32", precision=None, layout="NCHW"):
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    chosen, _ = _whole_model(records, dtype, precision)
+    chosen, _ = whole_model(records, dtype, precision)
     chosen = [r for r in chosen if r.layout == layout and r.rung != "reference"]
     memory, rate = _ceilings(records, chosen[0])
     unit, letter = (1e12, "T") if rate > 1e12 else (1e9, "G")
@@ -95,7 +91,7 @@ def roofline(records, dtype="float32", precision=None, layout="NCHW"):
     axis.plot([left, ridge, right], [left * memory / unit, top, top], color="black", linewidth=1.4)
     axis.text(ridge * 1.2, top * 1.04, f"matmul, {top:.3g} {letter}FLOP/s", va="bottom", fontsize=8)
     highest = top
-    faster = bench.select(records, operator="ceiling", rung="matmul", precision="float16")
+    faster = select(records, operator="ceiling", rung="matmul", precision="float16")
     if chosen[0].precision == "tf32" and faster:
         highest = faster[0].tflops * 1e12 / unit
         bend, label = highest * unit / memory, f"in float16, {highest:.3g} {letter}FLOP/s"
@@ -128,27 +124,27 @@ def roofline(records, dtype="float32", precision=None, layout="NCHW"):
         ticks.set_minor_formatter(NullFormatter())
     axis.set_xlabel("FLOP for each byte that has to move into, out of and between the kernels")
     axis.set_ylabel(f"{letter}FLOP/s")
-    return _finish(figure, f"Roofline, {_precision_words(chosen[0])}, {layout}", chosen[0])
+    return _finish(figure, f"Roofline, {precision_words(chosen[0])}, {layout}", chosen[0])
 
 
 def bandwidth(records):
     """Draw how fast each scale_min gets through its input, beside the fastest read-only reduction of the same bytes."""
-    chosen = bench.select(records, operator="scale_min", direction="forward")
+    chosen = select(records, operator="scale_min", direction="forward")
     columns = list(dict.fromkeys((r.dtype, r.layout) for r in chosen))
-    names = _order(chosen)
+    names = in_order(chosen)
     across = min(len(columns), 2)
     down = math.ceil(len(columns) / across)
     figure, axes = _figure(across, (0.75 + 0.28 * len(names)) * down + 0.3, down=down, sharey=True, sharex=True)
     for axis, (dtype, layout) in zip(axes, columns, strict=False):
         here = {r.rung: r for r in chosen if (r.dtype, r.layout) == (dtype, layout)}
-        (ceiling,) = bench.select(records, operator="ceiling", rung="read", dtype=dtype, layout=layout)
+        (ceiling,) = select(records, operator="ceiling", rung="read", dtype=dtype, layout=layout)
         for y, name in enumerate(names):
             if name in here:
                 rate = ceiling.bytes / here[name].p50_ms / 1e6
                 axis.barh(y, rate, color=_colour(name), height=0.72)
-                _label(axis, rate, y, f"{_three(rate)}  {rate / ceiling.gbps:.0%}")
+                _label(axis, rate, y, f"{three(rate)}  {rate / ceiling.gbps:.0%}")
         axis.axvline(ceiling.gbps, color="black", linestyle=":", linewidth=1)
-        _label(axis, ceiling.gbps, -0.65, _three(ceiling.gbps), fontsize=7, color="#404040")
+        _label(axis, ceiling.gbps, -0.65, three(ceiling.gbps), fontsize=7, color="#404040")
         axis.set_ylim(len(names) - 0.4, -1.0)
         axis.set_xlim(
             0, 1.5 * max(r.gbps for r in records if (r.operator, r.rung, r.shape) == ("ceiling", "read", ceiling.shape))
@@ -162,12 +158,12 @@ def bandwidth(records):
 
 def where_time_goes(records, dtype="float32", precision=None, layout="NCHW"):
     """Draw how much of the whole model's time is the library's convolution, and how much comes after it (Amdahl's law)."""
-    chosen, _ = _whole_model(records, dtype, precision)
+    chosen, _ = whole_model(records, dtype, precision)
     here = {r.rung: r for r in chosen if r.layout == layout}
     first = chosen[0]
-    (conv,) = bench.select(records, operator="conv2d", dtype=dtype, precision=first.precision, layout=layout)
+    (conv,) = select(records, operator="conv2d", dtype=dtype, precision=first.precision, layout=layout)
     split = {rung.name for rung in LADDER if rung.operator == "scale_min"} | {"eager"}
-    names = [name for name in _order(chosen) if name in split and name in here]
+    names = [name for name in in_order(chosen) if name in split and name in here]
     figure, (axis,) = _figure(1, 1.2 + 0.42 * len(names), width=7.5)
     for y, name in enumerate(names):
         total = here[name].p50_ms
@@ -180,7 +176,7 @@ def where_time_goes(records, dtype="float32", precision=None, layout="NCHW"):
     axis.set_ylim(len(names) - 0.5, -0.9)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("ms")
-    return _finish(figure, f"Where the time goes, {_precision_words(first)}, {layout}", first)
+    return _finish(figure, f"Where the time goes, {precision_words(first)}, {layout}", first)
 
 
 def precision_against_time(records, layout="NCHW"):
@@ -191,7 +187,7 @@ def precision_against_time(records, layout="NCHW"):
     from matplotlib.ticker import LogLocator, NullFormatter
 
     fused = {rung.name for rung in LADDER if rung.operator == "conv2d_scale_min" and rung.device}
-    chosen = bench.select(records, operator="conv2d_scale_min", direction="forward", layout=layout)
+    chosen = select(records, operator="conv2d_scale_min", direction="forward", layout=layout)
     chosen = [r for r in chosen if r.rung in fused | set(PEERS)]
     # What is exact at every precision stands there once.
     exact = {(r.rung, r.dtype) for r in chosen if r.precision == "ieee"}
@@ -200,7 +196,7 @@ def precision_against_time(records, layout="NCHW"):
         raise ValueError(f"records: expected some of the whole model in {layout}, got none")
     figure, (axis,) = _figure(1, 3.9, width=8.5)
     shapes = dict(zip(PEERS, "osD^", strict=True))
-    for name in _order(chosen):
+    for name in in_order(chosen):
         points = [(r.p50_ms, r.rms_error) for r in chosen if r.rung == name]
         size = 38 if name in PEERS else 80
         axis.scatter(
@@ -209,7 +205,7 @@ def precision_against_time(records, layout="NCHW"):
     for r in chosen:
         if r.rung == "eager":
             axis.axhline(r.rms_error, color="#b0b0b0", linestyle=":", linewidth=1)
-            axis.text(1.01, r.rms_error, _precision_words(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+            axis.text(1.01, r.rms_error, precision_words(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.set(xscale="log", yscale="log")
     axis.margins(x=0.08, y=0.12)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -232,15 +228,15 @@ def access_pattern(channels=6):
     loads = {
         "scale_min_naive": (
             [(lane, 3, 1) for lane in range(32)],
-            "a lane a channel: 32 sectors move (6 are shown), 128 of 1024 bytes are used",
+            "one lane per channel: 32 sectors move (6 are shown), 128 of 1024 bytes are used",
         ),
         "scale_min_coalesced": (
             [(0, lane, 1) for lane in range(32)],
-            "a lane a pixel: 4 sectors move, 128 of 128 bytes are used",
+            "one lane per pixel: 4 sectors move, 128 of 128 bytes are used",
         ),
         "scale_min_vectorized": (
             [(0, 4 * lane, 4) for lane in range(32)],
-            "16 bytes a lane: 16 sectors move, 512 of 512 bytes are used",
+            "16 bytes per lane: 16 sectors move, 512 of 512 bytes are used",
         ),
     }
     figure, axes = _figure(1, 5.2, down=3, width=9)
@@ -266,33 +262,6 @@ def access_pattern(channels=6):
     return _finish(figure, "What one load of a warp touches: a box is a sector of 32 bytes, grey if it moves", None)
 
 
-def table(records, dtypes=("float32", "bfloat16")):
-    """Lay out one run's ladder in Markdown: the whole model's time, and its speedup over eager in the same column."""
-    whole = bench.select(records, operator="conv2d_scale_min", direction="forward", dtype=tuple(dtypes))
-    columns = list(dict.fromkeys((r.precision, r.layout) for r in whole))
-    cells = {(r.rung, r.precision, r.layout): r for r in whole}
-
-    def cell(name, column):
-        r = cells.get((name, *column))
-        if r is None:
-            return ""
-        return _three(r.p50_ms) + _times(r, cells[("eager", *column)]) + ("" if r.correct else " (*)")
-
-    lines = [
-        f"Milliseconds, and speedup over eager at the same precision and layout; {whole[0].shape}, forward. "
-        f"{_origin(whole[0])}",
-        *_heads([f"{precision}, {layout}" for precision, layout in columns] + ["rms error"]),
-    ]
-    for name in _order(whole):
-        shown = next(cells[(name, *column)] for column in columns if (name, *column) in cells)
-        error = f"{shown.rms_error:.1e} {shown.precision}"
-        row = [name if name in PEERS else f"`{name}`", *(cell(name, column) for column in columns), error]
-        lines.append(f"| {' | '.join(row)} |")
-    if not all(r.correct for r in whole):
-        lines += ["", "(*) less accurate than 1.1 times the error of PyTorch's own convolution at that precision."]
-    return "\n".join(lines)
-
-
 def training(records):
     """Draw a training step's time beside its peers', and where ours goes: forward, and the gradients of input and weights.
 
@@ -301,7 +270,7 @@ def training(records):
     records : list of Record
         Of one run of ``bench --training``.
     """
-    steps = [r for r in bench.select(records, direction="training") if "," not in r.shape and r.dtype != "float16"]
+    steps = [r for r in select(records, direction="training") if "," not in r.shape and r.dtype != "float16"]
     columns = list(dict.fromkeys((r.precision, r.layout) for r in steps))
     across = min(len(columns), 2)
     down = math.ceil(len(columns) / across)
@@ -316,9 +285,9 @@ def training(records):
             speedup = "" if name == "eager" else f"  {times['eager'] / times[name]:.2f}x"
             _label(axis, times[name], y, f"{_ms(times[name])}{speedup}")
         # In the shares that they have by themselves, each at a clock of its own.
-        parts, left = _parts(records, precision, layout), 0.0
+        parts, left = parts_of_a_step(records, precision, layout), 0.0
         share = times["ours"] / sum(part.p50_ms for part in parts)
-        for part, (title, colour) in zip(parts, _PARTS.items(), strict=True):
+        for part, title, colour in zip(parts, PARTS, _PART_COLOURS, strict=True):
             axis.barh(len(names) - 1, share * part.p50_ms, left=left, color=colour, height=0.72, label=title)
             left += share * part.p50_ms
         axis.set_xlim(0, 1.35 * max(times.values()))
@@ -331,84 +300,19 @@ def training(records):
     return _finish(figure, f"A training step, {steps[0].shape}", steps[0])
 
 
-def training_table(records, dtypes=("float32", "bfloat16")):
-    """Lay out one run's training steps in Markdown: times, speedups over eager, memory, our parts beside the library's."""
-    steps = bench.select(records, direction="training", dtype=tuple(dtypes))
-    columns = list(dict.fromkeys((r.precision, r.layout) for r in steps if "," not in r.shape))
-    shape = next(r.shape for r in steps if "," not in r.shape)
-
-    def at(rung, column, kind=""):
-        (found,) = (r for r in steps if r.shape == shape + kind and (r.precision, r.layout) == column and rung(r.rung))
-        return found
-
-    def row(title, cells):
-        return f"| {title} | {' | '.join(cells)} |"
-
-    lines = [
-        f"Milliseconds of a training step (forward, and the gradients of input, weights and bias), and speedup over eager; "
-        f"{shape}. {_origin(steps[0])}",
-        *_heads([f"{precision}, {layout}" for precision, layout in columns]),
-    ]
-    for name in (name for name in PEERS if name in {r.rung for r in steps}):
-        found = [(at(name.__eq__, column), at("eager".__eq__, column)) for column in columns]
-        lines.append(row(name, [_three(r.p50_ms) + _times(r, eager) for r, eager in found]))
-    for kind in dict.fromkeys(r.shape.removeprefix(shape) for r in steps):
-        found = [(at(_is_ours, column, kind), at("eager".__eq__, column, kind)) for column in columns]
-        title = f"**fused_kernels**{kind} input" if kind else "**fused_kernels**"
-        lines.append(row(title, [_three(r.p50_ms) + _times(r, eager) for r, eager in found]))
-    if any(r.peak_bytes for r in steps):
-        found = [(at(_is_ours, column), at("eager".__eq__, column)) for column in columns]
-        cells = [f"{r.peak_bytes / 2**30:.2f} GiB, eager {eager.peak_bytes / 2**30:.2f}" for r, eager in found]
-        lines.append(row("memory beside the input", cells))
-    for i, title in enumerate(_PARTS):
-        cells = []
-        for column in columns:
-            part = _parts(records, *column)[i]
-            library = bench.select(
-                records, operator=part.operator, rung="library", precision=part.precision, layout=part.layout
-            )
-            cells.append(_three(part.p50_ms) + (f", library {_three(library[0].p50_ms)}" if library else ""))
-        lines.append(row(title, cells))
-    for operator, title in (("grad_input", "error, input"), ("grad_weight", "error, weights")):
-        cells = []
-        for precision, layout in columns:
-            found = bench.select(records, operator=operator, precision=precision, layout=layout, direction="backward")
-            ours, library = (next(r for r in found if (r.rung == "library") == is_library) for is_library in (False, True))
-            cells.append(f"{ours.rms_error:.1e}, library {library.rms_error:.1e}")
-        lines.append(row(title, cells))
-    return "\n".join(lines)
-
-
-def update_readme(path, records):
-    """Write every machine's newest ladder between the README's markers.
-
-    Raises
-    ------
-    ValueError
-        The file lacks the markers.
-    """
-    _write_between(path, BEGIN, END, [table(bench.latest(records, machine=name)) for name in _machines(records)])
-
-
-def update_training(path, records):
-    """Write every machine's newest training steps between the README's other markers; raises as :func:`update_readme`."""
-    tables = [training_table(bench.latest(records, machine=name)) for name in _machines(records)]
-    _write_between(path, TRAINING_BEGIN, TRAINING_END, tables)
-
-
 def save_all(records, out, training_records=()):
     """Draw every machine's figures from its newest run into a folder; give the paths."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     drawn = {"access-pattern": access_pattern()}
-    for name in _machines(records):
-        newest = bench.latest(records, machine=name)
+    for name in machines(records):
+        newest = latest(records, machine=name)
         for draw in (ladder, roofline, bandwidth, where_time_goes, precision_against_time):
             drawn[f"{draw.__name__.replace('_', '-')}-{name}"] = draw(newest)
         for dtype in sorted({r.dtype for r in newest if r.operator == "conv2d_scale_min"} - {"float32"}):
             drawn[f"ladder-{dtype}-{name}"] = ladder(newest, dtype)
-    for name in _machines(training_records):
-        drawn[f"training-{name}"] = training(bench.latest(training_records, machine=name))
+    for name in machines(training_records):
+        drawn[f"training-{name}"] = training(latest(training_records, machine=name))
     paths = []
     for name, figure in drawn.items():
         paths.append(out / f"{name}.png")
@@ -417,66 +321,9 @@ def save_all(records, out, training_records=()):
     return paths
 
 
-def _write_between(path, begin, end, tables):
-    path = Path(path)
-    text = path.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"path: expected a file with the lines {begin} and {end}, got {path}")
-    before, rest = text.split(begin, 1)
-    path.write_text("\n\n".join([before + begin, *tables, end + rest.split(end, 1)[1]]))
-
-
-def _origin(record):
-    return f"{record.device}, torch {record.torch}, {record.date[:10]}, commit {record.commit}."
-
-
-def _heads(titles):
-    return ["", f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
-
-
-def _is_ours(rung):
-    return rung not in PEERS
-
-
-def _times(record, eager):
-    return "" if record.rung == "eager" else f" · {eager.p50_ms / record.p50_ms:.2f}x"
-
-
-def _parts(records, precision, layout):
-    """Give our parts of a training step, in the order in which they run."""
-    where = {"precision": precision, "layout": layout}
-    (forward,) = bench.select(records, direction="forward with winners", **where)
-    backward = [r for r in bench.select(records, direction="backward", **where) if r.rung != "library"]
-    return [forward, *(next(r for r in backward if r.operator == operator) for operator in ("grad_input", "grad_weight"))]
-
-
-def _machines(records):
-    """Name the machines: GPUs first, of a family the latest."""
-    return sorted({r.machine for r in records}, key=lambda name: (name != "cpu", name), reverse=True)
-
-
-def _whole_model(records, dtype, precision):
-    """Select the whole model's records at one precision, and name their layouts."""
-    chosen = bench.select(records, operator="conv2d_scale_min", direction="forward", dtype=dtype)
-    if precision is None and chosen:
-        precision = chosen[0].precision
-    chosen = [r for r in chosen if r.precision == precision]
-    if not chosen:
-        raise ValueError(f"records: expected some of the whole model in {dtype}, got none")
-    return chosen, list(dict.fromkeys(r.layout for r in chosen))
-
-
-def _order(records):
-    """Name eager, then the rungs as they climb, then the other peers; the reference is eager by another name."""
-    present = {r.rung for r in records} - {"reference"}
-    rungs = [rung.name for rung in LADDER if rung.name in present]
-    later = sorted(present - set(rungs) - set(PEERS))
-    return [name for name in ("eager", *rungs, *later, *PEERS[1:]) if name in present]
-
-
 def _ceilings(records, like):
     """Give bytes/s of reading and flop/s of a matmul, as measured in the same run."""
-    found = bench.select(records, operator="ceiling", layout="flat", dtype=like.dtype, precision=like.precision)
+    found = select(records, operator="ceiling", layout="flat", dtype=like.dtype, precision=like.precision)
     rates = {r.rung: r for r in found}
     return rates["read"].gbps * 1e9, rates["matmul"].tflops * 1e12
 
@@ -484,7 +331,7 @@ def _ceilings(records, like):
 def _floors(records, like):
     """Give label -> milliseconds: the least that memory and arithmetic take."""
     memory, rate = _ceilings(records, like)
-    fused = min(r.bytes for r in bench.select(records, operator=like.operator, dtype=like.dtype))
+    fused = min(r.bytes for r in select(records, operator=like.operator, dtype=like.dtype))
     return {"input read once": fused / memory * 1e3, f"matmul in {like.precision}": like.flops / rate * 1e3}
 
 
@@ -492,12 +339,8 @@ def _colour(name):
     return COLOURS.get(name, OTHER)
 
 
-def _three(value):
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
-
-
 def _ms(milliseconds):
-    return f"{_three(milliseconds)} ms"
+    return f"{three(milliseconds)} ms"
 
 
 def _label(axis, x, y, text, fontsize=8, color="black"):
@@ -505,10 +348,6 @@ def _label(axis, x, y, text, fontsize=8, color="black"):
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     space = axis.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=fontsize, color=color)
     space.set_bbox(box)
-
-
-def _precision_words(record):
-    return record.dtype if record.precision == record.dtype else f"{record.dtype} at {record.precision}"
 
 
 def _figure(across, height, *, down=1, width=10.0, **shared):

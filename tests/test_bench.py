@@ -1,15 +1,18 @@
-"""check, bench, plots and the command line: what they compute, on a workload small enough for a test."""
+"""check, bench, plots, tables and the command line: what they compute, on a workload small enough for a test."""
 
 import dataclasses
 import functools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import implementations
 
 import fused_kernels as fk
-from fused_kernels import __main__, bench, check, plots, reference
+from fused_kernels import __main__, bench, check, plots, reference, tables
+from fused_kernels.bench import environment, forward, peers, records, views, workloads
 from fused_kernels.rungs import LADDER
 
 SMALL = {"in_channels": 3, "out_channels": 8, "height": 12, "width": 14}
@@ -22,12 +25,12 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(reference, name, value)
-        patch.setattr(bench, "_compile_modes", lambda device, quick: [])
+        patch.setattr(peers, "compile_modes", lambda device, quick: [])
         patch.setattr(bench, "run", functools.partial(bench.run, seconds=0.01))
         __main__.main(["bench", "--device", "cpu", "--quick", "--data", str(data)])
         assert not data.exists()
         __main__.main(["bench", "--device", "cpu", "--quick", "--record", "--data", str(data)])
-    return bench.records(data=data)
+    return records.read(data=data)
 
 
 # check: does it find what is wrong, and nothing else?
@@ -126,11 +129,11 @@ def test_run_measures_all_that_runs_here(measured):
 
 
 def test_run_counts_bytes_and_flops(measured):
-    (fused,) = bench.select(measured, rung="conv2d_scale_min", layout="NCHW")
+    (fused,) = records.select(measured, rung="conv2d_scale_min", layout="NCHW")
     assert fused.shape == "2x3x12x14 * 8x3x3x3"
     assert fused.flops == 2 * 2 * 8 * 10 * 12 * 3 * 3 * 3
     assert fused.bytes == 4 * (2 * 3 * 12 * 14 + 8 * 3 * 3 * 3 + 8 + 2 * 10 * 12)
-    (alone,) = bench.select(measured, operator="scale_min", rung="scale_min", layout="NCHW")
+    (alone,) = records.select(measured, operator="scale_min", rung="scale_min", layout="NCHW")
     assert alone.bytes == 4 * (2 * 8 * 10 * 12 + 2 * 10 * 12)
     assert fused.gbps == pytest.approx(fused.bytes / (fused.p50_ms * 1e-3) / 1e9)
     assert fused.tflops == pytest.approx(fused.flops / (fused.p50_ms * 1e-3) / 1e12)
@@ -139,14 +142,13 @@ def test_run_counts_bytes_and_flops(measured):
 @pytest.fixture
 def other_shapes(monkeypatch):
     """Time two small shapes on the CPU; without torch.compile, whose first call takes longer than all tests here."""
-    monkeypatch.setattr(bench, "SHAPES", [((32, 3, 7, 9), 5, 3, 2, 1), ((16, 512, 4, 4), 64, 3, 1, 0)])
-    monkeypatch.setattr(bench, "_compiled", lambda function, mode, *args: functools.partial(function, *args))
+    monkeypatch.setattr(workloads, "SHAPES", [((32, 3, 7, 9), 5, 3, 2, 1), ((16, 512, 4, 4), 64, 3, 1, 0)])
+    monkeypatch.setattr(peers, "compiled", lambda function, mode, *args: functools.partial(function, *args))
 
     def run(dtype):
         device = torch.device("cpu")
-        with torch.no_grad():
-            parts = bench._other_shapes(bench._environment(device, None), device, [dtype], seconds=0.0)
-            return [record for part in parts for record in part]
+        parts = forward.other_shapes(environment.run_info(device), device, [dtype], seconds=0.0)
+        return [record for part in parts for record in part]
 
     return run
 
@@ -156,20 +158,20 @@ def test_shapes_are_timed_with_what_is_chosen_for_them(other_shapes, dtype):
     found = other_shapes(dtype)
     assert all(r.correct and r.p50_ms > 0 and 0 < r.rms_error < 0.01 for r in found)
     for layout in ("NCHW", "channels_last"):
-        chosen = bench.select(found, operator="choice", layout=layout)
+        chosen = records.select(found, operator="choice", layout=layout)
         first = "2x3x7x9 * 5x3x3x3 stride 2 padding 1"
         assert [r.rung for r in chosen if r.shape == first] == ["eager", "compile", "conv2d_scale_min"]
         assert [r.rung for r in chosen if r.shape != first] == ["eager", "compile", "composite"]
-    assert [r.rung for r in bench.select(found, operator="host")] == ["eager", "compile", "conv2d_scale_min", "operator"]
+    assert [r.rung for r in records.select(found, operator="host")] == ["eager", "compile", "conv2d_scale_min", "operator"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_layers_are_timed_alone_and_recorded_apart(other_shapes, monkeypatch, tmp_path, dtype):
-    monkeypatch.setattr(bench, "LAYERS", bench.SHAPES)
-    monkeypatch.setattr(bench, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(workloads, "LAYERS", workloads.SHAPES)
+    monkeypatch.setattr(records, "data_dir", lambda: tmp_path)
     __main__.main(["bench", "--device", "cpu", "--layers", "--record", "--dtypes", dtype])
-    assert not bench.records(data=tmp_path)
-    found = bench.records(data=tmp_path / "layers")
+    assert not records.read(data=tmp_path)
+    found = records.read(data=tmp_path / "layers")
     assert {(r.operator, r.dtype) for r in found} == {("choice", dtype)}
     assert len({(r.shape, r.layout) for r in found}) == 4
 
@@ -179,15 +181,17 @@ def training(monkeypatch, tmp_path):
     """Record small training steps on the CPU; without torch.compile, whose first call takes longer than all tests here."""
     for name, value in SMALL.items():
         monkeypatch.setattr(reference, name, value)
-    monkeypatch.setattr(bench, "LAYERS", [((32, 3, 7, 9), 5, 3, 2, 1), ((1, 3, 7, 9), 5, 3, 1, 1), ((32, 4, 5, 6), 3, 1, 1, 0)])
-    monkeypatch.setattr(bench, "_compile_modes", lambda device, quick: [])
+    monkeypatch.setattr(
+        workloads, "LAYERS", [((32, 3, 7, 9), 5, 3, 2, 1), ((1, 3, 7, 9), 5, 3, 1, 1), ((32, 4, 5, 6), 3, 1, 1, 0)]
+    )
+    monkeypatch.setattr(peers, "compile_modes", lambda device, quick: [])
     monkeypatch.setattr(bench, "run", functools.partial(bench.run, seconds=0.01))
-    monkeypatch.setattr(bench, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(records, "data_dir", lambda: tmp_path)
 
     def run(*options):
         __main__.main(["bench", "--device", "cpu", "--training", "--record", *options])
         (path,) = tmp_path.rglob("cpu.csv")
-        return path.parent.name, bench.records(data=path.parent)
+        return path.parent.name, records.read(data=path.parent)
 
     return run
 
@@ -196,7 +200,7 @@ def test_training_steps_and_their_parts_are_recorded_apart(training):
     folder, found = training()
     assert folder == "training"
     for layout in ("NCHW", "channels_last"):
-        here = bench.select(found, layout=layout)
+        here = records.select(found, layout=layout)
         steps = [(r.rung, r.shape) for r in here if r.direction == "training"]
         shape = "2x3x12x14 * 8x3x3x3"
         assert steps == [(n, shape + kind) for kind in ("", ", normal", ", smooth") for n in ("eager", "conv2d_scale_min")]
@@ -205,6 +209,8 @@ def test_training_steps_and_their_parts_are_recorded_apart(training):
         assert [r.rung for r in parts] == ["grad_input", "library", "grad_weight", "library"]
         assert all(0 < r.rms_error < 1e-6 for r in parts)
         dense = 2 * 2 * 8 * 10 * 12 * 3 * 3 * 3
+        counted = {r.rung: r.flops for r in here if r.direction == "training"}
+        assert counted == {"eager": 3 * dense, "conv2d_scale_min": dense + 2 * (dense // 8)}
         assert {r.rung: r.flops for r in parts} == {"grad_input": dense // 8, "grad_weight": dense // 8, "library": dense}
     assert all(r.p50_ms > 0 for r in found)
 
@@ -214,7 +220,7 @@ def test_training_steps_of_layers_are_recorded_apart(training):
     assert folder == "training-layers"
     assert {(r.operator, r.direction) for r in found} == {("choice", "training")}
     for layout in ("NCHW", "channels_last"):
-        assert [(r.rung, r.shape) for r in bench.select(found, layout=layout)] == [
+        assert [(r.rung, r.shape) for r in records.select(found, layout=layout)] == [
             (name, shape)
             for shape in ("2x3x7x9 * 5x3x3x3 stride 2 padding 1", "2x4x5x6 * 3x4x1x1")
             for name in ("eager", "conv2d_scale_min")
@@ -233,7 +239,7 @@ def test_a_peer_that_fails_on_a_shape_is_skipped(other_shapes, monkeypatch, caps
     def fail(*args):
         raise RuntimeError("no such compiler")
 
-    monkeypatch.setattr(bench, "_compiled", fail)
+    monkeypatch.setattr(peers, "compiled", fail)
     found = other_shapes(torch.float32)
     assert {r.rung for r in found} == {"eager", "conv2d_scale_min", "composite", "operator"}
     assert "skipped compile" in capsys.readouterr().out
@@ -249,31 +255,31 @@ def test_replay_runs_every_call():
 
 
 def test_records_go_through_a_file(measured, tmp_path):
-    bench.append(measured, tmp_path)
+    records.append(measured, tmp_path)
     first = (tmp_path / "cpu.csv").read_bytes()
     later = [dataclasses.replace(r, run="later", date="2999-01-01T00:00:00+00:00") for r in measured]
     elsewhere = [dataclasses.replace(measured[0], machine="nvidia-x1", device='a "GPU", of sorts')]
-    bench.append(later + elsewhere, tmp_path)
+    records.append(later + elsewhere, tmp_path)
     assert (tmp_path / "cpu.csv").read_bytes().startswith(first)
-    assert bench.records("cpu", tmp_path) == measured + later
-    assert bench.records("nvidia-x1", tmp_path) == elsewhere
-    assert bench.records(data=tmp_path) == measured + later + elsewhere
-    assert bench.records("absent", tmp_path) == []
-    assert bench.latest(bench.records(data=tmp_path), machine="cpu") == later
-    assert bench.latest(measured, machine="absent") == []
+    assert records.read("cpu", tmp_path) == measured + later
+    assert records.read("nvidia-x1", tmp_path) == elsewhere
+    assert records.read(data=tmp_path) == measured + later + elsewhere
+    assert records.read("absent", tmp_path) == []
+    assert records.latest(records.read(data=tmp_path), machine="cpu") == later
+    assert records.latest(measured, machine="absent") == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_workload_is_the_reference_models(dtype):
-    load = bench.workload("cpu", dtype, channels_last=True, batch=1)
-    assert load.input.shape == (1, 64, 256, 256)
-    assert load.weight.shape == (128, 64, 3, 3)
-    assert load.scale == 2.0
-    assert load.input.is_contiguous(memory_format=torch.channels_last)
-    assert load.input.dtype == load.weight.dtype == load.bias.dtype == dtype
-    assert 0 <= load.input.min() < 0.01
-    assert 0.99 < load.input.max() <= 1
-    assert load.input.equal(bench.workload("cpu", dtype, batch=1).input)
+    work = bench.workload("cpu", dtype, channels_last=True, batch=1)
+    assert work.input.shape == (1, 64, 256, 256)
+    assert work.weight.shape == (128, 64, 3, 3)
+    assert work.scale == 2.0
+    assert work.input.is_contiguous(memory_format=torch.channels_last)
+    assert work.input.dtype == work.weight.dtype == work.bias.dtype == dtype
+    assert 0 <= work.input.min() < 0.01
+    assert 0.99 < work.input.max() <= 1
+    assert work.input.equal(bench.workload("cpu", dtype, batch=1).input)
 
 
 def test_measure_calls_after_warming_up():
@@ -295,46 +301,116 @@ def test_machine_is_a_file_name(monkeypatch):
     assert bench.machine("cpu") == "cpu"
 
 
-# plots: what is drawn from records.
+def test_reading_records_loads_nothing_that_measures():
+    script = """
+import sys
+from fused_kernels import plots, tables
+from fused_kernels.bench import records
+loaded = {name.removeprefix("fused_kernels.bench.") for name in sys.modules if name.startswith("fused_kernels.bench.")}
+assert loaded == {"records", "views"}, loaded
+from fused_kernels import bench
+assert bench.latest is records.latest
+assert "fused_kernels.bench.clock" not in sys.modules
+assert bench.measure.__module__ == "fused_kernels.bench.clock"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_bench_offers_its_names_and_no_others():
+    for name in bench.__all__:
+        assert getattr(bench, name) is not None
+        assert name in dir(bench)
+    assert bench.workload is workloads.workload
+    assert bench.select is records.select
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bench.nothing  # noqa: B018
+
+
+def test_run_info_says_where_a_run_takes_place(monkeypatch):
+    monkeypatch.setenv("FUSED_KERNELS_COMMIT", "abc1234")
+    info, other = (environment.run_info(torch.device("cpu"), name) for name in (None, "laptop"))
+    assert (info.machine, other.machine) == ("cpu", "laptop")
+    assert (info.commit, info.torch, info.driver, info.cuda) == ("abc1234", torch.__version__, "", "")
+    assert info.device.endswith(f", {torch.get_num_threads()} threads")
+    assert info.run != other.run
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        info.commit = "another"
+
+
+def test_a_record_is_a_runs_facts_a_subject_and_what_was_found(monkeypatch):
+    monkeypatch.setenv("FUSED_KERNELS_COMMIT", "abc1234")
+    info = environment.run_info(torch.device("cpu"))
+    subject = workloads.workload("cpu", torch.bfloat16, batch=1).subject("conv2d_scale_min", "eager")
+    assert subject == records.Subject(
+        operator="conv2d_scale_min",
+        rung="eager",
+        precision="bfloat16",
+        dtype="bfloat16",
+        layout="NCHW",
+        shape="1x64x256x256 * 128x64x3x3",
+    )
+    record = records.Record.of(info, subject, bench.Timing(1e-3, 2e-3, 4e-3, 10), bytes=8, flops=6, errors=(0.12345, 1.0))
+    assert dataclasses.asdict(record) == {
+        **dataclasses.asdict(info),
+        **dataclasses.asdict(subject),
+        **{"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 4.0, "bytes": 8, "flops": 6, "peak_bytes": 0},
+        **{"rms_error": 0.123, "max_error": 1.0, "correct": True},
+    }
+
+
+# plots and tables: what is drawn and written from records.
 
 
 def test_table_has_one_row_per_rung_with_speedups(measured):
-    text = plots.table(measured)
+    text = tables.ladder(measured)
     for name in {r.rung for r in measured if r.operator == "conv2d_scale_min"} - {"reference"}:
         assert len([line for line in text.splitlines() if line.startswith((f"| {name} |", f"| `{name}` |"))]) == 1
     (eager,), (ours,) = (
-        bench.select(measured, rung=n, layout="NCHW", operator="conv2d_scale_min") for n in ("eager", "composite")
+        records.select(measured, rung=n, layout="NCHW", operator="conv2d_scale_min") for n in ("eager", "composite")
     )
     (row,) = (line for line in text.splitlines() if "`composite`" in line)
     assert f"{eager.p50_ms / ours.p50_ms:.2f}" in row
     assert "(*)" not in text
-    assert "(*)" in plots.table([dataclasses.replace(r, correct=r.rung != "composite") for r in measured])
+    assert "(*)" in tables.ladder([dataclasses.replace(r, correct=r.rung != "composite") for r in measured])
 
 
 def test_update_readme_changes_what_is_between_the_markers(measured, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n\n{plots.BEGIN}\nold\n{plots.END}\nafter\n")
-    plots.update_readme(path, measured)
+    path.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    tables.update_readme(path, measured)
     text = path.read_text()
-    assert text.startswith(f"before\n\n{plots.BEGIN}\n")
-    assert text.endswith(f"{plots.END}\nafter\n")
-    assert plots.table(measured) in text
+    assert text.startswith(f"before\n\n{tables.BEGIN}\n")
+    assert text.endswith(f"{tables.END}\nafter\n")
+    assert tables.ladder(measured) in text
     assert "old" not in text
-    plots.update_readme(path, measured)
+    tables.update_readme(path, measured)
     assert path.read_text() == text
     path.write_text("no markers")
     with pytest.raises(ValueError, match="path: "):
-        plots.update_readme(path, measured)
+        tables.update_readme(path, measured)
 
 
-def test_readme_shows_the_latest_gpu_first_and_the_cpu_last(measured, tmp_path):
+NAMES = ["nvidia-h200", "nvidia-h100-80gb-hbm3", "cpu"]
+
+
+def on_machines(measured):
+    return [dataclasses.replace(r, machine=name, device=f"<{name}>") for name in sorted(NAMES) for r in measured]
+
+
+def test_readme_shows_the_latest_gpu_alone(measured, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"{plots.BEGIN}\n{plots.END}\n")
-    names = ["nvidia-h200", "nvidia-h100-80gb-hbm3", "cpu"]
-    records = [dataclasses.replace(r, machine=name, device=f"<{name}>") for name in sorted(names) for r in measured]
-    plots.update_readme(path, records)
+    path.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    tables.update_readme(path, on_machines(measured))
     text = path.read_text()
-    assert sorted(names, key=lambda name: text.index(f"<{name}>")) == names
+    assert [name for name in NAMES if f"<{name}>" in text] == NAMES[:1]
+    assert text.count("| eager |") == 1
+
+
+def test_figures_page_shows_the_latest_gpu_first_and_the_cpu_last(measured):
+    text = tables.figures_page(on_machines(measured))
+    assert sorted(NAMES, key=lambda name: text.index(f"<{name}>")) == NAMES
+    for name in NAMES:
+        assert tables.ladder(records.select(on_machines(measured), machine=name)) in text
 
 
 def test_figures_are_drawn_and_reproducible(measured, tmp_path):
@@ -346,8 +422,8 @@ def test_figures_are_drawn_and_reproducible(measured, tmp_path):
 
 
 def test_training_records_have_a_table_and_a_figure(tmp_path):
-    training = bench.latest(bench.records(data=bench.data_dir() / "training"), machine="nvidia-h200")
-    text = plots.training_table(training)
+    training = records.latest(records.read(data=records.data_dir() / "training"), machine="nvidia-h200")
+    text = tables.training(training)
     (eager,), (ours,) = (
         [
             r
@@ -366,6 +442,50 @@ def test_training_records_have_a_table_and_a_figure(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def made_up(operator, *times, **fields):
+    """Make records of one shape after another: each {rung: milliseconds}."""
+    info = dict.fromkeys(("date", "commit", "machine", "driver", "cuda", "torch", "run"), "") | {"device": "<GPU>"}
+    found = {"bytes": 1, "flops": 1, "peak_bytes": 0, "rms_error": 0.0, "max_error": 0.0, "correct": True}
+    where = {"operator": operator, "precision": "tf32", "dtype": "float32", "layout": "NCHW", **fields}
+    return [
+        records.Record(**info, **where, **found, rung=rung, shape=f"shape {number}", p20_ms=ms, p50_ms=ms, p80_ms=ms)
+        for number, of_rung in enumerate(times)
+        for rung, ms in of_rung.items()
+    ]
+
+
+SLOWER = {"eager": 4.0, "compile": 2.0, "composite": 3.0}
+FASTER = {"eager": 4.0, "compile": 5.0, "conv_mma": 1.0}
+FASTEST = {"eager": 10.0, "compile": 10.0, "conv_mma": 1.0}
+
+
+def test_times_as_long_is_ours_over_the_best_of_the_peers():
+    found = made_up("host", {**SLOWER, "operator": 0.1}, {"eager": 4.0, "conv_wgmma": 1.0})
+    assert views.times_as_long(found, "eager", "compile") == [0.25, 1.5]
+    assert views.times_as_long(found, "eager") == [0.25, 0.75]
+
+
+def test_counts_of_layers_are_sentences():
+    text = tables.layers(made_up("choice", SLOWER, FASTER, FASTEST))
+    assert text.startswith("<GPU>: of 3 cases")
+    assert text.endswith("of eager and torch.compile in 2. In the median it takes 0.25 of that time, at worst 50.0% more.")
+    text = tables.layers(made_up("choice", FASTER))
+    assert text.endswith("torch.compile in all. In the median it takes 0.25 of that time, at worst 75.0% less.")
+
+
+def test_counts_of_training_steps_are_sentences():
+    steps = made_up("choice", SLOWER, FASTER, direction="training")
+    text = tables.training_layers(steps)
+    assert text.startswith("<GPU>: of 2 steps")
+    assert "all take less time than eager's, and 1 less than the better of eager's and torch.compile's." in text
+    assert "processor" not in text
+    host = {"eager": 1.0, "compile": 3.0, "composite": 2.0}, {"eager": 1.0, "compile": 3.0, "conv_mma": 0.5}
+    text = tables.training_layers(steps + made_up("host", *host, direction="training"))
+    assert "all take less of the GPU's time than eager's, and 1 less than the better of eager's and torch.compile's." in text
+    assert "In the median it takes 0.88 of that time, at worst 50.0% more." in text
+    assert "all take less than torch.compile's and 1 less than eager's; at worst 100.0% more than eager's." in text
+
+
 # The command line.
 
 
@@ -381,8 +501,9 @@ def test_figures_draws_what_is_recorded(measured, tmp_path, capsys):
     data = tmp_path / "figures" / "data"
     with pytest.raises(SystemExit, match="bench --record"):
         __main__.main(["figures", "--data", str(data)])
-    bench.append(measured, data)
+    records.append(measured, data)
     __main__.main(["figures", "--data", str(data)])
     printed = capsys.readouterr().out.split()
     assert str(tmp_path / "figures" / "ladder-cpu.png") in printed
     assert all((tmp_path / "figures" / line).exists() for line in printed)
+    assert (tmp_path / "figures" / "README.md").read_text() == tables.figures_page(measured)

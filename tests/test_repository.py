@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from fused_kernels import bench, build, plots
+from fused_kernels import build, tables
+from fused_kernels.bench import records
 from fused_kernels.rungs import BACKWARD, COPY, LADDER
 
 try:
@@ -77,19 +78,44 @@ def test_constraints_pin_every_requirement_to_a_version_that_it_accepts():
                 assert Requirement(line).specifier.contains(version), line
 
 
+PARTS = ("", "training", "layers", "training-layers")
+
+
+def recorded(part):
+    return records.read(data=records.data_dir() / part)
+
+
 def test_readme_opens_with_the_ladders_figure_and_recorded_table(tmp_path):
     text = (ROOT / "README.md").read_text()
     copy = tmp_path / "README.md"
     copy.write_text(text)
-    plots.update_readme(copy, bench.records())
+    tables.update_readme(copy, recorded(""))
     assert copy.read_text() == text, "README.md's table differs from figures/data: run make figures"
-    plots.update_training(copy, bench.records(data=bench.data_dir() / "training"))
-    assert copy.read_text() == text, "README.md's training table differs from figures/data/training: run make figures"
     figure = re.search(r"(!\[|<img )[^\n]*figures/\S+\.png", text)
-    assert figure.start() < text.index(plots.BEGIN) < text.index("\n## ")
+    assert figure.start() < text.index(tables.BEGIN) < text.index("\n## ")
 
 
-@pytest.mark.parametrize("file", ["README.md", *(f"notebooks/{n.name}" for n in NOTEBOOKS)])
+def test_figures_page_is_made_from_the_records_and_shows_every_machine_and_picture():
+    page = (ROOT / "figures" / "README.md").read_text()
+    assert page == tables.figures_page(*map(recorded, PARTS)), "figures/README.md differs from figures/data: run make figures"
+    for part in PARTS:
+        for device in {r.device for r in recorded(part)}:
+            assert device in page
+    pictures = re.findall(r"!\[([^\]]+)\]\((.+?)\)", page)
+    assert sorted(file for _, file in pictures) == sorted(path.name for path in (ROOT / "figures").glob("*.png"))
+    assert all(len(alt) > 40 for alt, _ in pictures)
+
+
+def test_recorded_gradients_are_as_exact_as_the_librarys():
+    """The page of figures says so."""
+    backward = records.select(recorded("training"), direction="backward")
+    for r in backward:
+        same = {name: getattr(r, name) for name in ("run", "operator", "precision", "layout")}
+        (library,) = records.select(backward, rung="library", **same)
+        assert r.rms_error <= 1.01 * library.rms_error
+
+
+@pytest.mark.parametrize("file", ["README.md", "figures/README.md", *(f"notebooks/{n.name}" for n in NOTEBOOKS)])
 def test_links_lead_to_files(file):
     text = (ROOT / file).read_text()
     if file.endswith(".ipynb"):
@@ -162,13 +188,10 @@ def test_every_rung_says_its_idea(rung):
         assert "FUSED_KERNELS_NAMESPACE" in rung.source
 
 
-PARTS = ("", "layers", "training", "training-layers")
-
-
 def test_records_are_of_rungs_and_peers_that_are_named():
     known = {rung.name for rung in LADDER} | {"eager", "compile", "compile-max-autotune", "cudnn-graph", "library"}
     known |= {rung.name for rung in BACKWARD}
-    for record in [r for part in PARTS for r in bench.records(data=bench.data_dir() / part)]:
+    for record in [r for part in PARTS for r in recorded(part)]:
         also = {"host": {"operator"}, "ceiling": {"copy", "read", "read-sum", "matmul"}}.get(record.operator, set())
         assert record.rung in known | also
         assert record.correct
@@ -176,7 +199,7 @@ def test_records_are_of_rungs_and_peers_that_are_named():
 
 
 def test_profiles_are_of_kernels_that_are_named():
-    files = [*(bench.data_dir() / "profiles").glob("*.csv")]
+    files = [*(records.data_dir() / "profiles").glob("*.csv")]
     assert files
     for file in files:
         with file.open(newline="") as lines:
