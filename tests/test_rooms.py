@@ -9,12 +9,35 @@ PACKAGE = Path(__file__).parent.parent / "fused_kernels"
 MAX_LINES = 450
 
 # Bottom to top: a module imports only what stands before it. A new module gets its place here.
-ORDER = """
-    progress reference arguments build dispatch rungs problem choice gradients composite operators ops modules
-    check export maxout
-    bench.records plots tables bench.workloads bench.clock bench.peers bench.forward bench.training bench.run
-    __init__ __main__
-""".split()
+ORDER = [
+    "progress",
+    "reference",
+    "arguments",
+    "build",
+    "dispatch",
+    "rungs",
+    "problem",
+    "choice",
+    "gradients",
+    "composite",
+    "operators",
+    "ops",
+    "modules",
+    "check",
+    "export",
+    "maxout",
+    "bench.records",
+    "plots",
+    "tables",
+    "bench.workloads",
+    "bench.clock",
+    "bench.peers",
+    "bench.forward",
+    "bench.training",
+    "bench.run",
+    "__init__",
+    "__main__",
+]
 
 
 def modules(folder):
@@ -170,7 +193,7 @@ class TestTheChecksThemselves:
     def test_find_an_arrow_upwards_inside_a_function(self, house):
         folder = house(bottom="def late():\n    from .middle import value\n")
         assert arrows_upwards(folder, HOUSE) == ["bottom imports middle, which stands above it"]
-        assert circle(folder) == ["bottom", "middle", "bottom"]
+        assert set(circle(folder)) == {"bottom", "middle"}
 
     def test_find_a_circle_through_the_package_itself(self, house):
         folder = house(**{"sub.inner": "import house"})
