@@ -78,6 +78,14 @@ def test_constraints_pin_every_requirement_to_a_version_that_it_accepts():
                 assert Requirement(line).specifier.contains(version), line
 
 
+def test_pre_commit_runs_the_ruff_that_is_pinned():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    pinned = re.search(r"^ruff==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert repository["rev"] == f"v{pinned}"
+    assert [hook["id"] for hook in repository["hooks"]] == ["ruff-check", "ruff-format"]
+    assert all("jupyter" in hook["types_or"] for hook in repository["hooks"])
+
+
 PARTS = ("", "training", "layers", "training-layers")
 
 
