@@ -67,9 +67,11 @@ def figures(options):
         raise SystemExit(f"no records in {data}; make some with: python -m fused_kernels bench --record")
     training, layers, training_layers = (records.read(data=data / part) for part in ("training", "layers", "training-layers"))
     out = options.out or data.parent
+    page = out / "README.md"
+    if page.exists() and not page.read_text().startswith(tables.GENERATED):
+        raise SystemExit(f"--out: expected a folder whose README.md was made by this command, got {page}, written by someone")
     for path in plots.save_all(forward, out, training):
         print(path)
-    page = out / "README.md"
     page.write_text(tables.figures_page(forward, training, layers, training_layers))
     print(page)
     readme = out.parent / "README.md"

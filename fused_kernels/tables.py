@@ -8,7 +8,8 @@ from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, prec
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
 
-_INTRODUCTION = """<!-- Made by `python -m fused_kernels figures` from data/: do not edit. -->
+GENERATED = "<!-- Made by `python -m fused_kernels figures` from data/: do not edit. -->"
+_INTRODUCTION = f"""{GENERATED}
 
 # Figures and tables
 

@@ -506,4 +506,9 @@ def test_figures_draws_what_is_recorded(measured, tmp_path, capsys):
     printed = capsys.readouterr().out.split()
     assert str(tmp_path / "figures" / "ladder-cpu.png") in printed
     assert all((tmp_path / "figures" / line).exists() for line in printed)
-    assert (tmp_path / "figures" / "README.md").read_text() == tables.figures_page(measured)
+    page = tmp_path / "figures" / "README.md"
+    assert page.read_text() == tables.figures_page(measured)
+    page.write_text("someone's own")
+    with pytest.raises(SystemExit, match="--out: expected"):
+        __main__.main(["figures", "--data", str(data)])
+    assert page.read_text() == "someone's own"
