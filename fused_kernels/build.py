@@ -1,10 +1,10 @@
 """Compile a kernel's source on first use and load it: toolchain, flags, cache, lock.
 
 Each rung, and the copy that the composite makes, is one library of its own, so that the first call of a rung compiles that rung
-alone and an edited kernel is rebuilt in seconds. The schemas live in Python (:mod:`fused_kernels.ops`); a library only
+alone and an edited kernel is rebuilt in seconds. The schemas live in Python (:mod:`fused_kernels.operators`); a library only
 registers implementations, through PyTorch's stable ABI, whose headers compile in a fraction of the time that
-``torch/extension.h`` takes. One library more, ``from_winners``, is for training: autograd is not in that ABI. It brings its own
-schemas.
+``torch/extension.h`` takes. One more library, ``from_winners``, is for training: autograd is not in that ABI, so it uses
+libtorch's headers and brings its own schemas.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ def cuda_toolkit():
 
 
 def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False):
-    """Build a library if its like was not built before, load it, and so register its operators.
+    """Build a library unless the same one was built before, load it, and so register its operators.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False)
             raise RuntimeError(_no_place(directory.parent)) from error
         with lock:
             if not library.exists():
-                # NOTE: a killed build leaves torch's own lock file, on which the next one would wait for ever: start clean.
+                # NOTE: a killed build leaves torch's own lock file, on which the next build would wait forever: start clean.
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir()
                 # NOTE: torch remembers names: it would not build again what failed, and add a version to what it built.
@@ -196,7 +196,7 @@ def _compile_and_load(name, unique, source, device, flags, directory):
 
 
 def import_cpp_extension():
-    """Import it only where something is compiled: it takes 0.3 s, and warns of a toolkit without a GPU."""
+    """Import torch's build tool only where something is compiled: it takes 0.3 s, and warns of a toolkit without a GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     with _environment_lock:
         before = logger.level
@@ -287,7 +287,7 @@ def _flags(device, namespace, archs):
 
 
 def _key(source, device, flags):
-    """Name a library by all that shapes it, so that a change of any of it builds anew."""
+    """Name a library by everything that its machine code depends on, so that any change builds it again."""
     headers = sorted(path for folder in include_paths(device) for path in folder.rglob("*") if path.is_file())
     parts = [source, *flags, torch.__version__, _compiler_version()]
     parts += [path.read_text() for path in headers]
@@ -307,7 +307,7 @@ def _compiler_version():
 
 
 def _say(command):
-    """Run a compiler for what it says of itself."""
+    """Run a compiler and give what it prints about itself."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"the compiler is there but fails: {shlex.join(command)} said: {done.stdout.strip()}")

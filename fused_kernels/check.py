@@ -106,7 +106,7 @@ def as_tf32(values):
 def tolerance(dtype, library=None, target=None):
     """Say what a result is held to.
 
-    - ``scale_min``: one rounding. 16-bit types are scaled in float32 and then rounded, so a hair more for them.
+    - ``scale_min``: one rounding. 16-bit types are scaled in float32 and then rounded: slightly more than one.
     - ``conv2d_scale_min``: an rms error no larger than 1.1 times that of PyTorch's own convolution at the same precision and
       dtype on the same input, plus three standard errors of an rms over so few pixels.
 
@@ -220,7 +220,7 @@ def _judge(rung, label, tensors, scale, options):
         options = {"precision": "ieee" if exact else "tf32", **options}
     target = expected(*tensors, scale=scale, **{k: v for k, v in options.items() if k != "precision"})
     library = None if rung.operator == "scale_min" else library_errors(*tensors, scale=scale, target=target, **options)
-    # Freed at once: the result is likely to be given this memory, and a pixel that nobody writes then shows.
+    # Freed at once: the result probably gets this memory, and a pixel that nobody wrote shows as NaN.
     torch.full(target.shape, math.nan, dtype=tensors[0].dtype, device=target.device)
     before = [tensor.clone() for tensor in tensors]
     result = rung(*tensors, scale=scale, **options)

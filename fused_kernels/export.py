@@ -90,10 +90,10 @@ def kernelbench(name="conv_wgmma"):
     if name not in EXPORTABLE:
         raise ValueError(f"rung: expected one of {', '.join(EXPORTABLE)}, got {name!r}")
     rung = rungs[name]
-    # Only what runs: KernelBench refuses some words of Python's, in comments and in C++, too.
+    # Only what runs: KernelBench refuses some of Python's words, even in comments and in C++.
     source = re.sub(r"[ \t]*//[^\n]*", "", flattened(rung.source_file))
     source = re.sub(r"\bpass\b", "turn", source)
-    # The rung's own operator takes lists and a string, too; each call would pass them through PyTorch's dispatcher.
+    # The rung's own operator also takes lists and a string; each call would pass them through PyTorch's dispatcher.
     source = re.sub(r"STABLE_TORCH_LIBRARY_IMPL\([^{]*\{[^}]*\}", "", source)
     capability = rung.only_capability
     current = '"".join(map(str, torch.cuda.get_device_capability()))'
