@@ -149,7 +149,7 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False)
         No toolchain, or the compiler failed; the message holds what it said.
     """
     archs = ([arch] if arch else _visible_architectures()) if device == "cuda" else []
-    flags = _flags(device, namespace, archs)
+    flags = compiler_flags(device, namespace, archs)
     if winners:
         name, flags = f"{name}_winners", [*flags, "-DFUSED_KERNELS_WINNERS"]
     key = _key(source, device, flags)
@@ -277,7 +277,8 @@ def _visible_architectures():
     return [architecture(c) for c in sorted(capabilities) if c >= (8, 0) and c[0] * 10 + c[1] in known]
 
 
-def _flags(device, namespace, archs):
+def compiler_flags(device, namespace, archs):
+    """Give what a library is compiled with, apart from its source and where headers lie."""
     flags = ["-O3", f"-DFUSED_KERNELS_NAMESPACE={namespace}"]
     if device == "cpu":
         native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"

@@ -161,7 +161,7 @@ class Verdict:
 
     @property
     def lines(self):
-        """One line a case."""
+        """One line per case."""
         width = max(len(case.label) for case in self.cases)
         return [f"{case.label:<{width}}  {'correct' if case.correct else 'WRONG'}" for case in self.cases]
 

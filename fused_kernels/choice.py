@@ -37,7 +37,7 @@ class Hardware(NamedTuple):
         return self.capability[0] in (9, 10)
 
 
-def hardware(device):
+def read_hardware(device):
     """Read what the rules ask of a device; None of a CPU."""
     return _hardware(device.index) if device.type == "cuda" else None
 
@@ -115,7 +115,7 @@ def _decide(problem):
     device = problem.device
     if device.type not in CONV2D_SCALE_MIN:
         return Decision(problem, "composite", f"no fused kernel for {device.type} tensors")
-    of_gpu = hardware(device)
+    of_gpu = read_hardware(device)
     rung, why = choose(problem, of_gpu)
     if rung != "composite" and (missing := why_unavailable(rung, device.index)):
         rung, why = "composite", missing
@@ -362,7 +362,7 @@ def choose_grad_input(problem, hardware):
 def grad_input_mma_is_legal(problem, hardware):
     """Tell whether grad_input_mma can take a problem."""
     out_channels, _, kernel_h, kernel_w = problem.weight_shape
-    if not problem.has_16_bit_operands or problem.groups > 1 or tuple(problem.stride) != (1, 1) or problem.taps > 49:
+    if not problem.allows_16_bit_operands or problem.groups > 1 or tuple(problem.stride) != (1, 1) or problem.taps > 49:
         return False
     # The weights of 32 input channels, and what each of 20 warps works on.
     tile = (4 + (kernel_h - 1) * problem.dilation[0]) * (32 + (kernel_w - 1) * problem.dilation[1])
@@ -379,7 +379,7 @@ def choose_grad_weight(problem, hardware):
     channels_are_adjacent = problem.input_strides[1] == 1
     # grad_weight_gather takes groups, but nobody has timed it with them.
     gather_is_timed = problem.groups == 1 and grad_weight_gather_is_legal(problem)
-    if not problem.has_16_bit_operands:
+    if not problem.allows_16_bit_operands:
         return "grad_weight_gather" if gather_is_timed and pixels >= 2**10 else "grad_weight_private"
     if not grad_weight_sorted_is_legal(problem, hardware):
         return "grad_weight_gather" if gather_is_timed and channels_are_adjacent else "grad_weight_private"
@@ -417,12 +417,12 @@ def grad_weight_gather_is_legal(problem):
 def grad_weight_sorted_is_legal(problem, hardware):
     """Tell whether grad_weight_sorted can take a problem."""
     out_channels, _, kernel_h, kernel_w = problem.weight_shape
-    if not problem.has_16_bit_operands or problem.groups > 1 or problem.taps > 49 or out_channels > 4096:
+    if not problem.allows_16_bit_operands or problem.groups > 1 or problem.taps > 49 or out_channels > 4096:
         return False
     # Two tiles of the smallest size: their input, and their pixels in steps of 16 for each 8 output channels.
     tile = ((kernel_h - 1) * problem.dilation[0] + 1) * (63 * problem.stride[1] + (kernel_w - 1) * problem.dilation[1] + 1)
     shared_bytes = 2 * (tile * 80 + (64 // 16 + 1 + -(-out_channels // 8)) * 320) + 2**11
-    fits = tile <= 4096 and shared_bytes <= hardware.shared_bytes
+    tile_is_legal = tile <= 4096 and shared_bytes <= hardware.shared_bytes
     # The kernel counts offsets within a tile in 32 bits.
     _, channel, row, column = problem.input_strides
-    return fits and max(row, column) < 2**24 and max(*problem.input_shape, channel) < 2**28
+    return tile_is_legal and max(row, column) < 2**24 and max(*problem.input_shape, channel) < 2**28

@@ -38,7 +38,7 @@ def compute(decision, input, weight, bias, scale, return_indices=False):
     else:
         output, winners = _compute_winners(decision, *args)
         if wanted:
-            backward = decision.backward or choice.choose_backward(problem, choice.hardware(problem.device))
+            backward = decision.backward or choice.choose_backward(problem, choice.read_hardware(problem.device))
             output, winners = attach_backward("composite_winners", (*args, *problem.conv), backward, (output, winners))
     return (output, winners.long()) if return_indices else output
 
@@ -129,13 +129,13 @@ def library_conv(problem, input, weight, bias):
     if (top, left) != (bottom, right):
         input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
     geometry = (problem.stride, (top, left), problem.dilation, problem.groups)
-    if _follows_setting(problem):
+    if _can_follow_setting(problem):
         return F.conv2d(input, weight, bias, *geometry)
     return torch.ops.fused_kernels.library_conv2d.default(input, weight, bias, *geometry, problem.precision == "tf32")
 
 
-def _follows_setting(problem):
-    """Tell whether torch's own function, which reads the setting, is right now and when a gradient asks for it later."""
+def _can_follow_setting(problem):
+    """Tell whether the setting, which torch's own function reads, is right now and when a gradient reads it later."""
     if problem.follows_setting or problem.dtype != torch.float32 or problem.device.type != "cuda":
         return True
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -41,7 +41,7 @@ def attach_backward(forward, args, backward, given=()):
 
     ``given``: its results, where it is Python itself: to call that by way of torch takes longer than a small kernel.
     """
-    if len(args) == 2:
+    if len(args) == 2:  # scale_min's: input and scale
         return _from_winners("scale_min_from_winners")(*args, forward, backward)
     return _from_winners("conv_from_winners")(*args, forward, backward, given)
 

@@ -12,7 +12,7 @@ compiles nothing, those are followed: change both.
 import torch
 from torch.nn import functional as F
 
-from .choice import GRAD_BIAS, SCALE_MIN_BACKWARD, choose_grad_input, choose_grad_weight, hardware
+from .choice import GRAD_BIAS, SCALE_MIN_BACKWARD, choose_grad_input, choose_grad_weight, read_hardware
 from .dispatch import run
 from .problem import describe_problem
 
@@ -104,12 +104,12 @@ def gradients(problem, grad, winners, input, weight, scale, needed):
 
 
 def _grad_input(problem, grad, winners, weight, scale):
-    name = choose_grad_input(problem, hardware(problem.device))
+    name = choose_grad_input(problem, read_hardware(problem.device))
     return run(name, grad, winners, weight, scale, problem.input_shape[2:], *problem.conv, problem.is_channels_last)
 
 
 def _grad_weight(problem, grad, winners, input, scale):
-    name = choose_grad_weight(problem, hardware(problem.device))
+    name = choose_grad_weight(problem, read_hardware(problem.device))
     out_channels, _, *kernel_size = problem.weight_shape
     return run(name, grad, winners, input, scale, out_channels, kernel_size, *problem.conv)
 

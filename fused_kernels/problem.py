@@ -40,7 +40,7 @@ class Problem(NamedTuple):
         Of the output, all images together; of the input, all channels.
     is_contiguous, is_channels_last : bool
         How the input lies in memory, without gaps; an image of one pixel may be both. The input's gradient lies as the input.
-    has_16_bit_operands : bool
+    allows_16_bit_operands : bool
         Whether operands of 16 bits are as exact as is asked.
     """
 
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
     input_elements: int
     is_contiguous: bool
     is_channels_last: bool
-    has_16_bit_operands: bool
+    allows_16_bit_operands: bool
 
     @property
     def conv(self):
@@ -103,7 +103,7 @@ def _problem(input, weight_shape, geometry, output_size, precision):
         input_elements=images * channels * height * width,
         is_contiguous=_is_dense(shape, strides, (3, 2, 1, 0)) or 0 in shape,
         is_channels_last=channels > 1 and _is_dense(shape, strides, (1, 3, 2, 0)),
-        has_16_bit_operands=dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and resolved == "tf32"),
+        allows_16_bit_operands=dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and resolved == "tf32"),
     )
 
 

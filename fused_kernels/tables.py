@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 
 from .bench.records import latest, select
-from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, times_as_long, whole_model
+from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, time_ratios, whole_model
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
 
@@ -134,7 +134,7 @@ def training(records, dtypes=("float32", "bfloat16")):
 
 def layers(records):
     """Count in sentences how one run of ``bench --layers`` compares with the better of eager and torch.compile."""
-    ratios = times_as_long(select(records, operator="choice"), "eager", "compile")
+    ratios = time_ratios(select(records, operator="choice"), "eager", "compile")
     return (
         f"{records[0].device}: of {len(ratios)} cases (a layer in one precision and layout), `conv2d_scale_min` takes less "
         f"time than the better of eager and torch.compile in {_faster(ratios)}. {_median_and_worst(ratios)}"
@@ -144,7 +144,7 @@ def layers(records):
 def training_layers(records):
     """Count in sentences how one run of ``bench --training --layers`` compares with eager and torch.compile."""
     steps, host = (select(records, operator=operator) for operator in ("choice", "host"))
-    better, eager = times_as_long(steps, "eager", "compile"), times_as_long(steps, "eager")
+    better, eager = time_ratios(steps, "eager", "compile"), time_ratios(steps, "eager")
     # A CPU's steps have one time alone.
     less = "less of the GPU's time" if host else "less time"
     text = (
@@ -154,7 +154,7 @@ def training_layers(records):
     )
     if not host:
         return text
-    eager, compiled = times_as_long(host, "eager"), times_as_long(host, "compile")
+    eager, compiled = time_ratios(host, "eager"), time_ratios(host, "compile")
     return (
         f"{text} The processor's time counts where the GPU waits for it. Of that, {_faster(compiled)} take less than "
         f"torch.compile's and {_faster(eager)} less than eager's; at worst {_worst(eager)} than eager's. The slower ones call "

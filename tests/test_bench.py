@@ -459,10 +459,10 @@ FASTER = {"eager": 4.0, "compile": 5.0, "conv_mma": 1.0}
 FASTEST = {"eager": 10.0, "compile": 10.0, "conv_mma": 1.0}
 
 
-def test_times_as_long_is_ours_over_the_best_of_the_peers():
+def test_time_ratios_is_ours_over_the_best_of_the_peers():
     found = made_up("host", {**SLOWER, "operator": 0.1}, {"eager": 4.0, "conv_wgmma": 1.0})
-    assert views.times_as_long(found, "eager", "compile") == [0.25, 1.5]
-    assert views.times_as_long(found, "eager") == [0.25, 0.75]
+    assert views.time_ratios(found, "eager", "compile") == [0.25, 1.5]
+    assert views.time_ratios(found, "eager") == [0.25, 0.75]
 
 
 def test_counts_of_layers_are_sentences():

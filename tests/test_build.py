@@ -366,7 +366,7 @@ def test_wgmma_is_not_serialised(name, tmp_path):
     cpp_extension = build.import_cpp_extension()
     # Compiled here, not by build.load: a cached library was compiled silently, by a checkout that may be gone.
     folders = [*build.include_paths("cuda"), *cpp_extension.include_paths("cpu")]
-    flags = [*cpp_extension.COMMON_NVCC_FLAGS, *build._flags("cuda", job["namespace"], [job["arch"]])]
+    flags = [*cpp_extension.COMMON_NVCC_FLAGS, *build.compiler_flags("cuda", job["namespace"], [job["arch"]])]
     nvcc = build.cuda_toolkit().home / "bin" / "nvcc"
     said = subprocess.run(
         [nvcc, "-Xptxas=-v", "-cubin", *flags, *(f"-I{folder}" for folder in folders), f"{name}.cu"],
@@ -386,7 +386,7 @@ def test_one_library_serves_every_visible_gpu(monkeypatch):
     monkeypatch.setattr(build, "cuda_toolkit", lambda: build.Toolkit(Path("/nowhere"), (13, 0), frozenset({75, 80, 86, 90})))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
-    flags = build._flags("cuda", "somewhere", build._visible_architectures())
+    flags = build.compiler_flags("cuda", "somewhere", build._visible_architectures())
     assert [flag for flag in flags if "gencode" in flag] == [
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",

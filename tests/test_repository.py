@@ -123,7 +123,9 @@ def test_recorded_gradients_are_as_exact_as_the_librarys():
         assert r.rms_error <= 1.01 * library.rms_error
 
 
-@pytest.mark.parametrize("file", ["README.md", "figures/README.md", *(f"notebooks/{n.name}" for n in NOTEBOOKS)])
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", "figures/README.md", *(f"notebooks/{n.name}" for n in NOTEBOOKS)]
+)
 def test_links_lead_to_files(file):
     text = (ROOT / file).read_text()
     if file.endswith(".ipynb"):

@@ -232,7 +232,7 @@ def test_grad_input(rung, device, dtype, layout, shape, out_channels, kernel, co
         set_conv_precision(precision)
         input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, shape, out_channels, kernel, conv)
         described = describe_problem(input, weight.shape, *geometry, precision)
-        if rung.name == "grad_input_mma" and not choice.grad_input_mma_is_legal(described, choice.hardware(input.device)):
+        if rung.name == "grad_input_mma" and not choice.grad_input_mma_is_legal(described, choice.read_hardware(input.device)):
             pytest.skip("does not take this")
         is_channels_last = layout == "channels_last"
         result = operator(rung.name)(grad, winners, weight, -1.5, shape[2:], *geometry, precision, is_channels_last)
@@ -252,7 +252,7 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
         input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, *layer, skewed)
         described = describe_problem(input, weight.shape, *geometry, precision)
         if rung.name == "grad_weight_sorted" and not choice.grad_weight_sorted_is_legal(
-            described, choice.hardware(input.device)
+            described, choice.read_hardware(input.device)
         ):
             pytest.skip("does not take this")
         args = grad, winners, input, -1.5, out_channels, weight.shape[2:], *geometry, precision

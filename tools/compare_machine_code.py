@@ -145,8 +145,9 @@ def include_folders(csrc):
 @functools.cache
 def compiler_flags(arch, winners):
     """Give the flags that a library is built with."""
-    flags = build.import_cpp_extension().COMMON_NVCC_FLAGS + build._flags("cuda", build.NAMESPACE, [arch]) + ["-std=c++17"]
-    return (*flags, "-DFUSED_KERNELS_WINNERS") if winners else (*flags,)
+    common = build.import_cpp_extension().COMMON_NVCC_FLAGS
+    flags = *common, *build.compiler_flags("cuda", build.NAMESPACE, [arch]), "-std=c++17"
+    return (*flags, "-DFUSED_KERNELS_WINNERS") if winners else flags
 
 
 @functools.cache

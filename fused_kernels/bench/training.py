@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import ops, progress
-from ..choice import choose_backward, hardware
+from ..choice import choose_backward, read_hardware
 from ..rungs import rungs
 from . import peers, workloads
 from .clock import compare, per_call, replay, steady, unwaited
@@ -179,7 +179,7 @@ def _parts_of_a_step(info, work, seconds):
 def _ours(work, operator, input, winners, grad):
     """Give the name of the kernel that is chosen for a gradient, and its call."""
     problem = work.problem()
-    by_input, by_weight, _ = choose_backward(problem, hardware(problem.device))
+    by_input, by_weight, _ = choose_backward(problem, read_hardware(problem.device))
     out_channels, _, *kernel_size = work.weight.shape
     if operator == "grad_input":
         name = by_input

@@ -40,7 +40,7 @@ def parts_of_a_step(records, precision, layout):
     return [forward, *(next(r for r in backward if r.operator == operator) for operator in ("grad_input", "grad_weight"))]
 
 
-def times_as_long(records, *peers):
+def time_ratios(records, *peers):
     """Give our time over the best of these peers', for every shape, precision and layout: the least first.
 
     Parameters
