@@ -3,15 +3,13 @@
 Each rule first asks what is legal, of what a kernel can take, then what is fast. Fast is what was timed on an H200, and in part
 on an H100: the bounds are numbers read off those timings. All rules are functions of a :class:`~fused_kernels.problem.Problem`
 and of the GPU's :class:`Hardware` alone.
-
-NOTE: a compiler traces them with symbolic sizes; torch 2.11 cannot trace ``|=`` and ``&=`` of those.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from .problem import Problem, check_problem, cudnn_precision
+from .problem import Problem, check_problem, cudnn_precision, describe_problem
 from .rungs import why_unavailable
 
 # Candidate rungs for each device.
@@ -51,8 +49,6 @@ def _hardware(device_index):
 
 
 _hardware_of = {}
-# A constant of the device, which the compiler need not trace.
-_hardware._dynamo_marked_constant = True
 
 
 class Copy(NamedTuple):
@@ -66,7 +62,7 @@ class Copy(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """All that follows from a problem on one device; while compiling the last two are left open, for the graph's own rules."""
+    """All that follows from a problem on one device; the last two may be left open."""
 
     problem: Problem
     rung: str
@@ -88,9 +84,23 @@ def decide(input, weight, bias, stride, padding, dilation, groups, precision):
     ValueError, TypeError
         An argument is off; the sentence says which, what was expected and what came.
     """
-    given = (stride, padding, dilation, groups, precision)
-    if torch.compiler.is_compiling() or not _is_exact(given):
-        return _decide(check_problem(input, weight, bias, *given))
+    return _recall(check_problem, input, weight, bias, (stride, padding, dilation, groups, precision))
+
+
+def decide_checked(input, weight, bias, stride, padding, dilation, groups, precision):
+    """Choose the same for what an operator was given, which its callers have checked; ``padding`` is that of four sides."""
+    # Apart from the padding of the function above by its length.
+    return _recall(_describe, input, weight, bias, (tuple(stride), tuple(padding), tuple(dilation), groups, precision))
+
+
+def _describe(input, weight, bias, *conv):
+    return describe_problem(input, weight.shape, *conv)
+
+
+def _recall(make_problem, input, weight, bias, given):
+    if not _is_exact(given):
+        return _decide(make_problem(input, weight, bias, *given))
+    precision = given[-1]
     try:
         key = (
             *given,
@@ -102,11 +112,11 @@ def decide(input, weight, bias, stride, padding, dilation, groups, precision):
         decision = _decisions.get(key)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         # What is wrong here, or only has no hash, is found out there.
-        return _decide(check_problem(input, weight, bias, *given))
+        return _decide(make_problem(input, weight, bias, *given))
     if decision is None:
         if len(_decisions) >= _MOST_DECISIONS:
             _decisions.clear()
-        decision = _decisions[key] = _decide(check_problem(input, weight, bias, *given))
+        decision = _decisions[key] = _decide(make_problem(input, weight, bias, *given))
     return decision
 
 
@@ -119,8 +129,6 @@ def _decide(problem):
     rung, why = choose(problem, of_gpu)
     if rung != "composite" and (missing := why_unavailable(rung, device.index)):
         rung, why = "composite", missing
-    if torch.compiler.is_compiling():
-        return Decision(problem, rung, why)
     return Decision(problem, rung, why, choose_backward(problem, of_gpu), choose_copies(problem))
 
 

@@ -29,18 +29,37 @@ def compute(decision, input, weight, bias, scale, return_indices=False):
     """
     problem, args = decision.problem, (input, weight, bias, scale)
     if not has_scale_min(problem.device):
-        return reference_scale_min(library_conv(problem, input, weight, bias), scale, return_indices)
+        return compute_by_library(problem, *args, return_indices)
     wanted = wants_gradient(input, weight, bias)
     if not wanted and not return_indices:
         return _convolve_then_minimum(decision, *args)
     if torch.compiler.is_compiling():
         output, winners = run("composite_winners", *args, *problem.conv)
     else:
-        output, winners = _compute_winners(decision, *args)
+        output, winners = compute_winners(decision, *args)
         if wanted:
             backward = decision.backward or choice.choose_backward(problem, choice.read_hardware(problem.device))
             output, winners = attach_backward("composite_winners", (*args, *problem.conv), backward, (output, winners))
     return (output, winners.long()) if return_indices else output
+
+
+def compute_output(decision, input, weight, bias, scale):
+    """Do the same without a gradient."""
+    with torch.no_grad():
+        return compute(decision, input, weight, bias, scale)
+
+
+def compute_winners(decision, input, weight, bias, scale):
+    """Do the same without a gradient, and give each pixel's winner."""
+    with torch.no_grad():
+        if has_scale_min(input.device):
+            return _convolve_then_minimum(decision, input, weight, bias, scale, suffix="_winners")
+        return reference_winners(library_conv(decision.problem, input, weight, bias), scale)
+
+
+def compute_by_library(problem, input, weight, bias, scale, return_indices=False):
+    """Do the same by PyTorch's own operations alone."""
+    return reference_scale_min(library_conv(problem, input, weight, bias), scale, return_indices)
 
 
 def composite_operator(input, weight, bias, scale, *conv):
@@ -50,7 +69,7 @@ def composite_operator(input, weight, bias, scale, *conv):
 
 def composite_winners_operator(input, weight, bias, scale, *conv):
     """Do the same and give each pixel's winner, with no gradient; the implementation of ``composite_winners``."""
-    return _compute_winners(_undecided(input, weight, conv), input, weight, bias, scale)
+    return compute_winners(_undecided(input, weight, conv), input, weight, bias, scale)
 
 
 def reference_operator(input, weight, bias, scale, *conv):
@@ -75,9 +94,15 @@ def reference_scale_min(input, scale, return_indices):
     return tuple(minimum) if return_indices else minimum.values
 
 
-def _compute_winners(decision, input, weight, bias, scale):
-    with torch.no_grad():
-        return _convolve_then_minimum(decision, input, weight, bias, scale, suffix="_winners")
+def reference_winners(input, scale):
+    """Do the same, with the channels as operators give them that keep winners."""
+    minimum, winners = reference_scale_min(input, scale, return_indices=True)
+    return minimum, winners.to(winners_dtype(input.shape[1]))
+
+
+def winners_dtype(channels):
+    """Give the dtype in which winners among so many channels are kept."""
+    return torch.uint8 if channels <= 256 else torch.int32
 
 
 def _convolve_then_minimum(decision, input, weight, bias, scale, suffix=""):

@@ -12,9 +12,8 @@ compiles nothing, those are followed: change both.
 import torch
 from torch.nn import functional as F
 
-from .choice import GRAD_BIAS, SCALE_MIN_BACKWARD, choose_grad_input, choose_grad_weight, read_hardware
 from .dispatch import run
-from .problem import describe_problem
+from .problem import is_channels_last
 
 # ---- scale_min ----
 
@@ -37,13 +36,13 @@ def scale_min_winners_setup(ctx, inputs, output):
     input, scale = inputs
     ctx.save_for_backward(output[1])
     channels = input.shape[1]
-    ctx.rest = scale, channels, channels > 1 and input.is_contiguous(memory_format=torch.channels_last)
+    ctx.rest = scale, channels, is_channels_last(input.shape, input.stride())
 
 
 def scale_min_winners_backward(ctx, grad, _):
     """Give each pixel's gradient to its winner."""
     (winners,) = ctx.saved_tensors
-    return run(SCALE_MIN_BACKWARD[grad.device.type], grad, winners, *ctx.rest), None
+    return run("scale_min_backward_auto", grad, winners, *ctx.rest), None
 
 
 def scale_min_backward_setup(ctx, inputs, output):
@@ -72,8 +71,8 @@ def conv_backward(ctx, grad):
     input, weight, bias = ctx.saved_tensors
     scale, *conv = ctx.rest
     _, winners = torch.ops.fused_kernels.composite_winners.default(input, weight, bias, scale, *conv)
-    problem = describe_problem(input, weight.shape, *conv)
-    return *gradients(problem, grad, winners, input, weight, scale, ctx.needs_input_grad[:3]), *[None] * 6
+    geometry = Geometry(input, weight, conv)
+    return *gradients(geometry, grad, winners, input, weight, scale, ctx.needs_input_grad[:3]), *[None] * 6
 
 
 def conv_winners_setup(ctx, inputs, output):
@@ -81,37 +80,44 @@ def conv_winners_setup(ctx, inputs, output):
     input, weight, _, ctx.scale, *conv = inputs
     needs_input, needs_weight, *_ = ctx.needs_input_grad
     ctx.save_for_backward(output[1], input if needs_weight else None, weight if needs_input else None)
-    ctx.problem = describe_problem(input, weight.shape, *conv)
+    ctx.geometry = Geometry(input, weight, conv)
 
 
 def conv_winners_backward(ctx, grad, _):
     """Make the gradients that are wanted from the winners."""
     winners, input, weight = ctx.saved_tensors
-    return *gradients(ctx.problem, grad, winners, input, weight, ctx.scale, ctx.needs_input_grad[:3]), *[None] * 6
+    return *gradients(ctx.geometry, grad, winners, input, weight, ctx.scale, ctx.needs_input_grad[:3]), *[None] * 6
 
 
-def gradients(problem, grad, winners, input, weight, scale, needed):
+def gradients(geometry, grad, winners, input, weight, scale, needed):
     """Make the gradients of input, weights and bias, None for those not needed; for these neither are weight and input."""
     needs_input, needs_weight, needs_bias = needed
     grad_input = grad_weight = grad_bias = None
     if needs_input:
-        grad_input = _grad_input(problem, grad, winners, weight, scale)
+        grad_input = geometry.grad_input(grad, winners, weight, scale)
     if needs_weight:
-        grad_weight, grad_bias = _grad_weight(problem, grad, winners, input, scale)
+        grad_weight, grad_bias = geometry.grad_weight(grad, winners, input, scale)
     elif needs_bias:
-        grad_bias = run(GRAD_BIAS[problem.device.type], grad, winners, scale, problem.weight_shape[0])
+        grad_bias = run("grad_bias_auto", grad, winners, scale, geometry.weight_shape[0])
     return grad_input, grad_weight, grad_bias if needs_bias else None
 
 
-def _grad_input(problem, grad, winners, weight, scale):
-    name = choose_grad_input(problem, read_hardware(problem.device))
-    return run(name, grad, winners, weight, scale, problem.input_shape[2:], *problem.conv, problem.is_channels_last)
+class Geometry:
+    """What gradients need to know of a convolution's arguments, whose tensors need not be kept."""
 
+    def __init__(self, input, weight, conv):
+        """Look at input, weights, and stride, padding, dilation, groups and precision."""
+        self.input_size, self.weight_shape, self.conv = input.shape[2:], weight.shape, conv
+        self.channels_last = is_channels_last(input.shape, input.stride())
 
-def _grad_weight(problem, grad, winners, input, scale):
-    name = choose_grad_weight(problem, read_hardware(problem.device))
-    out_channels, _, *kernel_size = problem.weight_shape
-    return run(name, grad, winners, input, scale, out_channels, kernel_size, *problem.conv)
+    def grad_input(self, grad, winners, weight, scale):
+        """Make the gradient of the input."""
+        return run("grad_input_auto", grad, winners, weight, scale, self.input_size, *self.conv, self.channels_last)
+
+    def grad_weight(self, grad, winners, input, scale):
+        """Make the gradients of weights and bias."""
+        out_channels, _, *kernel_size = self.weight_shape
+        return run("grad_weight_auto", grad, winners, input, scale, out_channels, kernel_size, *self.conv)
 
 
 # ---- their own gradients ----
@@ -130,8 +136,7 @@ def grad_input_backward(ctx, grad_output):
     if ctx.needs_input_grad[0]:
         by_grad = _at_winners(_convolve(grad_output, weight, None, ctx.conv), winners, ctx.scale)
     if ctx.needs_input_grad[2]:
-        problem = describe_problem(grad_output, weight.shape, *ctx.conv)
-        by_weight, _ = _grad_weight(problem, grad, winners, grad_output, ctx.scale)
+        by_weight, _ = Geometry(grad_output, weight, ctx.conv).grad_weight(grad, winners, grad_output, ctx.scale)
     return by_grad, None, by_weight, *[None] * 8
 
 
@@ -148,7 +153,7 @@ def grad_weight_backward(ctx, grad_weight, grad_bias):
     if ctx.needs_input_grad[0]:
         by_grad = _at_winners(_convolve(input, grad_weight, grad_bias, ctx.conv), winners, ctx.scale)
     if ctx.needs_input_grad[2]:
-        by_input = _grad_input(describe_problem(input, grad_weight.shape, *ctx.conv), grad, winners, grad_weight, ctx.scale)
+        by_input = Geometry(input, grad_weight, ctx.conv).grad_input(grad, winners, grad_weight, ctx.scale)
     return by_grad, None, by_input, *[None] * 8
 
 

@@ -111,14 +111,9 @@ def _with_winners(fake, channels):
 
     def rule(*args):
         output = fake(*args)
-        return output, output.new_empty(output.shape, dtype=winners_dtype(channels(*args)))
+        return output, output.new_empty(output.shape, dtype=composite.winners_dtype(channels(*args)))
 
     return rule
-
-
-def winners_dtype(channels):
-    """Give the dtype in which winners among so many channels are kept."""
-    return torch.uint8 if channels <= 256 else torch.int32
 
 
 def _copy_fake(input, weight, early):
@@ -184,7 +179,7 @@ def define(rung):
 
 def _define_built(rung, name, kind, winners=False):
     """Register an operator of a rung's library, or of the one that is compiled to give winners."""
-    library = _define_rules(rung.namespace, name, kind)
+    library = define_rules(rung.namespace, name, kind)
 
     def stand_in(*args):
         """Take the operator's place until it is called, then build; once loaded, its own key goes first."""
@@ -198,12 +193,12 @@ def _define_built(rung, name, kind, winners=False):
     library.impl(name, stand_in, "CompositeExplicitAutograd")
 
 
-def _define_rules(namespace, name, kind):
+def define_rules(namespace, name, kind, tags=(), has_gradient=True):
     """Register an operator without an implementation: its schema, its output's shape, and its gradient if it has one."""
     library = _library(namespace)
-    library.define(name + SCHEMAS[kind])
+    library.define(name + SCHEMAS[kind], tags=tags)
     torch.library.register_fake(f"{namespace}::{name}", FAKES[kind], lib=library)
-    if kind in gradients.RULES:
+    if has_gradient and kind in gradients.RULES:
         backward, setup = gradients.RULES[kind]
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
     return library
@@ -249,9 +244,9 @@ def _define_all():
             _define_built(rung, name, "grad_bias")
 
     # These two are Python themselves.
-    library = _define_rules(build.NAMESPACE, "composite_winners", "conv2d_scale_min_winners")
+    library = define_rules(build.NAMESPACE, "composite_winners", "conv2d_scale_min_winners")
     library.impl("composite_winners", composite.composite_winners_operator, "CompositeExplicitAutograd")
-    library = _define_rules(build.NAMESPACE, "library_conv2d", "library_conv2d")
+    library = define_rules(build.NAMESPACE, "library_conv2d", "library_conv2d")
     library.impl("library_conv2d", composite.library_conv2d, "CUDA")
 
 

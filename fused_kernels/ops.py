@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-from . import arguments, choice, composite
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+
+from . import arguments, auto, choice, composite
 from .composite import has_scale_min
 from .dispatch import is_transformed, run_forward
+from .problem import describe_problem
 from .rungs import why_unavailable
 
 
@@ -36,8 +39,15 @@ def scale_min(input, scale, *, return_indices=False):
     ValueError, TypeError
         An argument is off; the sentence says which, what was expected and what came.
     """
-    arguments.check_input(input)
+    if has_torch_function_unary(input):
+        return handle_torch_function(scale_min, (input,), input, scale, return_indices=return_indices)
     scale = arguments.as_scale(scale)
+    if auto.is_tracing():
+        auto.untraced(arguments.check_input, input)
+        if not auto.is_better_traced_by_library(input.device):
+            return auto.trace("scale_min", (input, scale), return_indices)
+    else:
+        arguments.check_input(input)
     if not has_scale_min(input.device):
         return composite.reference_scale_min(input, scale, return_indices)
     device = input.device.type
@@ -103,13 +113,30 @@ def conv2d_scale_min(
     ValueError, TypeError
         An argument is off; the sentence says which, what was expected and what came.
     """
+    if has_torch_function_variadic(input, weight, bias):
+        tensors, given = (input, weight, bias), {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        given |= {"precision": precision, "return_indices": return_indices}
+        return handle_torch_function(conv2d_scale_min, tensors, *tensors, scale, **given)
     input, weight, bias = arguments.autocast(input, weight, bias)
     scale = arguments.as_scale(scale)
+    if auto.is_tracing():
+        conv = stride, padding, dilation, groups, precision
+        return _trace_conv(input, weight, bias, scale, return_indices, *conv)
     decision = choice.decide(input, weight, bias, stride, padding, dilation, groups, precision)
     if decision.rung == "composite" or is_transformed():
         return composite.compute(decision, input, weight, bias, scale, return_indices)
     args = input, weight, bias, scale, *decision.problem.conv
     return run_forward(decision.rung, args, decision.backward, return_indices)
+
+
+def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dilation, groups, precision):
+    """Put the operator that chooses when it is called into the program: no condition of a choice becomes one of the program."""
+    geometry, _ = auto.untraced(arguments.check_conv, input, weight, bias, stride, padding, dilation, groups)
+    arguments.check_precision(precision)
+    args = input, weight, bias, scale
+    if auto.is_better_traced_by_library(input.device):
+        return composite.compute_by_library(describe_problem(input, weight.shape, *geometry, precision), *args, return_indices)
+    return auto.trace("conv2d_scale_min", (*args, *geometry, precision), return_indices)
 
 
 @dataclass(frozen=True)

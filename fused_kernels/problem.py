@@ -83,17 +83,22 @@ def check_problem(input, weight, bias, stride, padding, dilation, groups, precis
     """
     geometry, output_size = arguments.check_conv(input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
-    return _problem(input, weight.shape, geometry, output_size, precision)
+    return make_problem(*_facts(input), weight.shape, geometry, output_size, precision)
 
 
 def describe_problem(input, weight_shape, stride, padding, dilation, groups, precision):
     """Make the same value from what an operator was given, which its callers have checked."""
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
-    return _problem(input, weight_shape, geometry, arguments.output_size(input.shape, weight_shape, *geometry), precision)
+    output_size = arguments.output_size(input.shape, weight_shape, *geometry)
+    return make_problem(*_facts(input), weight_shape, geometry, output_size, precision)
 
 
-def _problem(input, weight_shape, geometry, output_size, precision):
-    shape, strides, dtype, device = input.shape, input.stride(), input.dtype, input.device
+def _facts(input):
+    return input.shape, input.stride(), input.dtype, input.device
+
+
+def make_problem(shape, strides, dtype, device, weight_shape, geometry, output_size, precision):
+    """Make the same value from its parts: the input's, then the convolution's."""
     images, channels, height, width = shape
     resolved = resolve_precision(dtype, device.type, precision)
     return Problem(
@@ -102,7 +107,7 @@ def _problem(input, weight_shape, geometry, output_size, precision):
         pixels=images * output_size[0] * output_size[1],
         input_elements=images * channels * height * width,
         is_contiguous=_is_dense(shape, strides, (3, 2, 1, 0)) or 0 in shape,
-        is_channels_last=channels > 1 and _is_dense(shape, strides, (1, 3, 2, 0)),
+        is_channels_last=is_channels_last(shape, strides),
         allows_16_bit_operands=dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and resolved == "tf32"),
     )
 
@@ -125,6 +130,11 @@ def cudnn_precision():
 
 # Read while tracing, as torch.compile reads it for its own convolutions.
 cudnn_precision._dynamo_marked_constant = True
+
+
+def is_channels_last(shape, strides):
+    """Tell whether an image of several channels lies in memory channel by channel, without gaps."""
+    return shape[1] > 1 and _is_dense(shape, strides, (1, 3, 2, 0))
 
 
 def _is_dense(shape, strides, order):

@@ -21,6 +21,7 @@ ORDER = [
     "composite",
     "gradients",
     "operators",
+    "auto",
     "ops",
     "modules",
     "check",

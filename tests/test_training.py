@@ -6,7 +6,7 @@ from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_take
 from torch.nn import functional as F
 
 import fused_kernels as fk
-from fused_kernels import arguments, build, choice, gradients, operators
+from fused_kernels import arguments, build, choice, composite, gradients
 from fused_kernels.problem import check_problem, describe_problem
 from fused_kernels.rungs import BACKWARD, LADDER
 
@@ -175,7 +175,7 @@ def problem(device, dtype, layout, shape, out_channels, kernel, conv, skewed=Fal
     grad = LAYOUTS[grad_layout or "nchw"](torch.randn(size, device=device).to(dtype))
     at_winners = torch.zeros(shape[0], out_channels, *size[2:], dtype=torch.float64, device=device)
     at_winners.scatter_(1, winners, -1.5 * grad.double())
-    winners = winners.to(operators.winners_dtype(out_channels))
+    winners = winners.to(composite.winners_dtype(out_channels))
     top_left = [padding[0], padding[2]]
 
     def dense(dtype, tf32=False):
@@ -279,8 +279,8 @@ def test_gradients_of_any_strides(device, grad_layout, dtype, set_conv_precision
     input, weight, grad, winners, geometry, dense = problem(
         device, dtype, "nchw", (2, 16, 12, 40), 24, 3, {}, grad_layout=grad_layout
     )
-    described = describe_problem(input, weight.shape, *geometry, "tf32")
-    results = gradients.gradients(described, grad, winners, input, weight, -1.5, (True, True, True))
+    geometry = gradients.Geometry(input, weight, (*geometry, "tf32"))
+    results = gradients.gradients(geometry, grad, winners, input, weight, -1.5, (True, True, True))
     # Rounded to a mantissa of 10 bits, one number may be off by 2^-11, and all of an expanded gradient alike.
     assert_no_less_accurate(results, dense, dtype, "tf32", floor=6e-4)
 
@@ -291,8 +291,8 @@ def test_float32_gradients_at_any_magnitude(device, magnitude, set_conv_precisio
     set_conv_precision("tf32")
     input, weight, grad, winners, geometry, _ = problem(device, torch.float32, "nchw", (2, 32, 20, 70), 64, 3, {})
     grad = grad * torch.logspace(-3, 0, grad.shape[3], device=device) * magnitude
-    described = describe_problem(input, weight.shape, *geometry, "tf32")
-    results = gradients.gradients(described, grad, winners, input / magnitude, weight, -1.5, (True, True, True))
+    geometry = gradients.Geometry(input, weight, (*geometry, "tf32"))
+    results = gradients.gradients(geometry, grad, winners, input / magnitude, weight, -1.5, (True, True, True))
     at_winners = torch.zeros(2, 64, *grad.shape[2:], dtype=torch.float64, device=device)
     at_winners.scatter_(1, winners.long(), -1.5 * grad.double())
     exact_results = torch.ops.aten.convolution_backward(
@@ -312,7 +312,7 @@ def test_scale_min_backward(device, dtype, channels_last, shape, grad_layout, po
     winners = torch.randint(channels, (batch, 1, height, width), device=device)
     grad = LAYOUTS[grad_layout](torch.randn(batch, 1, height, width, device=device).to(dtype))
     name = choice.SCALE_MIN_BACKWARD[device]
-    result = operator(name)(grad, winners.to(operators.winners_dtype(channels)), -1.5, channels, channels_last)
+    result = operator(name)(grad, winners.to(composite.winners_dtype(channels)), -1.5, channels, channels_last)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     expected = torch.zeros(shape, dtype=compute, device=device).scatter_(1, winners, grad.to(compute) * -1.5).to(dtype)
     assert result.equal(expected)

@@ -1,0 +1,254 @@
+"""The operators that choose when they are called: all that a compiled, exported or traced program holds of this package.
+
+Such a program may run on other sizes than it was traced with, or on another device. So its operators name no rung and no
+device, and nothing that the choice depends on becomes a condition of the program. Each operator's shapes follow from its
+arguments' shapes; how a gradient lies in memory is an argument, fixed while tracing.
+
+Below autograd there are two forward operators, with winners and without. Which of them is called depends on whether a gradient
+will be needed; only a kernel at autograd's own key can tell. A program that is exported is recorded above that key.
+"""
+
+import torch
+
+from . import build, choice, composite, gradients
+from .arguments import output_size
+from .composite import has_scale_min
+from .dispatch import is_transformed, run, wants_gradient
+from .operators import SCHEMAS, define_rules
+from .problem import describe_problem, make_problem
+
+_is_jit_tracing = torch._C._is_tracing
+
+
+def is_tracing():
+    """Tell whether a call becomes part of a program: of torch.compile's, torch.export's or torch.jit.trace's."""
+    return torch.compiler.is_compiling() or _is_jit_tracing()
+
+
+def untraced(check, *args):
+    """Call a check outside of torch.jit's trace, which would warn of every comparison of sizes."""
+    if torch.compiler.is_compiling():
+        return check(*args)
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return check(*args)
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def trace(name, args, return_indices):
+    """Put a call into the program that is being traced."""
+    if return_indices:
+        output, winners = _operator(f"{name}_winners_auto")(*args)
+        return output, winners.long()
+    return _operator(f"{name}_auto")(*args)
+
+
+def is_better_traced_by_library(device):
+    """Tell whether to trace PyTorch's own operations: the compiler fuses them, where there is no kernel to call."""
+    return is_transformed() or not (_is_exporting() or has_scale_min(device))
+
+
+def _is_exporting():
+    # NOTE: while Dynamo traces, torch 2.11 answers is_exporting() by True always; the flag itself is right.
+    return torch.compiler._is_exporting_flag or _is_jit_tracing()
+
+
+# Called by Dynamo, which cannot trace it.
+_is_exporting._dynamo_marked_constant = True
+
+
+# ---- choices ----
+
+
+def _choose_scale_min(input, scale):
+    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else "scale_min_in_python", ""
+
+
+def _choose_conv2d_scale_min(input, weight, bias, scale, *conv):
+    decision = choice.decide_checked(input, weight, bias, *conv)
+    rung = "conv2d_scale_min_in_python" if decision.rung == "composite" else decision.rung
+    return rung, decision.problem.precision
+
+
+def _with_winners(choose):
+    def rule(*args):
+        name, precision = choose(*args)
+        return name.replace("_in_python", "_winners_in_python") if "_in_python" in name else f"{name}_winners", precision
+
+    return rule
+
+
+def _choose_scale_min_backward(grad, *args):
+    return choice.SCALE_MIN_BACKWARD[grad.device.type], ""
+
+
+def _choose_grad_bias(grad, *args):
+    return choice.GRAD_BIAS[grad.device.type], ""
+
+
+def _choose_grad_input(grad, winners, weight, scale, input_size, stride, padding, dilation, groups, precision, channels_last):
+    shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
+    problem = _problem(
+        weight, shape, _strides(shape, channels_last), weight.shape, stride, padding, dilation, groups, precision
+    )
+    return choice.choose_grad_input(problem, choice.read_hardware(weight.device)), problem.precision
+
+
+def _choose_grad_weight(grad, winners, input, scale, out_channels, kernel_size, *conv):
+    weight_shape = (out_channels, input.shape[1] // conv[3], *kernel_size)
+    problem = _problem(input, input.shape, input.stride(), weight_shape, *conv)
+    return choice.choose_grad_weight(problem, choice.read_hardware(input.device)), problem.precision
+
+
+def _problem(like, shape, strides, weight_shape, stride, padding, dilation, groups, precision):
+    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+    size = output_size(shape, weight_shape, *geometry)
+    return make_problem(shape, strides, like.dtype, like.device, weight_shape, geometry, size, precision)
+
+
+def _strides(shape, channels_last):
+    _, channels, height, width = shape
+    if channels_last:
+        return channels * height * width, 1, width * channels, channels
+    return channels * height * width, height * width, width, 1
+
+
+_CHOOSE = {
+    "scale_min": _choose_scale_min,
+    "scale_min_winners": _with_winners(_choose_scale_min),
+    "conv2d_scale_min": _choose_conv2d_scale_min,
+    "conv2d_scale_min_winners": _with_winners(_choose_conv2d_scale_min),
+    "scale_min_backward": _choose_scale_min_backward,
+    "grad_input": _choose_grad_input,
+    "grad_weight": _choose_grad_weight,
+    "grad_bias": _choose_grad_bias,
+}
+
+
+# ---- what is Python when it is called ----
+
+
+def _scale_min(input, scale):
+    return composite.reference_scale_min(input, scale)
+
+
+def _scale_min_winners(input, scale):
+    return composite.reference_winners(input, scale)
+
+
+def _conv2d_scale_min(input, weight, bias, scale, *conv):
+    decision = choice.decide_checked(input, weight, bias, *conv)
+    return composite.compute_output(decision, input, weight, bias, scale)
+
+
+def _conv2d_scale_min_winners(input, weight, bias, scale, *conv):
+    decision = choice.decide_checked(input, weight, bias, *conv)
+    return composite.compute_winners(decision, input, weight, bias, scale)
+
+
+_IN_PYTHON = {
+    "scale_min": _scale_min,
+    "scale_min_winners": _scale_min_winners,
+    "conv2d_scale_min": _conv2d_scale_min,
+    "conv2d_scale_min_winners": _conv2d_scale_min_winners,
+}
+
+
+def _call_chosen(kind):
+    """Make an operator's implementation; csrc/autograd/auto.cpp does the same without Python, once it is built."""
+    place = _place_of_precision(kind)
+
+    def implementation(*args):
+        name, precision = _CHOOSE[kind](*args)
+        if place is not None:
+            args = (*args[:place], precision, *args[place + 1 :])
+        return run(name, *args)
+
+    return implementation
+
+
+def _place_of_precision(kind):
+    names = [argument.name for argument in _operator(f"{kind}_auto")._schema.arguments]
+    return names.index("precision") if "precision" in names else None
+
+
+# ---- with a gradient ----
+
+
+def _scale_min_by_library(input, scale):
+    return composite.reference_scale_min(input, scale)
+
+
+def _conv2d_scale_min_by_library(input, weight, bias, scale, *conv):
+    return composite.compute_by_library(describe_problem(input, weight.shape, *conv), input, weight, bias, scale)
+
+
+def _from_winners(kind, by_library):
+    """Make what a forward operator does where a gradient is wanted: the one with winners has a rule for it."""
+
+    def function(*args):
+        if is_transformed() or not has_scale_min(args[0].device):
+            return by_library(*args)
+        return _operator(f"{kind}_winners_auto")(*args)[0]
+
+    return function
+
+
+def _by_rule(kind):
+    """Make what an operator with a rule does where a gradient is wanted."""
+    backward, setup = gradients.RULES[kind]
+
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _operator(f"{kind}_auto")(*args)
+        setup(ctx, args, output)
+        return output
+
+    rule = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{kind}_auto", (torch.autograd.Function,), rule).apply
+
+
+def _at_autograd(kind, with_gradient):
+    """Make an operator's kernel at autograd's key."""
+
+    def kernel(keys, *args):
+        if is_transformed() or wants_gradient(*args):
+            return with_gradient(*args)
+        return _operator(f"{kind}_auto").redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+_WITH_GRADIENT = {kind: _by_rule(kind) for kind in _CHOOSE} | {
+    "scale_min": _from_winners("scale_min", _scale_min_by_library),
+    "conv2d_scale_min": _from_winners("conv2d_scale_min", _conv2d_scale_min_by_library),
+}
+
+
+# ---- registration ----
+
+
+def _operator(name):
+    return getattr(torch.ops.fused_kernels, name).default
+
+
+def _define_all():
+    for kind in _CHOOSE:
+        schema, name = SCHEMAS[kind], f"{kind}_auto"
+        # The tag: a compiler may hand over tensors with other strides than were traced; the kernels take any.
+        library = define_rules(build.NAMESPACE, name, kind, tags=(torch.Tag.flexible_layout,), has_gradient=False)
+        library.impl(name, _call_chosen(kind), "CompositeExplicitAutograd")
+        library.impl(name, _at_autograd(kind, _WITH_GRADIENT[kind]), "Autograd", with_keyset=True)
+        # What csrc/autograd/auto.cpp asks and calls.
+        library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str)")
+        library.impl(f"{name}_choice", _CHOOSE[kind], "CompositeExplicitAutograd")
+        library.define(f"{name}_with_gradient{schema}")
+        library.impl(f"{name}_with_gradient", _WITH_GRADIENT[kind], "CompositeImplicitAutograd")
+        if kind in _IN_PYTHON:
+            library.define(f"{kind}_in_python{schema}")
+            library.impl(f"{kind}_in_python", _IN_PYTHON[kind], "CompositeExplicitAutograd")
+
+
+_define_all()

@@ -1,0 +1,284 @@
+"""Programs that were compiled, exported or traced: one operator in them, which chooses when it is called."""
+
+import io
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import DEVICES, LAYOUTS
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+from torch.export.passes import move_to_device_pass
+
+import fused_kernels as fk
+from fused_kernels import build
+
+ON = pytest.mark.parametrize("device", DEVICES)
+CONV, MIN = (f"fused_kernels.{name}_auto.default" for name in ("conv2d_scale_min", "scale_min"))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One of a network's layers: its channels, kernel, padding, and its image's height and width."""
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    size: int
+    padding: int = 0
+
+    def make(self, device, dtype=torch.float32):
+        torch.manual_seed(0)
+        return fk.Conv2dScaleMin(
+            *(self.in_channels, self.out_channels, self.kernel, -1.5), padding=self.padding, device=device, dtype=dtype
+        )
+
+    def draw(self, device, dtype=torch.float32, layout="nchw", batch=2, more=0):
+        size = self.size + more
+        return LAYOUTS[layout](torch.randn(batch, self.in_channels, size, size + more // 2, device=device).to(dtype))
+
+    def __str__(self):
+        return f"{self.in_channels}to{self.out_channels}-{self.kernel}x{self.kernel}-at{self.size}"
+
+
+LAYERS = [
+    Layer(3, 64, 7, 56, 3),
+    Layer(512, 512, 3, 7, 1),
+    Layer(64, 256, 1, 28),
+    Layer(256, 256, 3, 14, 1),
+    Layer(128, 128, 3, 28, 1),
+    Layer(16, 32, 3, 56, 1),
+    Layer(32, 64, 5, 28, 2),
+    Layer(64, 128, 3, 32),
+]
+SMALL = Layer(4, 6, 3, 9, 1)
+
+
+def calls(program):
+    """Name the operators that a program calls."""
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def close(found, expected):
+    # The library may take another algorithm for the same sizes.
+    tolerance = {"rtol": 2**-7, "atol": 2**-7} if found.dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+@ON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_exports(layer, layout, dtype, device):
+    """In grad mode, the default; a batch of any size, then an image of any size: no condition of a choice is the program's."""
+    model = layer.make(device, dtype)
+    input = layer.draw(device, dtype, layout)
+
+    def side(name):
+        # PyTorch's own convolution asks for the same: an output of more than one pixel.
+        return Dim(name, min=layer.kernel + 1)
+
+    any_batch = export(model, (input,), dynamic_shapes={"input": {0: Dim("B", min=1, max=512)}})
+    any_size = export(model, (input,), dynamic_shapes={"input": {0: Dim("B"), 2: side("H"), 3: side("W")}})
+    assert calls(any_batch) == calls(any_size) == [CONV]
+    with torch.no_grad():
+        for batch in (1, 2, 5):
+            other = layer.draw(device, dtype, layout, batch)
+            close(any_batch.module()(other), model(other))
+        for batch, more in ((1, 0), (3, 4), (2, 14)):
+            other = layer.draw(device, dtype, layout, batch, more)
+            close(any_size.module()(other), model(other))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_both_ways_to_export(strict):
+    model = SMALL.make("cpu")
+    program = export(model, (SMALL.draw("cpu"),), dynamic_shapes={"input": {0: Dim("B")}}, strict=strict)
+    assert calls(program) == calls(program.run_decompositions()) == [CONV]
+
+
+def test_scale_min_and_its_winners_export():
+    class Winners(torch.nn.Module):
+        def forward(self, input, weight):
+            least, channels = fk.scale_min(input, 2.0, return_indices=True)
+            return least, channels, *fk.conv2d_scale_min(input, weight, return_indices=True)
+
+    args = SMALL.draw("cpu"), torch.randn(6, 4, 3, 3)
+    program = export(Winners(), args, dynamic_shapes=({0: Dim("B")}, None))
+    args = SMALL.draw("cpu", batch=3), args[1]
+    for found, expected in zip(program.module()(*args), Winners()(*args), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert {name for name in calls(program) if "fused" in name} == {
+        *(f"fused_kernels.{name}_winners_auto.default" for name in ("scale_min", "conv2d_scale_min"))
+    }
+
+
+def moved(program, device):
+    """Save a program, load it, and move it, as one would from a machine to another."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return move_to_device_pass(torch.export.load(buffer), device).module()
+
+
+@pytest.mark.parametrize(
+    ("exported_on", "device"),
+    [("cpu", "meta"), *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in (("cpu", "cuda"), ("cuda", "cpu")))],
+)
+def test_an_exported_program_moves_to_another_device(exported_on, device):
+    model = SMALL.make(exported_on)
+    program = moved(export(model, (SMALL.draw(exported_on),), dynamic_shapes={"input": {0: Dim("B")}}), device)
+    input = SMALL.draw(device, batch=5)
+    with torch.no_grad():
+        found, expected = program(input), model.to(device)(input)
+    assert found.device.type == device
+    assert found.shape == expected.shape
+    if device != "meta":
+        close(found, expected)
+
+
+WITHOUT_A_COMPILER = """
+import torch
+import fused_kernels
+
+program, args = torch.export.load({program!r}).module(), torch.load({args!r})
+with torch.no_grad():
+    torch.save(program(*args), {result!r})
+found = program(*args)
+print(found.requires_grad, torch.autograd.grad(found.sum(), program.parameters())[0].shape)
+"""
+
+
+def test_where_no_kernel_can_be_had_pytorchs_operations_run(run_python, tmp_path):
+    model, input = SMALL.make("cpu"), SMALL.draw("cpu", batch=5)
+    files = {name: str(tmp_path / f"{name}.pt2") for name in ("program", "args", "result")}
+    torch.export.save(export(model, (SMALL.draw("cpu"),), dynamic_shapes={"input": {0: Dim("B")}}), files["program"])
+    torch.save((input,), files["args"])
+    said = run_python(WITHOUT_A_COMPILER.format(**files), CXX="no-such-compiler")
+    assert "True torch.Size([6, 4, 3, 3])" in said
+    close(torch.load(files["result"]), model(input).detach())
+
+
+@ON
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_for_six_sizes(device, training):
+    torch._dynamo.reset()
+    model, counter, graphs = Layer(16, 32, 3, 28, 1), CompileCounterWithBackend("aot_eager"), 0
+    layer = model.make(device)
+    compiled = torch.compile(lambda x: layer(x.relu()), fullgraph=True, dynamic=True, backend=counter)
+    for batch, more in ((2, 2), (3, 2), (9, 8), (2, 14), (37, 4), (5, 100)):
+        input = model.draw(device, batch=batch, more=more).requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            found, expected = compiled(input), layer(input.relu())
+        close(found, expected)
+        if training:
+            grads = (torch.autograd.grad(y.square().sum(), (input, *layer.parameters())) for y in (found, expected))
+            for one, other in zip(*grads, strict=True):
+                assert (one - other).norm() <= 1e-3 * other.norm()
+        # The first is traced twice: at first the compiler takes the scale for a variable.
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+
+
+@ON
+def test_compiled_inference_keeps_no_winners(device):
+    layer, input = SMALL.make(device), SMALL.draw(device)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        compiled(input)
+        with torch.profiler.profile() as profile:
+            compiled(input)
+    names = {event.key for event in profile.key_averages()}
+    assert "fused_kernels::conv2d_scale_min_auto" in names
+    assert not any("winners" in name for name in names)
+
+
+@ON
+def test_compiled_for_a_kernel_that_is_not_there(device, monkeypatch):
+    """The compiler gets PyTorch's operations, which it can fuse."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(fk.auto, "has_scale_min", lambda device: False)
+    counter = CompileCounterWithBackend("eager")
+    layer, input = SMALL.make(device), SMALL.draw(device)
+    close(torch.compile(layer, backend=counter, fullgraph=True)(input), layer(input))
+    assert not any("fused_kernels" in name for name in calls(counter.graphs[0]))
+
+
+@ON
+def test_the_setting_is_read_when_a_program_is_called(device, set_conv_precision):
+    """And not when it was traced."""
+    torch._dynamo.reset()
+    layer = Layer(64, 64, 3, 40)
+    model, input = layer.make(device), layer.draw(device)
+    set_conv_precision("ieee")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")
+        for precision in ("ieee", "tf32", "ieee"):
+            set_conv_precision(precision)
+            torch.testing.assert_close(compiled(input), model(input), rtol=0, atol=0)
+
+
+@ON
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_jit_trace_with_gradients(device):
+    model, input = SMALL.make(device), SMALL.draw(device, batch=3, more=2).requires_grad_()
+    traced = torch.jit.trace(model, SMALL.draw(device))
+    assert "conv2d_scale_min_auto" in str(traced.graph)
+    found, expected = traced(input), model(input)
+    close(found, expected)
+    wanted = (input, *model.parameters())
+    for one, other in zip(*(torch.autograd.grad(y.sum(), wanted) for y in (found, expected)), strict=True):
+        close(one, other)
+    traced = torch.jit.trace(lambda x: fk.scale_min(x, 2.0), SMALL.draw(device))
+    close(traced(input), fk.scale_min(input, 2.0))
+
+
+def test_fx_traces_through_a_layer():
+    model = torch.nn.Sequential(SMALL.make("cpu"), torch.nn.ReLU())
+    graph = torch.fx.symbolic_trace(model)
+    assert fk.conv2d_scale_min in [node.target for node in graph.graph.nodes]
+    input = SMALL.draw("cpu")
+    close(graph(input), model(input))
+    close(torch.fx.symbolic_trace(lambda x: fk.scale_min(x, 2.0))(input), fk.scale_min(input, 2.0))
+
+
+@ON
+def test_aotinductor_packages(device, tmp_path):
+    """They run where this package was imported, as here."""
+    model = SMALL.make(device)
+    with torch.no_grad():
+        program = export(model, (SMALL.draw(device),), dynamic_shapes={"input": {0: Dim("B", min=2, max=64)}})
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        input = SMALL.draw(device, batch=7)
+        close(torch._inductor.aoti_load_package(path)(input), model(input))
+
+
+@ON
+@pytest.mark.parametrize("name", ["scale_min", "conv2d_scale_min"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(name, requires_grad, device):
+    input, weight = (torch.randn(shape, device=device, requires_grad=requires_grad) for shape in ((2, 4, 9, 11), (6, 4, 3, 2)))
+    args = (input, 2.0) if name == "scale_min" else (input, weight, None, 2.0, [1, 2], [1, 1, 0, 1], [1, 1], 1, "ieee")
+    for operator in (f"{name}_auto", f"{name}_winners_auto"):
+        torch.library.opcheck(getattr(torch.ops.fused_kernels, operator).default, args)
+
+
+@ON
+def test_second_derivatives_of_an_exported_program(device):
+    model = SMALL.make(device, torch.float64)
+    program = export(model, (SMALL.draw(device, torch.float64),)).module()
+    input = SMALL.draw(device, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(program, input)
+    assert torch.autograd.gradgradcheck(program, input)
+
+
+@ON
+def test_transforms_go_around_the_operator(device):
+    """It has no rule for them: without a way around it the derivative would be zero."""
+    model = SMALL.make(device, torch.float64)
+    input = SMALL.draw(device, torch.float64)
+    program = export(model, (input,)).module()
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(
+            transform(program)(input[:1].repeat(2, 1, 1, 1)), transform(model)(input[:1].repeat(2, 1, 1, 1))
+        )
