@@ -14,6 +14,7 @@ ORDER = [
     "reference",
     "arguments",
     "problem",
+    "jobs",
     "build",
     "dispatch",
     "rungs",
