@@ -11,6 +11,9 @@ from . import build
 # An operator's overload for each dtype, which is a library of its own.
 OVERLOADS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
+# The library of the training steps without Python: its name and source.
+FROM_WINNERS = "from_winners", (build.CSRC / "autograd" / "from_winners.cpp").read_text()
+
 
 def operator(name, dtype, namespace=build.NAMESPACE):
     """Give an operator's overload for a dtype; of one that is Python, the operator itself."""
@@ -144,7 +147,7 @@ class _FromWinners:
         if self._loaded or self._failed:
             return self._loaded
         with self._lock:
-            if self._thread is None and not self._find().exists():
+            if self._thread is None and not build.find(*FROM_WINNERS, device="cpu").exists():
                 self._thread = _in_background(self._make)
             if self._thread is not None and self._thread.is_alive():
                 return False
@@ -152,19 +155,13 @@ class _FromWinners:
                 self._failed = True
                 warnings.warn(f"training is slower than it could be, by microseconds a step: {self._error}", stacklevel=2)
             elif not self._loaded:
-                torch.ops.load_library(str(self._find()))
+                build.load(*FROM_WINNERS, device="cpu")
                 self._loaded = True
         return self._loaded
 
-    def _arguments(self):
-        return "from_winners", (build.CSRC / "autograd" / "from_winners.cpp").read_text()
-
-    def _find(self):
-        return build.find(*self._arguments(), device="cpu")
-
     def _make(self):
         try:
-            build.make(*self._arguments(), device="cpu", quiet=True)
+            build.make(*FROM_WINNERS, device="cpu", quiet=True)
         except (RuntimeError, OSError) as error:
             self._error = error
 

@@ -18,6 +18,7 @@ ORDER = [
     "build",
     "dispatch",
     "rungs",
+    "cleaning",
     "choice",
     "composite",
     "gradients",
