@@ -7,20 +7,26 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, bench, build, export
+from . import __version__, bench, build, cleaning, export
 from .bench import records
 from .check import DTYPES
 from .rungs import LADDER
 
 
-def doctor(_):
+def doctor(options):
     """Say what this machine has, and for each rung whether it runs here, else what is missing."""
+    if options.clean:
+        try:
+            count, size = cleaning.clean()
+        except (RuntimeError, OSError) as error:
+            raise SystemExit(str(error)) from error
+        print(f"removed {count} old builds, {size / 1e6:.1f} MB, from {_in_home(build.cache_dir())}")
+        return
     try:
         toolkit = build.cuda_toolkit()
         found = f"{'.'.join(map(str, toolkit.version))} in {toolkit.home}" if toolkit else "none: nvcc was not found"
     except RuntimeError as error:
         found = error
-    cache, home = build.cache_dir(), Path.home()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
         "fused_kernels": __version__,
@@ -30,7 +36,7 @@ def doctor(_):
         "GPU": ", ".join(gpus) or "none that torch sees",
         "C++ compiler": build.why_no_compiler() or os.environ.get("CXX", "c++"),
         "CUDA toolkit": found,
-        "built kernels": Path("~", cache.relative_to(home)) if cache.is_relative_to(home) else cache,
+        "built kernels": _in_home(build.cache_dir()),
     }
     for name, fact in facts.items():
         print(f"{name:<22}{fact}")
@@ -41,6 +47,11 @@ def doctor(_):
         except RuntimeError as error:
             missing = error
         print(f"{rung.name:<22}{missing or 'ready'}")
+
+
+def _in_home(path):
+    home = Path.home()
+    return Path("~", path.relative_to(home)) if path.is_relative_to(home) else path
 
 
 def run_bench(options):
@@ -89,7 +100,9 @@ def main(arguments=None):
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m fused_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="doctor | bench | figures | export")
-    commands.add_parser("doctor", help=doctor.__doc__).set_defaults(command=doctor)
+    parser_doctor = commands.add_parser("doctor", help=doctor.__doc__)
+    parser_doctor.add_argument("--clean", action="store_true", help="remove builds that this version would not load here")
+    parser_doctor.set_defaults(command=doctor)
 
     parser_bench = commands.add_parser("bench", help=run_bench.__doc__)
     parser_bench.add_argument("--record", action="store_true", help="append the measurements to figures/data")

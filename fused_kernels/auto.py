@@ -10,10 +10,10 @@ will be needed; only a kernel at autograd's own key can tell. A program that is 
 
 import torch
 
-from . import build, choice, composite, gradients
+from . import build, choice, composite, dispatch, gradients
 from .arguments import output_size
 from .composite import has_scale_min
-from .dispatch import is_transformed, run, wants_gradient
+from .dispatch import is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
 from .problem import describe_problem, make_problem
 
@@ -161,10 +161,23 @@ def _call_chosen(kind):
     place = _place_of_precision(kind)
 
     def implementation(*args):
+        # Takes over from the next call on, on a CPU and a GPU.
+        dispatch.auto.is_loaded()
         name, precision = _CHOOSE[kind](*args)
         if place is not None:
             args = (*args[:place], precision, *args[place + 1 :])
         return run(name, *args)
+
+    return implementation
+
+
+def _choose_overload(kind):
+    """Make the operator that says which overload of which operator was chosen, and the precision that "auto" means."""
+
+    def implementation(*args):
+        name, precision = _CHOOSE[kind](*args)
+        overload = operator(name, args[0].dtype)._overloadname
+        return name if overload == "default" else f"{name}.{overload}", precision
 
     return implementation
 
@@ -243,7 +256,7 @@ def _define_all():
         library.impl(name, _at_autograd(kind, _WITH_GRADIENT[kind]), "Autograd", with_keyset=True)
         # What csrc/autograd/auto.cpp asks and calls.
         library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str)")
-        library.impl(f"{name}_choice", _CHOOSE[kind], "CompositeExplicitAutograd")
+        library.impl(f"{name}_choice", _choose_overload(kind), "CompositeExplicitAutograd")
         library.define(f"{name}_with_gradient{schema}")
         library.impl(f"{name}_with_gradient", _WITH_GRADIENT[kind], "CompositeImplicitAutograd")
         if kind in _IN_PYTHON:

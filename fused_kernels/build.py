@@ -1,17 +1,16 @@
 """Compile a kernel's source on first use and load it: toolchain, flags, cache, lock.
 
-Each rung, and the copy that the composite makes, is one library of its own, so that the first call of a rung compiles that rung
-alone and an edited kernel is rebuilt in seconds. The schemas live in Python (:mod:`fused_kernels.operators`); a library only
-registers implementations, through PyTorch's stable ABI, whose headers compile in a fraction of the time that
-``torch/extension.h`` takes. One more library, ``from_winners``, is for training: autograd is not in that ABI, so it uses
-libtorch's headers and brings its own schemas.
+Each rung, and the copy that the composite makes, is one library for each dtype: a call compiles what it needs alone, and an
+edited kernel is rebuilt in seconds. The longest sources are compiled in parts, as many at once as there are cores. The schemas
+live in Python (:mod:`fused_kernels.operators`); a library only registers implementations, through PyTorch's stable ABI, whose
+headers compile in a fraction of the time that ``torch/extension.h`` takes. One more library, ``from_winners``, is for training:
+autograd is not in that ABI, so it uses libtorch's headers and brings its own schemas.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib.util
-import itertools
 import logging
 import os
 import platform
@@ -19,22 +18,18 @@ import re
 import shlex
 import shutil
 import subprocess
-import threading
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 import torch
 
-from . import progress
+from . import jobs, progress
 
 CSRC = Path(__file__).parent / "csrc"
 NAMESPACE = "fused_kernels"
-
-# load_inline reads the PATH and a global of torch's: the first of several builds at once sets them, the last one restores them.
-_environment_lock = threading.Lock()
-_environment_users = []
-_builds = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -121,8 +116,23 @@ def cuda_toolkit():
     return None
 
 
-def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False):
+def load(name, source, **options):
     """Build a library unless the same one was built before, load it, and so register its operators.
+
+    The arguments are :func:`make`'s.
+
+    Returns
+    -------
+    pathlib.Path
+        The library.
+    """
+    library = make(name, source, **options)
+    torch.ops.load_library(str(library))
+    return library
+
+
+def make(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False, dtype=None, at_once=None, quiet=False):
+    """Build a library unless the same one was built before.
 
     Parameters
     ----------
@@ -137,6 +147,12 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False)
         What to compile for, such as "90a"; by default every GPU that is visible.
     winners : bool
         Whether the forward operators also give each pixel's winner, as training needs: the same text, compiled apart.
+    dtype : str, optional
+        The only dtype to compile for, such as "float32"; by default all that the source has.
+    at_once : int, optional
+        At most how many parts of a source that says it can be compiled in parts; by default one per core.
+    quiet : bool
+        Whether to say nothing where somebody watches.
 
     Returns
     -------
@@ -148,86 +164,91 @@ def load(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False)
     RuntimeError
         No toolchain, or the compiler failed; the message holds what it said.
     """
-    archs = ([arch] if arch else _visible_architectures()) if device == "cuda" else []
-    flags = compiler_flags(device, namespace, archs)
-    if winners:
-        name, flags = f"{name}_winners", [*flags, "-DFUSED_KERNELS_WINNERS"]
-    key = _key(source, device, flags)
-    directory = cache_dir() / f"{name}-{key}"
-    library = directory / f"{name}.so"
-    if not library.exists():
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{directory}.lock").acquire()
-        except OSError as error:
-            raise RuntimeError(_no_place(directory.parent)) from error
-        with lock:
-            if not library.exists():
-                # NOTE: a killed build leaves torch's own lock file, on which the next build would wait forever: start clean.
-                shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir()
-                # NOTE: torch remembers names: it would not build again what failed, and add a version to what it built.
-                unique = f"{name}_{next(_builds)}"
-                with progress.task(" for ".join([f"building {name}", *(f"sm_{arch}" for arch in archs)])):
-                    _compile_and_load(name, unique, source, device, flags, directory)
-                # The final name is what says that a build was completed.
-                (directory / f"{unique}.so").replace(library)
-                return library
-    torch.ops.load_library(str(library))
+    library, archs, flags = _plan(name, source, device, namespace, arch, winners, dtype)
+    if library.exists():
+        return library
+    directory = library.parent
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{directory}.lock").acquire()
+    except OSError as error:
+        raise RuntimeError(_no_place(directory.parent)) from error
+    with lock:
+        if not library.exists():
+            # A killed build leaves half its files.
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            variant = " ".join([name, *([dtype] if dtype else []), *(["with winners"] if winners else [])])
+            label = " for ".join([f"building {variant}", *(f"sm_{arch}" for arch in archs)])
+            with contextlib.nullcontext() if quiet else progress.task(label):
+                _compile(library, name, source, device, flags, at_once or os.cpu_count() or 1)
     return library
 
 
-def _compile_and_load(name, unique, source, device, flags, directory):
-    cpp_extension = import_cpp_extension()
-    text = [f'#line 1 "{name}.{"cu" if device == "cuda" else "cpp"}"\n{source}']
-    with _build_environment(cpp_extension, device):
-        cpp_extension.load_inline(
-            unique,
-            cpp_sources=[""] if device == "cuda" else text,
-            cuda_sources=text if device == "cuda" else None,
-            extra_cflags=flags if device == "cpu" else None,
-            extra_cuda_cflags=flags if device == "cuda" else None,
-            extra_ldflags=_cxx_runtime(),
-            extra_include_paths=[str(path) for path in include_paths(device)],
-            build_directory=str(directory),
-            is_python_module=False,
-            no_implicit_headers=True,
-        )
+def find(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False, dtype=None):
+    """Name the library that :func:`make` would give for these arguments, whether or not it is there."""
+    return _plan(name, source, device, namespace, arch, winners, dtype)[0]
+
+
+def _plan(name, source, device, namespace, arch, winners, dtype):
+    archs = ([arch] if arch else _visible_architectures()) if device == "cuda" else []
+    flags = compiler_flags(device, namespace, archs)
+    folder = name
+    if winners:
+        folder, flags = f"{folder}_winners", [*flags, "-DFUSED_KERNELS_WINNERS"]
+    if dtype:
+        folder, flags = f"{folder}.{dtype}", [*flags, f"-DFUSED_KERNELS_DTYPE={dtype}"]
+    return cache_dir() / f"{folder}-{_key(source, device, flags)}" / f"{folder}.so", archs, flags
+
+
+# ---- compiling ----
+
+
+def takes_one_dtype(source):
+    """Tell whether a source can be compiled for one dtype alone: where it names its operators by the macros for that."""
+    return re.search(r"m\.impl\((OPERATOR|FORWARD)\(", source) is not None
+
+
+def _compile(library, name, source, device, flags, at_once):
+    """Compile a source, as several translation units at once if it says that it can be, and link them."""
+    suffix = "cu" if device == "cuda" else "cpp"
+    found = re.search(r"^// Compiled in up to (\d+) parts", source, re.MULTILINE)
+    parts = min(int(found[1]), at_once) if found and "-DFUSED_KERNELS_DTYPE" in " ".join(flags) else 1
+    # A compiler that outlives this process must not write where the next one builds.
+    folder = Path(tempfile.mkdtemp(prefix="build-", dir=library.parent))
+    (folder / f"{name}.{suffix}").write_text(source)
+    compiler = [str(cuda_toolkit().home / "bin" / "nvcc"), *_host_compiler()] if device == "cuda" else _cxx()
+    units = [[]] if parts == 1 else [[f"-DFUSED_KERNELS_PARTS={parts}", f"-DFUSED_KERNELS_PART={i}"] for i in range(parts + 1)]
+    objects = [f"{name}.{i}.o" for i in range(len(units))]
+    includes = [f"-I{path}" for path in include_paths(device)]
+    includes += [part for path in torch_include_paths() for part in ("-isystem", str(path))]
+    common = [*compiler, *flags, *includes, "-c", f"{name}.{suffix}"]
+    jobs.run_all([[*common, *macros, "-o", object] for macros, object in zip(units, objects, strict=True)], folder)
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    if device == "cuda":
+        libraries += ["-lc10_cuda", "-ltorch_cuda", f"-L{_linkable_home(cuda_toolkit()) / 'lib64'}", "-lcudart"]
+    shared = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+    jobs.run_all([[*_cxx(), *shared, *objects, *libraries, *_cxx_runtime(), "-o", library.name]], folder)
+    # The final name is what says that a build was completed.
+    (folder / library.name).replace(library)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _host_compiler():
+    """Name the C++ compiler for nvcc to use, where the environment does."""
+    return ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
 
 
 def import_cpp_extension():
-    """Import torch's build tool only where something is compiled: it takes 0.3 s, and warns of a toolkit without a GPU."""
+    """Import torch's build tool quietly: it warns of a toolkit without a GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
-    with _environment_lock:
-        before = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            from torch.utils import cpp_extension
-        finally:
-            logger.setLevel(before)
-    return cpp_extension
-
-
-@contextlib.contextmanager
-def _build_environment(cpp_extension, device):
-    """Let load_inline find ninja and the toolkit, which it takes from the PATH and from a global."""
-    home = str(_linkable_home(cuda_toolkit())) if device == "cuda" else None
-    with _environment_lock:
-        _environment_users.append((os.environ.get("PATH", ""), cpp_extension.CUDA_HOME))
-        # NOTE: ninja from PyPI lies beside python, which is not on the PATH where nobody activated the environment.
-        with contextlib.suppress(ImportError):
-            import ninja
-
-            os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
-        cpp_extension.CUDA_HOME = home or cpp_extension.CUDA_HOME
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        from torch.utils import cpp_extension
     finally:
-        with _environment_lock:
-            before = _environment_users[0]
-            _environment_users.pop()
-            if not _environment_users:
-                os.environ["PATH"], cpp_extension.CUDA_HOME = before
+        logger.setLevel(before)
+    return cpp_extension
 
 
 def _linkable_home(toolkit):
@@ -262,12 +283,19 @@ def _cxx_runtime():
     """
     with contextlib.suppress(OSError):
         mapped = re.search(r"/\S*libstdc\+\+\.so\S*", Path("/proc/self/maps").read_text())
-        return [shlex.quote(mapped[0])] if mapped else None
+        return [mapped[0]] if mapped else []
+    return []
 
 
 def include_paths(device):
     """Name the folders of our own headers."""
     return [CSRC / device / "include", CSRC / "include"]
+
+
+def torch_include_paths():
+    """Name the folders of PyTorch's headers."""
+    include = Path(torch.__file__).parent / "include"
+    return [include, include / "torch" / "csrc" / "api" / "include"]
 
 
 def _visible_architectures():
@@ -279,12 +307,15 @@ def _visible_architectures():
 
 def compiler_flags(device, namespace, archs):
     """Give what a library is compiled with, apart from its source and where headers lie."""
-    flags = ["-O3", f"-DFUSED_KERNELS_NAMESPACE={namespace}"]
+    flags = ["-O3", "-std=c++17", f"-DFUSED_KERNELS_NAMESPACE={namespace}"]
     if device == "cpu":
         native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-        return [*flags, native, "-fno-math-errno"]
-    # NOTE: torch never chooses sm_90a by itself, and fails where no GPU is: always name the target.
-    return [*flags, "-DUSE_CUDA", "-lineinfo", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
+        return [*flags, "-fPIC", native, "-fno-math-errno"]
+    # PyTorch's headers convert 16-bit types themselves, and call constexpr functions of the host on the device.
+    unwanted = "HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS"
+    flags += [f"-D__CUDA_NO_{what}__" for what in unwanted]
+    flags += ["--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA", "-lineinfo"]
+    return [*flags, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
 
 
 def _key(source, device, flags):

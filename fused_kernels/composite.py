@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import choice, reference
 from .choice import Decision
-from .dispatch import attach_backward, is_transformed, run, wants_gradient
+from .dispatch import attach_backward, is_transformed, operator, rules_without_python, run, wants_gradient
 from .problem import cudnn_precision, describe_problem
 from .rungs import COPY, why_unavailable
 
@@ -33,12 +33,14 @@ def compute(decision, input, weight, bias, scale, return_indices=False):
     wanted = wants_gradient(input, weight, bias)
     if not wanted and not return_indices:
         return _convolve_then_minimum(decision, *args)
-    if torch.compiler.is_compiling():
+    backward = None
+    if wanted and not torch.compiler.is_compiling():
+        backward = decision.backward or choice.choose_backward(problem, choice.read_hardware(problem.device))
+    if torch.compiler.is_compiling() or (wanted and rules_without_python(input, backward) is None):
         output, winners = run("composite_winners", *args, *problem.conv)
     else:
         output, winners = compute_winners(decision, *args)
         if wanted:
-            backward = decision.backward or choice.choose_backward(problem, choice.read_hardware(problem.device))
             output, winners = attach_backward("composite_winners", (*args, *problem.conv), backward, (output, winners))
     return (output, winners.long()) if return_indices else output
 
@@ -132,7 +134,8 @@ def copied(problem, copy, input, weight):
     if copy.skips_unread:
         vertical, horizontal = problem.stride
         input, problem = input[:, :, ::vertical, ::horizontal], problem._replace(stride=(1, 1))
-    input, *rest = torch.ops.fused_kernels.to_channels_last.default(input, weight if copy.copies_weight else None, copy.early)
+    copies = operator(COPY.name, input.dtype)
+    input, *rest = copies(input, weight if copy.copies_weight else None, copy.early)
     return problem, input, *(rest or [weight])
 
 

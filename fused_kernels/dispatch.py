@@ -1,20 +1,38 @@
 """How the package calls its operators: below autograd where no gradient will flow, with winners where one will."""
 
+import contextlib
+import functools
 import threading
+import warnings
 
 import torch
 
 from . import build
 
+# An operator's overload for each dtype, which is a library of its own.
+OVERLOADS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+
+
+def operator(name, dtype, namespace=build.NAMESPACE):
+    """Give an operator's overload for a dtype; of one that is Python, the operator itself."""
+    packet = getattr(getattr(torch.ops, namespace), name)
+    return getattr(packet, OVERLOADS.get(dtype, "default"), packet.default)
+
 
 def run(name, *args):
     """Call an operator. Its rule for gradients is Python; to go around it saves more time than a small kernel takes."""
-    # The overload: the packet that holds it looks at every argument in Python first.
-    operator = getattr(torch.ops.fused_kernels, name).default
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-        return operator(*args)
+    if torch.compiler.is_compiling():
+        return operator(name, args[0].dtype)(*args)
+    found = _operators.get((name, args[0].dtype))
+    if found is None:
+        found = _operators[name, args[0].dtype] = operator(name, args[0].dtype)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return found(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+        return found(*args)
+
+
+_operators = {}
 
 
 def run_forward(name, args, backward, return_indices):
@@ -37,13 +55,16 @@ def run_with_winners(name, args, backward):
 
 
 def attach_backward(forward, args, backward, given=()):
-    """Call a forward operator such that its gradients come from its winners, without Python.
+    """Call a forward operator such that its gradients come from its winners; without Python, once what that takes is built.
 
     ``given``: its results, where it is Python itself: to call that by way of torch takes longer than a small kernel.
     """
+    rules = rules_without_python(args[0], backward)
+    if rules is None:
+        return run(forward, *args)
     if len(args) == 2:  # scale_min's: input and scale
-        return _from_winners("scale_min_from_winners")(*args, forward, backward)
-    return _from_winners("conv_from_winners")(*args, forward, backward, given)
+        return rules(*args, forward, backward)
+    return rules(*args, forward, backward, given)
 
 
 def wants_gradient(*args):
@@ -60,16 +81,111 @@ def is_transformed():
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _from_winners(name):
-    """Give one of the two operators whose backward pass runs without Python; they are built before the first call."""
-    operator = _from_winners_operators.get(name)
-    if operator is None:
-        with _from_winners_lock:
-            if not hasattr(torch.ops.fused_kernels, name):
-                build.load("from_winners", (build.CSRC / "autograd" / "from_winners.cpp").read_text(), device="cpu")
-        operator = _from_winners_operators[name] = getattr(torch.ops.fused_kernels, name).default
-    return operator
+# ---- the first training step ----
 
 
-_from_winners_operators = {}
-_from_winners_lock = threading.Lock()
+def rules_without_python(input, backward):
+    """Give the operator of from_winners that calls these backward operators, or None until it is built.
+
+    The first call for a dtype begins to build what its backward pass will call, while the forward operator's own library is
+    built; and from_winners, which takes longest. Until that is there, Python's rules do the same.
+    """
+    key = input.dtype, input.requires_grad, backward
+    return _rules.get(key) or _prepare(*key)
+
+
+def _prepare(dtype, needs_input, backward):
+    # The last one is called only where the weights' gradient is not wanted.
+    for name in backward[:2] if needs_input else backward[1:2]:
+        start(name, dtype)
+    if not from_winners.is_loaded():
+        return None
+    name = "scale_min_from_winners" if len(backward) == 1 else "conv_from_winners"
+    found = _rules[dtype, needs_input, backward] = getattr(torch.ops.fused_kernels, name).default
+    return found
+
+
+def start(name, dtype):
+    """Begin to build an operator's library, unless that was begun before. An error is the call's that needs it."""
+    key = name, dtype
+    if key in makers and key not in _started:
+        _started.add(key)
+        _in_background(makers[key])
+
+
+def finish_builds():
+    """Wait for what is being built in the background."""
+    for thread in list(_threads):
+        thread.join()
+
+
+def _in_background(make):
+    """Run a function that builds, and loads nothing: the interpreter may end meanwhile."""
+
+    def run():
+        with contextlib.suppress(RuntimeError, OSError):
+            make()
+        _threads.discard(threading.current_thread())
+
+    thread = threading.Thread(target=run, daemon=True)
+    _threads.add(thread)
+    thread.start()
+    return thread
+
+
+class WithoutPython:
+    """A library of csrc/autograd, which does without Python what Python does meanwhile.
+
+    It is built in the background when it is first asked for, then loaded.
+
+    Parameters
+    ----------
+    name : str
+    loss : str
+        What is lost where it cannot be built.
+    """
+
+    def __init__(self, name, loss):
+        self.name, self.loss = name, loss
+        self._lock, self._thread, self._error = threading.Lock(), None, None
+        self._loaded = self._failed = False
+
+    @functools.cached_property
+    def library(self):
+        """Its name and source."""
+        return self.name, (build.CSRC / "autograd" / f"{self.name}.cpp").read_text()
+
+    def is_loaded(self):
+        """Tell whether it is loaded; load it if it can be, and begin to build it if nobody has."""
+        if self._loaded or self._failed:
+            return self._loaded
+        with self._lock:
+            if build.why_no_compiler():
+                self._failed = True
+                return False
+            if self._thread is None and not build.find(*self.library, device="cpu").exists():
+                self._thread = _in_background(self._make)
+            if self._thread is not None and self._thread.is_alive():
+                return False
+            if self._error is not None and not self._failed:
+                self._failed = True
+                warnings.warn(f"{self.loss}: {self._error}", stacklevel=2)
+            elif not self._loaded:
+                build.load(*self.library, device="cpu")
+                self._loaded = True
+        return self._loaded
+
+    def _make(self):
+        try:
+            build.make(*self.library, device="cpu", quiet=True)
+        except (RuntimeError, OSError) as error:
+            self._error = error
+
+
+# What builds an operator's library, by its name and a dtype; operators.py fills it.
+makers = {}
+_rules = {}
+_started = set()
+_threads = set()
+from_winners = WithoutPython("from_winners", "training is slower than it could be, by microseconds a step")
+auto = WithoutPython("auto", "compiled and exported programs are slower than they could be, by microseconds a call")

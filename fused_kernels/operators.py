@@ -1,6 +1,7 @@
 """The operators: schemas, output shapes and registration for torch; each builds its library on its first call."""
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 import threading
@@ -9,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from . import arguments, build, choice, composite, gradients
+from . import arguments, build, choice, composite, dispatch, gradients
 from .rungs import BACKWARD, COPY, LADDER, rungs
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
@@ -69,7 +70,9 @@ def edit(name, source):
 
 
 def load():
-    """Build and load every rung that can run here now, several at a time; otherwise each is built on its first call.
+    """Build and load every rung that can run here now, for all dtypes, several at a time.
+
+    Otherwise each is built on its first call, for that call's dtype.
 
     What training needs in addition (the same sources compiled to give winners, the backward kernels, and what calls them) is
     still built when it is first called.
@@ -85,8 +88,11 @@ def load():
         A compiler failed; the message holds what it said.
     """
     ready = [rung for rung in (*LADDER, COPY) if not rung.why_unavailable()]
+    libraries = [(rung, overload) for rung in ready if rung.device for overload in rung.overloads]
+    # Those that take longest first, and whole: there are more libraries than cores.
+    libraries.sort(key=lambda library: library[0].only_capability is None)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda rung: rung.device and _load(rung, rung.name), ready))
+        list(pool.map(lambda library: _load(library[0], library[0].name, library[1], at_once=1), libraries))
     return [rung.name for rung in ready if rung is not COPY]
 
 
@@ -178,8 +184,23 @@ def define(rung):
 
 
 def _define_built(rung, name, kind, winners=False):
-    """Register an operator of a rung's library, or of the one that is compiled to give winners."""
-    library = define_rules(rung.namespace, name, kind)
+    """Register an operator of a rung's libraries, or of those that are compiled to give winners.
+
+    Each dtype has a library and an overload of its own. The operator itself is Python and calls those; it is the only one where
+    an edited source takes all dtypes in one library.
+    """
+    _define_implementation(rung, name, kind, winners, None)
+    for overload in rung.overloads:
+        if overload is not None:
+            _define_implementation(rung, name, kind, winners, overload)
+            if rung.edited_source is None:
+                make = functools.partial(_make, rung, overload, winners)
+                dispatch.makers[name, getattr(torch, overload)] = make
+
+
+def _define_implementation(rung, name, kind, winners, overload):
+    qualified = f"{name}.{overload}" if overload else name
+    library = define_rules(rung.namespace, qualified, kind)
 
     def stand_in(*args):
         """Take the operator's place until it is called, then build; once loaded, its own key goes first."""
@@ -187,10 +208,21 @@ def _define_built(rung, name, kind, winners=False):
             raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
         if missing := rung.why_unavailable(args[0].device.index):
             raise RuntimeError(f"{name} cannot run here: {missing}")
-        _load(rung, name, winners)
-        return getattr(getattr(torch.ops, rung.namespace), name).default(*args)
+        wanted = overload
+        if overload is None and rung.overloads != (None,):
+            wanted = dispatch.OVERLOADS.get(args[0].dtype)
+            if wanted not in rung.overloads:
+                raise RuntimeError(f"input: expected {' or '.join(rung.overloads)} for {name}, got {args[0].dtype}")
+        packet = getattr(getattr(torch.ops, rung.namespace), name)
+        return getattr(packet, _load(rung, name, wanted, winners))(*args)
 
-    library.impl(name, stand_in, "CompositeExplicitAutograd")
+    library.impl(qualified, stand_in, "CompositeExplicitAutograd")
+
+
+def _make(rung, overload, winners):
+    """Build a library in the background."""
+    if not rung.why_unavailable():
+        build.make(**rung.library(overload, winners), quiet=True)
 
 
 def define_rules(namespace, name, kind, tags=(), has_gradient=True):
@@ -210,17 +242,26 @@ def _library(namespace):
     return library
 
 
-def _load(rung, name, winners=False):
-    key = f"{rung.namespace}::{name}"
+def _load(rung, name, overload, winners=False, at_once=None):
+    """Load the library of an overload of an operator; give the name of what has an implementation now.
 
-    def is_loaded():
-        return torch._C._dispatch_has_kernel_for_dispatch_key(key, rung.device.upper())
+    That is the overload, or "default" where an edited source registers the operator itself.
+    """
 
-    with _load_locks.setdefault((rung.namespace, rung.name, winners), threading.Lock()):
-        if not is_loaded():
-            rung.load(winners=winners)
-        if not is_loaded():
+    def implemented():
+        key = rung.device.upper()
+        for candidate in (overload, "default"):
+            qualified = f"{name}.{candidate}" if candidate != "default" else name
+            if candidate and torch._C._dispatch_has_kernel_for_dispatch_key(f"{rung.namespace}::{qualified}", key):
+                return candidate
+        return None
+
+    with _load_locks.setdefault((rung.namespace, rung.name, overload, winners), threading.Lock()):
+        if not implemented():
+            rung.load(winners=winners, overload=overload, at_once=at_once)
+        if not (found := implemented()):
             raise RuntimeError(f"{rung.name}: the source registers no {rung.device.upper()} implementation of {name}")
+    return found
 
 
 # The rungs made of PyTorch's own operations: gradients, shapes and devices come from those.

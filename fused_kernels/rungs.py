@@ -3,13 +3,14 @@
 A rung's name is its file's name under ``csrc/``, its operator's name, its key in the records and its label in every plot.
 """
 
+import concurrent.futures
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from . import arguments, build
-from .dispatch import is_transformed, wants_gradient
+from .dispatch import OVERLOADS, is_transformed, operator, wants_gradient
 from .problem import check_problem
 
 
@@ -113,8 +114,29 @@ class Rung:
         last = next(i for i in range(first, len(lines)) if lines[i].startswith("}"))
         return "\n".join(lines[first : last + 1])
 
-    def load(self, arch=None, winners=False):
-        """Build the kernel if need be and register it; ``arch`` and ``winners`` as in :func:`fused_kernels.build.load`.
+    @property
+    def overloads(self):
+        """The names of the dtypes for which it has a library each; only None where one library takes them all."""
+        if self.edited_source is not None and not build.takes_one_dtype(self.edited_source):
+            return (None,)
+        return tuple(OVERLOADS[dtype] for dtype in self.dtypes)
+
+    def library(self, overload, winners=False, arch=None):
+        """Give the arguments for :func:`fused_kernels.build.make`; ``overload``: one of ``overloads``."""
+        if arch is None and self.only_capability:
+            arch = build.architecture(self.only_capability)
+        where = {"device": self.device, "namespace": self.namespace, "arch": arch}
+        return {"name": self.name, "source": self.source, **where, "winners": winners, "dtype": overload}
+
+    def load(self, arch=None, winners=False, overload=None, at_once=None):
+        """Build the kernel if need be and register it.
+
+        Parameters
+        ----------
+        arch, winners, at_once
+            As for :func:`fused_kernels.build.make`.
+        overload : str, optional
+            The only dtype to build for, such as "float32"; by default every one that it takes, several at a time.
 
         Raises
         ------
@@ -128,9 +150,9 @@ class Rung:
             missing = [self.why_unavailable(device) for device in devices or (None,)]
             if all(missing):
                 raise RuntimeError(f"{self.name} cannot run here: {missing[0]}")
-            if self.only_capability:
-                arch = build.architecture(self.only_capability)
-        build.load(self.name, self.source, device=self.device, namespace=self.namespace, arch=arch, winners=winners)
+        overloads = [overload] if overload else self.overloads
+        with concurrent.futures.ThreadPoolExecutor(len(overloads)) as pool:
+            list(pool.map(lambda one: build.load(**self.library(one, winners, arch), at_once=at_once), overloads))
 
     def __call__(self, *args, **kwargs):
         """Run it: ``(input, scale)``, or ``(input, weight, bias, scale, *, stride, padding, dilation, groups, precision)``.
@@ -167,10 +189,9 @@ class Rung:
         return self._run(input, weight, bias, scale, *geometry, precision)
 
     def _run(self, *args):
-        operators = getattr(torch.ops, self.namespace)
         if self.has_winners and wants_gradient(*args):
-            return getattr(operators, f"{self.name}_winners").default(*args)[0]
-        return getattr(operators, self.name).default(*args)
+            return operator(f"{self.name}_winners", args[0].dtype, self.namespace)(*args)[0]
+        return operator(self.name, args[0].dtype, self.namespace)(*args)
 
     @property
     def has_winners(self):

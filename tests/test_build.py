@@ -18,6 +18,7 @@ from conftest import assert_one_sentence
 
 import fused_kernels as fk
 from fused_kernels import build
+from fused_kernels.__main__ import main
 from fused_kernels.rungs import BACKWARD, COPY, LADDER
 
 pytestmark = pytest.mark.skipif(build.why_no_compiler() is not None, reason=str(build.why_no_compiler()))
@@ -75,15 +76,85 @@ def test_import_is_light(run_python):
     assert out.strip() == "set()"
 
 
-def test_cold_builds_and_warm_does_not(run_python):
-    """The second process gets the same results without importing what compiles; nothing else is printed into a log."""
+def test_cold_builds_and_warm_does_not(run_python, tmp_path):
+    """The second process gets the same results without compiling; nothing else is printed into a log."""
+    compiled = tmp_path / "compiled"
+    counting = script(tmp_path / "counting", f'case "$*" in *" -c "*) echo once >> {compiled};; esac\nexec c++ "$@"')
     code = (
         PREPARE
         + "print(fk.scale_min(input, 2.0).item(), filled(7).__call__(input, 1.0).item(), filled(8)(input, 1.0).item())\n"
     )
-    code += "print('torch.utils.cpp_extension' in sys.modules)"
-    assert run_python(code).split() == ["-4.0", "7.0", "8.0", "True"]
-    assert run_python(code).split() == ["-4.0", "7.0", "8.0", "False"]
+    for _ in range(2):
+        assert run_python(code, CXX=counting).split() == ["-4.0", "7.0", "8.0"]
+        assert compiled.read_text().split() == ["once"] * 3
+    for folder in (tmp_path / "cache").iterdir():
+        assert folder.suffix == ".lock" or [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+def test_a_call_builds_its_own_dtype_alone(run_python, tmp_path):
+    code = PREPARE + "print(fk.scale_min(input, 2.0).item(), torch.ops.fused_kernels.scale_min(input.half(), 2.0).item())"
+    assert run_python(code).split() == ["-4.0", "-4.0"]
+    built = {folder.name.split("-")[0] for folder in (tmp_path / "cache").iterdir()}
+    assert built == {"scale_min.float32", "scale_min.float16"}
+
+
+def test_a_wrong_dtype_is_refused():
+    input = torch.ones(1, 2, 3, 4)
+    with pytest.raises(RuntimeError, match="expected float32, got"):
+        torch.ops.fused_kernels.scale_min.float32(input.half(), 2.0)
+    with pytest.raises(RuntimeError, match=r"input: expected float32 or .* for scale_min, got torch\.int64"):
+        torch.ops.fused_kernels.scale_min(input.long(), 2.0)
+
+
+TRAIN = """
+import threading, time, torch, fused_kernels as fk
+from fused_kernels import dispatch
+def step():
+    torch.manual_seed(0)
+    input, layer = torch.randn(2, 3, 9, 8, requires_grad=True), fk.Conv2dScaleMin(3, 5, 3, 2.0)
+    fk.scale_min(layer(input) + input[:, :, :7, :6], 2.0).square().sum().backward()
+    return [t.grad for t in (input, *layer.parameters())]
+def rules():
+    return hasattr(torch.ops.fused_kernels, "conv_from_winners")
+"""
+
+
+def test_the_first_training_step_does_not_wait_for_what_makes_later_ones_faster(run_python):
+    """Python's rules run meanwhile, and give the same bits."""
+    code = (
+        TRAIN
+        + """
+first, was_there = step(), rules()
+dispatch.finish_builds()
+second = step()
+print(was_there, rules(), all(a.equal(b) for a, b in zip(first, second)))
+"""
+    )
+    assert run_python(code).split() == ["False", "True", "True"]
+    assert run_python(code).split() == ["True", "True", "True"]
+
+
+def test_the_process_ends_while_something_is_built(run_python, tmp_path):
+    slow = script(tmp_path / "slow", 'case "$*" in *from_winners.cpp*) exec sleep 300;; esac\nexec c++ "$@"')
+    start = time.monotonic()
+    assert run_python(TRAIN + "step(); print(rules())", CXX=slow).strip() == "False"
+    assert time.monotonic() - start < 60
+    assert run_python(TRAIN + "step(); dispatch.finish_builds(); step(); print(rules())", CXX="c++").strip() == "True"
+
+
+def test_a_failing_build_in_the_background_is_said_once(run_python, tmp_path):
+    broken = script(tmp_path / "broken", 'case "$*" in *from_winners.cpp*) echo boom; exit 1;; esac\nexec c++ "$@"')
+    code = (
+        TRAIN
+        + """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    step(); dispatch.finish_builds(); step(); step()
+print(rules(), len([w for w in caught if "boom" in str(w.message)]))
+"""
+    )
+    assert run_python(code, CXX=broken).split() == ["False", "1"]
 
 
 def test_two_processes_at_once(run_python):
@@ -106,7 +177,7 @@ def test_several_libraries_at_once_in_one_process(empty_cache):
 
 
 def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path):
-    """SIGKILL in the middle of the compiler leaves torch's lock and half the files."""
+    """SIGKILL in the middle of the compiler leaves half the files."""
     started = tmp_path / "started"
     slow = script(tmp_path / "slow", f'case "$*" in *scale_min*) touch {started}; sleep 300;; esac\nexec c++ "$@"')
     code = PREPARE + "print(filled(5)(input, 1.0).item())"
@@ -114,13 +185,13 @@ def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path):
     wait_for(started, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
-    assert list((tmp_path / "cache").glob("scale_min-*/lock"))
+    assert list((tmp_path / "cache").glob("scale_min-*/build-*"))
     assert not list((tmp_path / "cache").glob("scale_min-*/scale_min.so"))
     assert run_python(code, CXX="c++").strip() == "5.0"
 
 
 def test_stale_files_are_cleared(empty_cache):
-    """A build folder without the library is nobody's: torch's lock in it would be waited on for ever."""
+    """A build folder without the library is nobody's."""
     arguments = {"device": "cpu", "namespace": "fused_kernels_stale"}
     library = build.load("scale_min", FILL.replace("VALUE", "1.0"), **arguments)
     library.rename(library.parent / "half.so")
@@ -359,14 +430,26 @@ def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
 @pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 @pytest.mark.parametrize("name", [rung.name for rung in CUDA_RUNGS if "wgmma" in rung.name])
+@pytest.mark.parametrize("winners", [False, True])
+def test_parts_make_one_library(name, winners, empty_cache):
+    """It loads, so nothing that one part needs of another is missing, and it registers the overload."""
+    (job,) = (job for job in cuda_jobs() if job["name"] == name)
+    namespace = f"fused_kernels_test_parts_{winners}"
+    build.load(**{**job, "namespace": namespace}, dtype="float32", winners=winners, at_once=3)
+    overload = f"{namespace}::{name}{'_winners' if winners else ''}.float32"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CUDA")
+
+
+@pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+@pytest.mark.parametrize("name", [rung.name for rung in CUDA_RUNGS if "wgmma" in rung.name])
 def test_wgmma_is_not_serialised(name, tmp_path):
     """Where ptxas cannot follow which sums are under way, it makes the tensor cores wait, and says so in a remark alone."""
     (job,) = (job for job in cuda_jobs() if job["name"] == name)
     (tmp_path / f"{name}.cu").write_text(job["source"])
-    cpp_extension = build.import_cpp_extension()
     # Compiled here, not by build.load: a cached library was compiled silently, by a checkout that may be gone.
-    folders = [*build.include_paths("cuda"), *cpp_extension.include_paths("cpu")]
-    flags = [*cpp_extension.COMMON_NVCC_FLAGS, *build.compiler_flags("cuda", job["namespace"], [job["arch"]])]
+    folders = [*build.include_paths("cuda"), *build.torch_include_paths()]
+    flags = build.compiler_flags("cuda", job["namespace"], [job["arch"]])
     nvcc = build.cuda_toolkit().home / "bin" / "nvcc"
     said = subprocess.run(
         [nvcc, "-Xptxas=-v", "-cubin", *flags, *(f"-I{folder}" for folder in folders), f"{name}.cu"],
@@ -391,3 +474,52 @@ def test_one_library_serves_every_visible_gpu(monkeypatch):
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",
     ]
+
+
+# What is old is removed, and nothing else.
+
+
+def make_build(cache, name, content=("{name}.so",)):
+    folder = cache / name
+    folder.mkdir(parents=True)
+    for file in content:
+        (folder / file.format(name=name.rpartition("-")[0])).write_bytes(b"x" * 1000)
+    (cache / f"{name}.lock").touch()
+    return folder
+
+
+def test_clean_removes_what_this_version_would_not_load(empty_cache, capsys):
+    library = fk.rungs["scale_min"].library("float32")
+    needed = build.make(**library)
+    (needed.parent / "build-half").mkdir()
+    half_made = build.find(**{**library, "dtype": "float64"})
+    make_build(empty_cache, half_made.parent.name, ["scale_min.o"])
+    old = make_build(empty_cache, "conv_mma-0123456789abcdef", ["{name}.so", "main.cpp", "build.ninja", ".ninja_log"])
+    (empty_cache / "conv_mma-fedcba9876543210.lock").touch()
+    foreign = [empty_cache / "notes-0123456789abcdef", empty_cache / "cuda-0123456789ab", empty_cache / "mine"]
+    for folder in foreign:
+        folder.mkdir()
+        (folder / "letter.doc").touch()
+    at_work = make_build(empty_cache, "conv_direct-0123456789abcdef")
+    with filelock.FileLock(f"{at_work}.lock"):
+        main(["doctor", "--clean"])
+    assert re.fullmatch(r"removed 3 old builds, 0\.0 MB, from .*\n", capsys.readouterr().out)
+    assert [path.name for path in needed.parent.iterdir()] == [needed.name]
+    assert not half_made.parent.exists()
+    assert not old.exists()
+    assert {path.name for path in empty_cache.glob("*.lock")} >= {f"{at_work.name}.lock"}
+    assert not list(empty_cache.glob("conv_mma*"))
+    assert at_work.exists()
+    assert all(folder.exists() for folder in foreign)
+    main(["doctor", "--clean"])
+    assert not at_work.exists()
+    main(["doctor", "--clean"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("removed 0 old builds")
+
+
+def test_clean_says_where_it_cannot_write(empty_cache, monkeypatch):
+    empty_cache.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit, match="cannot be written") as error:
+        main(["doctor", "--clean"])
+    assert_one_sentence(str(error.value))

@@ -145,9 +145,8 @@ def include_folders(csrc):
 @functools.cache
 def compiler_flags(arch, winners):
     """Give the flags that a library is built with."""
-    common = build.import_cpp_extension().COMMON_NVCC_FLAGS
-    flags = *common, *build.compiler_flags("cuda", build.NAMESPACE, [arch]), "-std=c++17"
-    return (*flags, "-DFUSED_KERNELS_WINNERS") if winners else flags
+    flags = build.compiler_flags("cuda", build.NAMESPACE, [arch])
+    return [*flags, "-DFUSED_KERNELS_WINNERS"] if winners else flags
 
 
 @functools.cache
@@ -194,7 +193,7 @@ def compile_all(jobs, cache, workers):
 def compile_one(job, cache):
     """Compile and disassemble; give the seconds that it took."""
     start = time.perf_counter()
-    folders = [*include_folders(job.csrc), *build.import_cpp_extension().include_paths("cpu")]
+    folders = [*include_folders(job.csrc), *build.torch_include_paths()]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [toolkit() / "bin" / "nvcc", "-cubin", *compiler_flags(job.arch, job.winners)]

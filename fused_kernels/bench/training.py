@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from .. import ops, progress
+from .. import dispatch, ops, progress
 from ..choice import choose_backward, read_hardware
 from ..rungs import rungs
 from . import peers, workloads
@@ -152,7 +152,7 @@ def _record(info, work, subject, timing, peak_bytes=0):
 def _parts_of_a_step(info, work, seconds):
     """Time forward with winners, and each gradient beside the library's of the same winners; errors on two images."""
     rung, grad = ops.explain(*work.arguments).rung, _incoming(work)
-    forward = getattr(torch.ops.fused_kernels, f"{rung}_winners").default
+    forward = dispatch.operator(f"{rung}_winners", work.input.dtype)
     winners_of = functools.partial(forward, *work.arguments, *work.problem().conv)
     _, winners = winners_of()
     small = ends(work.input), ends(winners).contiguous(), ends(grad)
@@ -187,7 +187,7 @@ def _ours(work, operator, input, winners, grad):
     else:
         name = by_weight
         args = grad, winners, input, work.scale, out_channels, kernel_size, *problem.conv
-    return name, functools.partial(getattr(torch.ops.fused_kernels, name).default, *args)
+    return name, functools.partial(dispatch.operator(name, grad.dtype), *args)
 
 
 def _library(work, operator, input, winners, grad, dtype=None):

@@ -20,9 +20,21 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Stack = torch::jit::Stack;
 
-// Calls an operator of this namespace, and leaves its results in place of its arguments.
+// The overload for a tensor's dtype, as its library registers it.
+const char* overload_for(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kHalf: return "float16";
+    case at::kBFloat16: return "bfloat16";
+    default: return "";
+  }
+}
+
+// Calls an operator of this namespace, and leaves its results in place of its arguments, of which the first is a tensor.
 void call(const std::string& name, Stack& stack) {
-  c10::Dispatcher::singleton().findSchemaOrThrow(("fused_kernels::" + name).c_str(), "").callBoxed(stack);
+  const char* const overload = overload_for(stack[0].toTensor());
+  c10::Dispatcher::singleton().findSchemaOrThrow(("fused_kernels::" + name).c_str(), overload).callBoxed(stack);
 }
 
 // Where no second derivative is wanted, no rule of the operators that are called is needed.

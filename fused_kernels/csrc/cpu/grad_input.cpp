@@ -233,4 +233,4 @@ Tensor grad_input(const Tensor& grad, const Tensor& winners, const Tensor& weigh
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) { m.impl("grad_input", TORCH_BOX(&grad_input)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) { m.impl(OPERATOR("grad_input"), TORCH_BOX(&grad_input)); }

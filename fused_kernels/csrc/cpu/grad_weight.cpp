@@ -339,6 +339,6 @@ Tensor grad_bias(const Tensor& grad, const Tensor& winners, double scale, int64_
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) {
-  m.impl("grad_weight", TORCH_BOX(&grad_weight));
-  m.impl("grad_bias", TORCH_BOX(&grad_bias));
+  m.impl(OPERATOR("grad_weight"), TORCH_BOX(&grad_weight));
+  m.impl(OPERATOR("grad_bias"), TORCH_BOX(&grad_bias));
 }

@@ -82,5 +82,5 @@ Tensor scale_min_backward(const Tensor& grad, const Tensor& winners, double scal
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CPU, m) {
-  m.impl("scale_min_backward", TORCH_BOX(&scale_min_backward));
+  m.impl(OPERATOR("scale_min_backward"), TORCH_BOX(&scale_min_backward));
 }

@@ -24,16 +24,23 @@
 
 namespace fused_kernels {
 
+// Compiled in up to 10 parts: two Sources for each of these.
+using Tiles = List<TileConfig<128, 1, true>, TileConfig<128, 1, false>, TileConfig<128, 2, false>,
+                   TileConfig<64, 1, true>, TileConfig<64, 1, false>>;
+
+#if FUSED_KERNELS_PART > 0
+[[gnu::used]] const auto kLaunches = share_of_launches<Element>(Tiles());
+#else
 Forward conv_wgmma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                    std::string precision) {
   const ConvShape shape = check_plain_conv("conv_wgmma", input, weight, bias, stride, padding, dilation, groups);
   return convolve("conv_wgmma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
-    run_conv_wgmma<decltype(type), TileConfig<128, 1, true>, TileConfig<128, 1, false>, TileConfig<128, 2, false>,
-                   TileConfig<64, 1, true>, TileConfig<64, 1, false>>(shape, input, weight, bias, scale, output, winners);
+    run_conv_wgmma<decltype(type)>(Tiles(), shape, input, weight, bias, scale, output, winners);
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(FORWARD("conv_wgmma"), TORCH_BOX(&conv_wgmma)); }
+#endif
 
 }  // namespace fused_kernels

@@ -17,20 +17,27 @@
 
 namespace fused_kernels {
 
+// Compiled in up to 4 parts: two Sources for each of these.
+using Tiles = List<TileConfig<128, 1, false, true>, TileConfig<64, 1, false, true>>;
+
+#if FUSED_KERNELS_PART > 0
+[[gnu::used]] const auto kLaunches = share_of_launches<Element>(Tiles());
+#else
 Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                         std::string precision) {
   const ConvShape shape = check_plain_conv("conv_wgmma_ieee", input, weight, bias, stride, padding, dilation, groups);
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_wgmma_ieee expected float32");
   return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) == 4) {
-      run_conv_wgmma<T, TileConfig<128, 1, false, true>, TileConfig<64, 1, false, true>>(shape, input, weight, bias, scale,
-                                                                                         output, winners);
+    if constexpr (sizeof(type) == 4) {
+      run_conv_wgmma<decltype(type)>(Tiles(), shape, input, weight, bias, scale, output, winners);
     }
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(FORWARD("conv_wgmma_ieee"), TORCH_BOX(&conv_wgmma_ieee)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
+  m.impl(FORWARD("conv_wgmma_ieee"), TORCH_BOX(&conv_wgmma_ieee));
+}
+#endif
 
 }  // namespace fused_kernels

@@ -160,6 +160,6 @@ Tensor grad_input_gather(const Tensor& grad, const Tensor& winners, const Tensor
   return output;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("grad_input_gather", TORCH_BOX(&grad_input_gather)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(OPERATOR("grad_input_gather"), TORCH_BOX(&grad_input_gather)); }
 
 }  // namespace fused_kernels

@@ -353,6 +353,6 @@ Tensor grad_input_mma(const Tensor& grad, const Tensor& winners, const Tensor& w
   return output;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("grad_input_mma", TORCH_BOX(&grad_input_mma)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(OPERATOR("grad_input_mma"), TORCH_BOX(&grad_input_mma)); }
 
 }  // namespace fused_kernels

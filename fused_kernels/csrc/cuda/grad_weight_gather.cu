@@ -369,6 +369,6 @@ std::tuple<Tensor, Tensor> grad_weight_gather(const Tensor& grad, const Tensor& 
   return {grad_weight, grad_bias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("grad_weight_gather", TORCH_BOX(&grad_weight_gather)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(OPERATOR("grad_weight_gather"), TORCH_BOX(&grad_weight_gather)); }
 
 }  // namespace fused_kernels

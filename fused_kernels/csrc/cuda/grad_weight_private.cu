@@ -219,8 +219,8 @@ Tensor grad_bias_private(const Tensor& grad, const Tensor& winners, double scale
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
-  m.impl("grad_weight_private", TORCH_BOX(&grad_weight_private));
-  m.impl("grad_bias_private", TORCH_BOX(&grad_bias_private));
+  m.impl(OPERATOR("grad_weight_private"), TORCH_BOX(&grad_weight_private));
+  m.impl(OPERATOR("grad_bias_private"), TORCH_BOX(&grad_bias_private));
 }
 
 }  // namespace fused_kernels

@@ -671,6 +671,6 @@ std::tuple<Tensor, Tensor> grad_weight_sorted(const Tensor& grad, const Tensor& 
   return {grad_weight, grad_bias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("grad_weight_sorted", TORCH_BOX(&grad_weight_sorted)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(OPERATOR("grad_weight_sorted"), TORCH_BOX(&grad_weight_sorted)); }
 
 }  // namespace fused_kernels

@@ -45,7 +45,7 @@ Tensor scale_min_coalesced(const Tensor& any_layout, double scale) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
-  m.impl("scale_min_coalesced", TORCH_BOX(&scale_min_coalesced));
+  m.impl(OPERATOR("scale_min_coalesced"), TORCH_BOX(&scale_min_coalesced));
 }
 
 }  // namespace fused_kernels

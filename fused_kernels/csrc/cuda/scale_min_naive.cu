@@ -53,6 +53,6 @@ Tensor scale_min_naive(const Tensor& any_layout, double scale) {
   return output;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("scale_min_naive", TORCH_BOX(&scale_min_naive)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(OPERATOR("scale_min_naive"), TORCH_BOX(&scale_min_naive)); }
 
 }  // namespace fused_kernels

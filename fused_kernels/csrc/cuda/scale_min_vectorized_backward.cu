@@ -144,7 +144,7 @@ Tensor scale_min_vectorized_backward(const Tensor& any_grad, const Tensor& any_w
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {
-  m.impl("scale_min_vectorized_backward", TORCH_BOX(&scale_min_vectorized_backward));
+  m.impl(OPERATOR("scale_min_vectorized_backward"), TORCH_BOX(&scale_min_vectorized_backward));
 }
 
 }  // namespace fused_kernels

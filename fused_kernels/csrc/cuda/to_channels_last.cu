@@ -187,15 +187,13 @@ std::vector<Tensor> to_channels_last(const Tensor& input, const std::optional<Te
       launch(element, uint32_t(), std::false_type());
     }
   };
-  if (dtype == ScalarType::Float) {
-    choose(uint32_t());
-  } else {
-    choose(uint16_t());
-  }
+  dispatch(dtype, [&](auto type) {
+    if constexpr (sizeof(type) <= 4) choose(std::conditional_t<sizeof(type) == 4, uint32_t, uint16_t>());
+  });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return outputs;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl("to_channels_last", TORCH_BOX(&to_channels_last)); }
+STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(OPERATOR("to_channels_last"), TORCH_BOX(&to_channels_last)); }
 
 }  // namespace fused_kernels

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -35,16 +36,37 @@ inline void check_input(const Tensor& input) {
                   " channels, got ", channels);
 }
 
+// A library is compiled for one dtype, FUSED_KERNELS_DTYPE (such as float32): the first call waits for what it needs, not for
+// every dtype. It registers the operator's overload of that name. Compiled without it, a source takes all dtypes and registers
+// the operator itself.
+namespace dtypes {
+using torch::headeronly::ScalarType;
+constexpr ScalarType float32 = ScalarType::Float, float64 = ScalarType::Double;
+constexpr ScalarType float16 = ScalarType::Half, bfloat16 = ScalarType::BFloat16;
+}  // namespace dtypes
+
+#define AS_STRING_OF(word) #word
+#define AS_STRING(macro) AS_STRING_OF(macro)
+#ifdef FUSED_KERNELS_DTYPE
+#define OPERATOR(name) name "." AS_STRING(FUSED_KERNELS_DTYPE)
+constexpr const char* kDtypes = AS_STRING(FUSED_KERNELS_DTYPE);
+constexpr bool is_compiled(torch::headeronly::ScalarType dtype) { return dtype == dtypes::FUSED_KERNELS_DTYPE; }
+#else
+#define OPERATOR(name) name
+constexpr const char* kDtypes = "float32, float64, float16 or bfloat16";
+constexpr bool is_compiled(torch::headeronly::ScalarType) { return true; }
+#endif
+
 // Forward sources are compiled for inference, and where a gradient is wanted once more with FUSED_KERNELS_WINNERS. Then the
 // operator, whose name ends in _winners, returns the minima and each pixel's winner: the channel that has the minimum.
 #ifdef FUSED_KERNELS_WINNERS
 constexpr bool kWinners = true;
-#define FORWARD(name) name "_winners"
+#define FORWARD(name) OPERATOR(name "_winners")
 using Forward = std::tuple<Tensor, Tensor>;
 inline Forward forward_result(const Tensor& output, const std::optional<Tensor>& winners) { return {output, *winners}; }
 #else
 constexpr bool kWinners = false;
-#define FORWARD(name) name
+#define FORWARD(name) OPERATOR(name)
 using Forward = Tensor;
 inline Forward forward_result(const Tensor& output, const std::optional<Tensor>&) { return output; }
 #endif

@@ -224,15 +224,17 @@ template <class T> struct PartialMinima {
   }
 };
 
-// Call f with a null pointer of the dtype's C++ type.
+// Call f with a null pointer of the dtype's C++ type. Only what this library is compiled for is instantiated.
 template <class F> void dispatch(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f((const float*)nullptr);
-    case ScalarType::Double: return f((const double*)nullptr);
-    case ScalarType::Half: return f((const Half*)nullptr);
-    case ScalarType::BFloat16: return f((const BFloat16*)nullptr);
-    default: STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(dtype));
-  }
+  if constexpr (is_compiled(ScalarType::Float))
+    if (dtype == ScalarType::Float) return f((const float*)nullptr);
+  if constexpr (is_compiled(ScalarType::Double))
+    if (dtype == ScalarType::Double) return f((const double*)nullptr);
+  if constexpr (is_compiled(ScalarType::Half))
+    if (dtype == ScalarType::Half) return f((const Half*)nullptr);
+  if constexpr (is_compiled(ScalarType::BFloat16))
+    if (dtype == ScalarType::BFloat16) return f((const BFloat16*)nullptr);
+  STD_TORCH_CHECK(false, "expected ", kDtypes, ", got ", torch::headeronly::toString(dtype));
 }
 
 }  // namespace fused_kernels

@@ -4,10 +4,65 @@
 
 #include "conv_wgmma.cuh"
 
+#include <array>
 #include <map>
 #include <mutex>
 
 namespace fused_kernels {
+
+// ---- the kernel's launch ----
+
+template <class... Configs>
+struct List {};
+
+using WgmmaLaunch = void(const CUtensorMap& map, const Tensor& input, const void* packed, const float2* constants, Tensor& output,
+                         float* partial, const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid, cudaStream_t stream);
+
+// A kernel for each Source and TileConfig is much to compile, so build.py compiles this text as several translation units at
+// once. Part 0 has everything but the kernels and their launches; each other part, 1 to FUSED_KERNELS_PARTS, has a share of
+// these. Without the macros, one unit has everything.
+#ifndef FUSED_KERNELS_PART
+#define FUSED_KERNELS_PART 0
+#define FUSED_KERNELS_PARTS 0
+#endif
+constexpr size_t kPart = FUSED_KERNELS_PART, kParts = FUSED_KERNELS_PARTS;
+
+template <typename T, Source S, class C>
+void launch_conv_wgmma_kernel(const CUtensorMap& map, const Tensor& input, const void* packed, const float2* constants,
+                              Tensor& output, float* partial, const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid,
+                              cudaStream_t stream)
+#if FUSED_KERNELS_PARTS > 0 && FUSED_KERNELS_PART == 0
+    ;
+#else
+{
+  const auto kernel = conv_wgmma_kernel<T, S, C>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, shared_bytes, stream, map,
+               static_cast<const Raw<T>*>(input.data_ptr()), static_cast<const char*>(packed), constants,
+               static_cast<T*>(output.data_ptr()), partial, plan);
+}
+#endif
+
+template <typename T>
+constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
+
+template <typename T, Source S, class C, size_t NUMBER>
+constexpr WgmmaLaunch* launch_if_in_this_part() {
+  if constexpr (kPart > 0 && NUMBER % kParts + 1 == kPart) return launch_conv_wgmma_kernel<T, S, C>;
+  return nullptr;
+}
+
+// Gives, and so compiles, this part's share of the launches for a list of configurations.
+template <typename T, class... Configs, size_t... NUMBERS>
+auto share_of_launches(List<Configs...>, std::index_sequence<NUMBERS...>) {
+  return std::array{launch_if_in_this_part<T, kChannelsLast<T>, Configs, 2 * NUMBERS>()...,
+                    launch_if_in_this_part<T, Source::kPlanes, Configs, 2 * NUMBERS + 1>()...};
+}
+
+template <typename T, class... Configs>
+auto share_of_launches(List<Configs...> configs) {
+  return share_of_launches<T>(configs, std::index_sequence_for<Configs...>());
+}
 
 // ---- the TMA's map of the input ----
 
@@ -89,12 +144,9 @@ void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& sha
   if (plan.bulk) {
     STD_TORCH_CHECK(encode_tensor_map<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
   }
-  const auto kernel = conv_wgmma_kernel<T, S, C>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, candidate.shared_bytes));
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
-  launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, candidate.shared_bytes, stream, map,
-               static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed),
-               workspace.constants, static_cast<T*>(output.data_ptr()), workspace.partial, plan);
+  launch_conv_wgmma_kernel<T, S, C>(map, input, workspace.packed, workspace.constants, output, workspace.partial, plan,
+                                    candidate.shared_bytes, grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 
@@ -102,7 +154,7 @@ void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& sha
 // a small kernel.
 // NOTE: static, because otherwise all libraries built from this text, changed or not, would share the variables in it.
 template <typename T, Source S, class... Configs>
-static void launch_cheapest(const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight,
+static void launch_cheapest(List<Configs...>, const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight,
                             const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
   struct Choice {
     ConvWgmmaCandidate candidate;
@@ -145,15 +197,14 @@ static void launch_cheapest(const ConvShape& shape, bool bulk, const Tensor& inp
 }
 
 // Chooses how the input reaches shared memory, by its layout.
-template <typename T, class... Configs>
-static void run_conv_wgmma(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                           double scale, Tensor& output, Winners winners) {
-  constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
+template <typename T, class Configs>
+static void run_conv_wgmma(Configs configs, const ConvShape& shape, const Tensor& input, const Tensor& weight,
+                           const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
   if (tma_supports(input, shape, 1)) {
-    launch_cheapest<T, kChannelsLast, Configs...>(shape, true, input, weight, bias, scale, output, winners);
+    launch_cheapest<T, kChannelsLast<T>>(configs, shape, true, input, weight, bias, scale, output, winners);
   } else {
     const bool bulk = tma_supports(input, shape, 3);
-    launch_cheapest<T, Source::kPlanes, Configs...>(shape, bulk, input, weight, bias, scale, output, winners);
+    launch_cheapest<T, Source::kPlanes>(configs, shape, bulk, input, weight, bias, scale, output, winners);
   }
 }
 

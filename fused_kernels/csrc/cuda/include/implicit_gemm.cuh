@@ -293,13 +293,9 @@ Forward convolve(const char* rung, const char* float32_precision, const Tensor& 
   const std::optional<Tensor> winners = new_winners(output, shape.groups * shape.out_channels);
   if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  if (dtype == ScalarType::Float) {
-    run(float(), output, winners_in(winners));
-  } else if (dtype == ScalarType::Half) {
-    run(torch::headeronly::Half(), output, winners_in(winners));
-  } else {
-    run(torch::headeronly::BFloat16(), output, winners_in(winners));
-  }
+  dispatch(dtype, [&](auto type) {
+    if constexpr (sizeof(type) <= 4) run(type, output, winners_in(winners));
+  });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return forward_result(output, winners);
 }

@@ -22,18 +22,29 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Calls f with a value of the C++ type that the dtype stands for.
+// Calls f with a value of the C++ type that the dtype stands for. Only what this library is compiled for is instantiated.
 template <typename F>
 void dispatch(torch::headeronly::ScalarType dtype, const F& f) {
   using torch::headeronly::ScalarType;
-  switch (dtype) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::Half: return f(torch::headeronly::Half());
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
-    default: STD_TORCH_CHECK(false, "input: expected float32, float64, float16 or bfloat16");
+  if constexpr (is_compiled(ScalarType::Float)) {
+    if (dtype == ScalarType::Float) return f(float());
   }
+  if constexpr (is_compiled(ScalarType::Double)) {
+    if (dtype == ScalarType::Double) return f(double());
+  }
+  if constexpr (is_compiled(ScalarType::Half)) {
+    if (dtype == ScalarType::Half) return f(torch::headeronly::Half());
+  }
+  if constexpr (is_compiled(ScalarType::BFloat16)) {
+    if (dtype == ScalarType::BFloat16) return f(torch::headeronly::BFloat16());
+  }
+  STD_TORCH_CHECK(false, "input: expected ", kDtypes, ", got ", torch::headeronly::toString(dtype));
 }
+
+// The C++ type of the dtype that this library is compiled for, if one of the three that tensor cores take.
+using Element = std::conditional_t<
+    is_compiled(torch::headeronly::ScalarType::Float), float,
+    std::conditional_t<is_compiled(torch::headeronly::ScalarType::Half), torch::headeronly::Half, torch::headeronly::BFloat16>>;
 
 // Whether a kernel can begin while the one before it ends: on all architectures that this is compiled for.
 #ifdef __CUDA_ARCH_LIST__
