@@ -59,7 +59,8 @@ def attach_backward(forward, args, backward, given=()):
 
     ``given``: its results, where it is Python itself: to call that by way of torch takes longer than a small kernel.
     """
-    rules = rules_without_python(args[0], backward)
+    input = args[0]
+    rules = _rules.get((input.dtype, input.requires_grad, backward)) or rules_without_python(input, backward)
     if rules is None:
         return run(forward, *args)
     if len(args) == 2:  # scale_min's: input and scale

@@ -194,7 +194,7 @@ def test_every_rung_says_its_idea(rung):
     assert rung.operator in ("scale_min", "conv2d_scale_min")
     assert 10 < len(rung.idea) < 120
     if rung.device:
-        assert re.search(rf'm\.impl\((FORWARD\()?"{rung.name}"', rung.source)
+        assert re.search(rf'm\.impl\((FORWARD|OPERATOR)\("{rung.name}"', rung.source)
         assert "FUSED_KERNELS_NAMESPACE" in rung.source
 
 

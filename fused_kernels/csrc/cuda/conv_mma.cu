@@ -21,6 +21,7 @@
 
 #include "implicit_gemm.cuh"
 #include "conv_mma_plan.cuh"
+#include "parts.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
@@ -625,6 +626,24 @@ struct LaneOrder {
 };
 
 template <typename T, class C>
+struct MmaLaunch {
+  static void run(const Tensor& input, const Workspace& workspace, Tensor& output, const ConvMmaPlan& plan, int shared_bytes,
+                  dim3 grid, cudaStream_t stream);
+};
+
+#if !LAUNCHES_LIE_ELSEWHERE
+template <typename T, class C>
+void MmaLaunch<T, C>::run(const Tensor& input, const Workspace& workspace, Tensor& output, const ConvMmaPlan& plan,
+                          int shared_bytes, dim3 grid, cudaStream_t stream) {
+  const auto kernel = conv_mma_kernel<T, C>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  launch_early(kernel, grid, C::kThreads, shared_bytes, stream, static_cast<const Raw<T>*>(input.data_ptr()),
+               reinterpret_cast<const uint4*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
+               workspace.partial, plan);
+}
+#endif
+
+template <typename T, class C>
 void launch_conv_mma(const ConvMmaCandidate<C>& candidate, const ConvShape& shape, const Tensor& input, const Tensor& weight,
                      const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners, const Device& device) {
   ConvMmaPlan plan = candidate.plan;
@@ -650,17 +669,13 @@ void launch_conv_mma(const ConvMmaCandidate<C>& candidate, const ConvShape& shap
   const cudaStream_t stream = current_stream(input);
   pack_weights<T, LaneOrder>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
 
-  const auto kernel = conv_mma_kernel<T, C>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, candidate.shared_bytes));
   plan.tile_step[2] = grid.x % plan.tiles_across[1];
   plan.tile_step[1] = grid.x / plan.tiles_across[1] % plan.tiles_across[0];
   plan.tile_step[0] = grid.x / plan.tiles_across[1] / plan.tiles_across[0];
   plan.out_channels = static_cast<int>(shape.out_channels);
   plan.columns = workspace.more_winners;
   plan.winners = plan.splits == 1 ? winners : Winners{workspace.partial_winners, true};
-  launch_early(kernel, grid, C::kThreads, candidate.shared_bytes, stream, static_cast<const Raw<T>*>(input.data_ptr()),
-               reinterpret_cast<const uint4*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
-               workspace.partial, plan);
+  MmaLaunch<T, C>::run(input, workspace, output, plan, candidate.shared_bytes, grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 
@@ -697,6 +712,11 @@ void run_conv_mma(const ConvShape& shape, const Tensor& input, const Tensor& wei
   }
 }
 
+// Compiled in up to 3 parts.
+#if FUSED_KERNELS_PART > 0
+[[gnu::used]] const auto kLaunches =
+    share_of(List<MmaLaunch<Element, Large>, MmaLaunch<Element, Medium>, MmaLaunch<Element, Small>>());
+#else
 Forward conv_mma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                  std::string precision) {
@@ -707,5 +727,6 @@ Forward conv_mma(const Tensor& input, const Tensor& weight, const std::optional<
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) { m.impl(FORWARD("conv_mma"), TORCH_BOX(&conv_mma)); }
+#endif
 
 }  // namespace fused_kernels

@@ -3,8 +3,8 @@
 // order.
 
 #include "conv_wgmma.cuh"
+#include "parts.cuh"
 
-#include <array>
 #include <map>
 #include <mutex>
 
@@ -12,56 +12,30 @@ namespace fused_kernels {
 
 // ---- the kernel's launch ----
 
-template <class... Configs>
-struct List {};
-
-using WgmmaLaunch = void(const CUtensorMap& map, const Tensor& input, const void* packed, const float2* constants, Tensor& output,
-                         float* partial, const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid, cudaStream_t stream);
-
-// A kernel for each Source and TileConfig is much to compile, so build.py compiles this text as several translation units at
-// once. Part 0 has everything but the kernels and their launches; each other part, 1 to FUSED_KERNELS_PARTS, has a share of
-// these. Without the macros, one unit has everything.
-#ifndef FUSED_KERNELS_PART
-#define FUSED_KERNELS_PART 0
-#define FUSED_KERNELS_PARTS 0
-#endif
-constexpr size_t kPart = FUSED_KERNELS_PART, kParts = FUSED_KERNELS_PARTS;
-
 template <typename T, Source S, class C>
-void launch_conv_wgmma_kernel(const CUtensorMap& map, const Tensor& input, const void* packed, const float2* constants,
-                              Tensor& output, float* partial, const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid,
-                              cudaStream_t stream)
-#if FUSED_KERNELS_PARTS > 0 && FUSED_KERNELS_PART == 0
-    ;
-#else
-{
+struct WgmmaLaunch {
+  static void run(const CUtensorMap& map, const Tensor& input, const Workspace& workspace, Tensor& output,
+                  const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid, cudaStream_t stream);
+};
+
+#if !LAUNCHES_LIE_ELSEWHERE
+template <typename T, Source S, class C>
+void WgmmaLaunch<T, S, C>::run(const CUtensorMap& map, const Tensor& input, const Workspace& workspace, Tensor& output,
+                               const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid, cudaStream_t stream) {
   const auto kernel = conv_wgmma_kernel<T, S, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, shared_bytes, stream, map,
-               static_cast<const Raw<T>*>(input.data_ptr()), static_cast<const char*>(packed), constants,
-               static_cast<T*>(output.data_ptr()), partial, plan);
+               static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed),
+               workspace.constants, static_cast<T*>(output.data_ptr()), workspace.partial, plan);
 }
 #endif
 
 template <typename T>
 constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
 
-template <typename T, Source S, class C, size_t NUMBER>
-constexpr WgmmaLaunch* launch_if_in_this_part() {
-  if constexpr (kPart > 0 && NUMBER % kParts + 1 == kPart) return launch_conv_wgmma_kernel<T, S, C>;
-  return nullptr;
-}
-
-// Gives, and so compiles, this part's share of the launches for a list of configurations.
-template <typename T, class... Configs, size_t... NUMBERS>
-auto share_of_launches(List<Configs...>, std::index_sequence<NUMBERS...>) {
-  return std::array{launch_if_in_this_part<T, kChannelsLast<T>, Configs, 2 * NUMBERS>()...,
-                    launch_if_in_this_part<T, Source::kPlanes, Configs, 2 * NUMBERS + 1>()...};
-}
-
 template <typename T, class... Configs>
-auto share_of_launches(List<Configs...> configs) {
-  return share_of_launches<T>(configs, std::index_sequence_for<Configs...>());
+auto share_of_launches(List<Configs...>) {
+  return share_of(List<WgmmaLaunch<T, kChannelsLast<T>, Configs>..., WgmmaLaunch<T, Source::kPlanes, Configs>...>());
 }
 
 // ---- the TMA's map of the input ----
@@ -145,8 +119,7 @@ void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& sha
     STD_TORCH_CHECK(encode_tensor_map<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
   }
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
-  launch_conv_wgmma_kernel<T, S, C>(map, input, workspace.packed, workspace.constants, output, workspace.partial, plan,
-                                    candidate.shared_bytes, grid, stream);
+  WgmmaLaunch<T, S, C>::run(map, input, workspace, output, plan, candidate.shared_bytes, grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 
