@@ -124,6 +124,7 @@ def test_explain_names_the_operators_of_the_backward_pass(device):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         output.backward()
     called = {event.name for event in profile.events() if event.name.startswith("fused_kernels::")}
+    called = {name for name in called if not name.endswith("_auto")}  # those that Python's rules call choose, and call these
     assert {f"fused_kernels::{name}" for name in explained.backward} == called
     assert fk.explain(*(torch.empty(1, 3, 4, 4, device="meta"),) * 2).backward == ()
 

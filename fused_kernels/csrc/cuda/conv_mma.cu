@@ -680,7 +680,7 @@ void launch_conv_mma(const ConvMmaCandidate<C>& candidate, const ConvShape& shap
 }
 
 // Whether eight channels of a pixel (four of float32) are one aligned run of 16 bytes, wherever they begin.
-bool channels_are_vectors(const Tensor& input, const ConvShape& shape) {
+inline bool channels_are_vectors(const Tensor& input, const ConvShape& shape) {
   const int64_t size = input.element_size(), width = 16 / size;
   if (shape.input_strides[1] != 1 || shape.in_channels % width != 0) return false;
   if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
