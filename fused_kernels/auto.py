@@ -59,25 +59,19 @@ def _is_exporting():
 _is_exporting._dynamo_marked_constant = True
 
 
-# ---- choices ----
+# ---- choices: an operator's name, and the precision that "auto" means ----
+
+# A forward operator that is PyTorch's own, at least in part, and Python: not a rung's.
+IN_PYTHON = "in_python"
 
 
 def _choose_scale_min(input, scale):
-    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else "scale_min_in_python", ""
+    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else IN_PYTHON, ""
 
 
 def _choose_conv2d_scale_min(input, weight, bias, scale, *conv):
     decision = choice.decide_checked(input, weight, bias, *conv)
-    rung = "conv2d_scale_min_in_python" if decision.rung == "composite" else decision.rung
-    return rung, decision.problem.precision
-
-
-def _with_winners(choose):
-    def rule(*args):
-        name, precision = choose(*args)
-        return name.replace("_in_python", "_winners_in_python") if "_in_python" in name else f"{name}_winners", precision
-
-    return rule
+    return IN_PYTHON if decision.rung == "composite" else decision.rung, decision.problem.precision
 
 
 def _choose_scale_min_backward(grad, *args):
@@ -117,9 +111,9 @@ def _strides(shape, channels_last):
 
 _CHOOSE = {
     "scale_min": _choose_scale_min,
-    "scale_min_winners": _with_winners(_choose_scale_min),
+    "scale_min_winners": _choose_scale_min,
     "conv2d_scale_min": _choose_conv2d_scale_min,
-    "conv2d_scale_min_winners": _with_winners(_choose_conv2d_scale_min),
+    "conv2d_scale_min_winners": _choose_conv2d_scale_min,
     "scale_min_backward": _choose_scale_min_backward,
     "grad_input": _choose_grad_input,
     "grad_weight": _choose_grad_weight,
@@ -164,22 +158,36 @@ def _call_chosen(kind):
         # Takes over from the next call on, on a CPU and a GPU.
         dispatch.auto.is_loaded()
         name, precision = _CHOOSE[kind](*args)
-        if place is not None:
-            args = (*args[:place], precision, *args[place + 1 :])
-        return run(name, *args)
+        # Arguments are of the dtype that is wanted, also those of a program that is called under autocast.
+        with torch._C._DisableAutocast():
+            if name == IN_PYTHON:
+                return _IN_PYTHON[kind](*args)
+            if place is not None:
+                args = (*args[:place], precision, *args[place + 1 :])
+            return run(name + _suffix(kind), *args)
 
     return implementation
 
 
-def _choose_overload(kind):
-    """Make the operator that says which overload of which operator was chosen, and the precision that "auto" means."""
+def _choose_for_dispatcher(kind):
+    """Make what csrc/autograd/auto.cpp asks: an operator's overload, the precision, and if it is the composite, its steps."""
 
     def implementation(*args):
         name, precision = _CHOOSE[kind](*args)
-        overload = operator(name, args[0].dtype)._overloadname
-        return name if overload == "default" else f"{name}.{overload}", precision
+        steps, suffix = (), _suffix(kind)
+        if name == IN_PYTHON:
+            if len(args) == 2 or not has_scale_min(args[0].device):
+                return f"{kind}_{IN_PYTHON}", precision, steps
+            input, weight, bias, _, *conv = args
+            steps, name = composite.steps(choice.decide_checked(input, weight, bias, *conv), input, weight, bias)
+        overload = operator(name + suffix, args[0].dtype)._overloadname
+        return name + suffix + ("" if overload == "default" else f".{overload}"), precision, [int(step) for step in steps]
 
     return implementation
+
+
+def _suffix(kind):
+    return "_winners" if kind.endswith("_winners") else ""
 
 
 def _place_of_precision(kind):
@@ -255,8 +263,8 @@ def _define_all():
         library.impl(name, _call_chosen(kind), "CompositeExplicitAutograd")
         library.impl(name, _at_autograd(kind, _WITH_GRADIENT[kind]), "Autograd", with_keyset=True)
         # What csrc/autograd/auto.cpp asks and calls.
-        library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str)")
-        library.impl(f"{name}_choice", _choose_overload(kind), "CompositeExplicitAutograd")
+        library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[])")
+        library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")
         library.define(f"{name}_with_gradient{schema}")
         library.impl(f"{name}_with_gradient", _WITH_GRADIENT[kind], "CompositeImplicitAutograd")
         if kind in _IN_PYTHON:

@@ -4,6 +4,8 @@
 tensor cores want, and takes the minimum by a kernel of ours, on a GPU with the bias.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
 
@@ -121,9 +123,38 @@ def _convolve_then_minimum(decision, input, weight, bias, scale, suffix=""):
     output = library_conv(problem, input, weight, None)
     if bias.dtype != output.dtype:
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
+    return run("scale_min_bias" + suffix, output, bias, scale, _minimum_is_early(problem, copy))
+
+
+def _minimum_is_early(problem, copy):
     # Beginning early costs a little after the library's 16-bit matrix products, unless the copy before began early as well.
-    early = input.dtype == torch.float32 or problem.taps > 1 or (copy is not None and copy.early)
-    return run("scale_min_bias" + suffix, output, bias, scale, early)
+    return problem.dtype == torch.float32 or problem.taps > 1 or (copy is not None and copy.early)
+
+
+class Steps(NamedTuple):
+    """How the composite runs, as integers: csrc/autograd/auto.cpp follows them without Python."""
+
+    copy: int  # 0: none; 1: by to_channels_last; PyTorch's own, 2: contiguous, 3: channels_last
+    copies_weight: bool
+    skips_unread: bool
+    copy_early: bool
+    library_precision: int  # -1: what the setting says; 0: "ieee", 1: "tf32"
+    adds_bias: bool
+    minimum_early: bool
+
+
+def steps(decision, input, weight, bias):
+    """Give the steps for these arguments, where no gradient is wanted, and the operator that takes the minimum."""
+    problem, copy = decision.problem, decision.copies[can_copy(input, weight)]
+    kind = 0
+    if copy:
+        kind = 1 if copy.by_kernel else 2 if copy.memory_format == torch.contiguous_format else 3
+    with torch.no_grad():
+        precision = -1 if _can_follow_setting(problem) else int(problem.precision == "tf32")
+    adds_bias = bias is not None and _adds_bias(input)
+    copied = (copy.copies_weight, copy.skips_unread, copy.early) if copy else (False, False, False)
+    name = "scale_min_bias" if adds_bias else choice.SCALE_MIN[input.device.type]
+    return Steps(kind, *copied, precision, adds_bias, _minimum_is_early(problem, copy)), name
 
 
 def copied(problem, copy, input, weight):

@@ -11,6 +11,7 @@ from torch.export import Dim, export
 from torch.export.passes import move_to_device_pass
 
 import fused_kernels as fk
+from fused_kernels import arguments, dispatch
 
 ON = pytest.mark.parametrize("device", DEVICES)
 CONV, MIN = (f"fused_kernels.{name}_auto.default" for name in ("conv2d_scale_min", "scale_min"))
@@ -281,3 +282,84 @@ def test_transforms_go_around_the_operator(device):
         torch.testing.assert_close(
             transform(program)(input[:1].repeat(2, 1, 1, 1)), transform(model)(input[:1].repeat(2, 1, 1, 1))
         )
+
+
+@pytest.fixture(scope="module")
+def without_python():
+    """Have the library that calls what was chosen without Python."""
+    dispatch.auto.is_loaded()
+    dispatch.finish_builds()
+    assert dispatch.auto.is_loaded()
+
+
+# Of each device some that a rung takes and some that the library's convolution does, with each kind of copy before it.
+GEOMETRIES = [
+    ((2, 4, 9, 11), 6, 3, {}),
+    ((2, 512, 7, 7), 512, 3, {"padding": 1}),
+    ((2, 512, 7, 8), 512, 2, {"padding": "same"}),
+    ((2, 64, 28, 28), 256, 1, {"stride": 2}),
+    ((2, 256, 14, 14), 64, 1, {}),
+    ((2, 64, 14, 14), 64, 3, {"padding": 1}),
+    ((2, 32, 14, 14), 32, 3, {"groups": 4, "dilation": 2}),
+]
+
+
+@ON
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("precision", ["auto", "ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("shape", "out_channels", "kernel", "conv"), GEOMETRIES)
+def test_without_python(shape, out_channels, kernel, conv, dtype, precision, bias, device, without_python):
+    """Bit for bit what an eager call gives, winners as well, and no Python in between."""
+    for layout in ("nchw", "channels_last"):
+        input = LAYOUTS[layout](torch.randn(shape, device=device).to(dtype))
+        weight = torch.randn(out_channels, shape[1] // conv.get("groups", 1), kernel, kernel, device=device).to(dtype)
+        added = torch.randn(out_channels, device=device).to(dtype) if bias else None
+        geometry, _ = arguments.check_conv(
+            input, weight, added, *({"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | conv).values()
+        )
+        args, names = (input, weight, added, -1.5, *geometry, precision), set()
+        with torch.no_grad():
+            expected = fk.conv2d_scale_min(*args[:4], **conv, precision=precision, return_indices=True)
+            operators = [getattr(torch.ops.fused_kernels, f"conv2d_scale_min_{name}auto") for name in ("", "winners_")]
+            for _ in range(2):
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    found = operators[0](*args), *operators[1](*args)
+                names = {event.key for event in profile.key_averages()}
+        assert "fused_kernels::conv2d_scale_min_auto" in names
+        assert not any("choice" in name or "in_python" in name for name in names)
+        torch.testing.assert_close(found[1:], (expected[0], expected[1].to(found[2].dtype)), rtol=0, atol=0)
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@ON
+def test_a_traced_program_of_several_calls(device, without_python):
+    """Its interpreter keeps more on the stack than a call's arguments."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = SMALL.make(device)
+
+        def forward(self, x):
+            least = self.layer(x)
+            return fk.scale_min(x, 2.0) + least * self.layer(x + least)
+
+    model, input = Twice(), SMALL.draw(device)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, input)
+        for _ in range(3):
+            close(traced(input), model(input))
+
+
+@ON
+def test_an_exported_program_under_autocast(device, without_python):
+    """It computes in the dtype that it was exported for."""
+    for layer in (SMALL, Layer(512, 512, 3, 7, 1)):
+        model, input = layer.make(device), layer.draw(device)
+        program = export(model, (input,)).module()
+        with torch.no_grad():
+            expected = program(input)
+            with torch.autocast(device, torch.bfloat16):
+                found = program(input)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
