@@ -499,8 +499,9 @@ def composite_adds_bias(request, monkeypatch):
 
     monkeypatch.setattr(composite, "_adds_bias", lambda input: True)
     with torch.library._scoped_library("fused_kernels", "IMPL") as library:
-        library.impl("scale_min_bias", lambda *args: with_winners(*args)[0], "CPU")
-        library.impl("scale_min_bias_winners", with_winners, "CPU")
+        for overload in rungs["scale_min_vectorized"].overloads:
+            library.impl(f"scale_min_bias.{overload}", lambda *args: with_winners(*args)[0], "CPU")
+            library.impl(f"scale_min_bias_winners.{overload}", with_winners, "CPU")
         yield "cpu"
 
 
@@ -527,7 +528,7 @@ class TestCompositeAddsBias:
         with Record() as record:
             rungs["composite"](*problem(composite_adds_bias, (2, 6, 9, 11), 10, (3, 3)), 2.0)
         assert [args[2] for name, args in record.calls if "conv" in name] == [None]
-        assert [name for name, _ in record.calls][-1] == "fused_kernels::scale_min_bias"
+        assert [name for name, _ in record.calls][-1] == "fused_kernels::scale_min_bias.float32"
 
     @pytest.mark.parametrize("needed", [(0, 1, 2), (2,), (0,)], ids=str)
     def test_gradients(self, composite_adds_bias, needed):
