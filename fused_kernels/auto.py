@@ -82,11 +82,10 @@ def _choose_grad_bias(grad, *args):
     return choice.GRAD_BIAS[grad.device.type], ""
 
 
-def _choose_grad_input(grad, winners, weight, scale, input_size, stride, padding, dilation, groups, precision, channels_last):
-    shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
-    problem = _problem(
-        weight, shape, _strides(shape, channels_last), weight.shape, stride, padding, dilation, groups, precision
-    )
+def _choose_grad_input(grad, winners, weight, scale, input_size, *args):
+    *conv, channels_last = args
+    shape = (grad.shape[0], weight.shape[1] * conv[3], *input_size)
+    problem = _problem(weight, shape, _strides(shape, channels_last), weight.shape, *conv)
     return choice.choose_grad_input(problem, choice.read_hardware(weight.device)), problem.precision
 
 
@@ -124,14 +123,6 @@ _CHOOSE = {
 # ---- what is Python when it is called ----
 
 
-def _scale_min(input, scale):
-    return composite.reference_scale_min(input, scale)
-
-
-def _scale_min_winners(input, scale):
-    return composite.reference_winners(input, scale)
-
-
 def _conv2d_scale_min(input, weight, bias, scale, *conv):
     decision = choice.decide_checked(input, weight, bias, *conv)
     return composite.compute_output(decision, input, weight, bias, scale)
@@ -143,8 +134,8 @@ def _conv2d_scale_min_winners(input, weight, bias, scale, *conv):
 
 
 _IN_PYTHON = {
-    "scale_min": _scale_min,
-    "scale_min_winners": _scale_min_winners,
+    "scale_min": composite.reference_scale_min,
+    "scale_min_winners": composite.reference_winners,
     "conv2d_scale_min": _conv2d_scale_min,
     "conv2d_scale_min_winners": _conv2d_scale_min_winners,
 }
@@ -198,20 +189,29 @@ def _place_of_precision(kind):
 # ---- with a gradient ----
 
 
-def _scale_min_by_library(input, scale):
-    return composite.reference_scale_min(input, scale)
-
-
 def _conv2d_scale_min_by_library(input, weight, bias, scale, *conv):
-    return composite.compute_by_library(describe_problem(input, weight.shape, *conv), input, weight, bias, scale)
+    convolved = composite.library_conv(describe_problem(input, weight.shape, *conv), input, weight, bias)
+    return composite.reference_scale_min(convolved, scale)
 
 
-def _from_winners(kind, by_library):
-    """Make what a forward operator does where a gradient is wanted: the one with winners has a rule for it."""
+def _conv2d_scale_min_winners_by_library(input, weight, bias, scale, *conv):
+    convolved = composite.library_conv(describe_problem(input, weight.shape, *conv), input, weight, bias)
+    return composite.reference_winners(convolved, scale)
+
+
+# PyTorch's own operations, which have gradients of their own.
+_BY_LIBRARY = {
+    "scale_min": composite.reference_scale_min,
+    "scale_min_winners": composite.reference_winners,
+    "conv2d_scale_min": _conv2d_scale_min_by_library,
+    "conv2d_scale_min_winners": _conv2d_scale_min_winners_by_library,
+}
+
+
+def _by_winners(kind):
+    """Make what a forward operator does where a gradient is wanted: the one that gives winners as well has a rule for it."""
 
     def function(*args):
-        if is_transformed() or not has_scale_min(args[0].device):
-            return by_library(*args)
         return _operator(f"{kind}_winners_auto")(*args)[0]
 
     return function
@@ -231,6 +231,18 @@ def _by_rule(kind):
     return type(f"{kind}_auto", (torch.autograd.Function,), rule).apply
 
 
+def _with_gradient(kind):
+    """Make what an operator does where a gradient is wanted."""
+    by_rule = _by_winners(kind) if f"{kind}_winners" in _CHOOSE else _by_rule(kind)
+    if kind not in _BY_LIBRARY:
+        return by_rule
+
+    def function(*args):
+        return (_BY_LIBRARY[kind] if is_transformed() or not has_scale_min(args[0].device) else by_rule)(*args)
+
+    return function
+
+
 def _at_autograd(kind, with_gradient):
     """Make an operator's kernel at autograd's key."""
 
@@ -242,12 +254,6 @@ def _at_autograd(kind, with_gradient):
     return kernel
 
 
-_WITH_GRADIENT = {kind: _by_rule(kind) for kind in _CHOOSE} | {
-    "scale_min": _from_winners("scale_min", _scale_min_by_library),
-    "conv2d_scale_min": _from_winners("conv2d_scale_min", _conv2d_scale_min_by_library),
-}
-
-
 # ---- registration ----
 
 
@@ -257,16 +263,16 @@ def _operator(name):
 
 def _define_all():
     for kind in _CHOOSE:
-        schema, name = SCHEMAS[kind], f"{kind}_auto"
+        schema, name, with_gradient = SCHEMAS[kind], f"{kind}_auto", _with_gradient(kind)
         # The tag: a compiler may hand over tensors with other strides than were traced; the kernels take any.
         library = define_rules(build.NAMESPACE, name, kind, tags=(torch.Tag.flexible_layout,), has_gradient=False)
         library.impl(name, _call_chosen(kind), "CompositeExplicitAutograd")
-        library.impl(name, _at_autograd(kind, _WITH_GRADIENT[kind]), "Autograd", with_keyset=True)
+        library.impl(name, _at_autograd(kind, with_gradient), "Autograd", with_keyset=True)
         # What csrc/autograd/auto.cpp asks and calls.
         library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[])")
         library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")
         library.define(f"{name}_with_gradient{schema}")
-        library.impl(f"{name}_with_gradient", _WITH_GRADIENT[kind], "CompositeImplicitAutograd")
+        library.impl(f"{name}_with_gradient", with_gradient, "CompositeImplicitAutograd")
         if kind in _IN_PYTHON:
             library.define(f"{kind}_in_python{schema}")
             library.impl(f"{kind}_in_python", _IN_PYTHON[kind], "CompositeExplicitAutograd")

@@ -92,7 +92,7 @@ def has_scale_min(device):
     return name is not None and not is_transformed() and not why_unavailable(name, device.index)
 
 
-def reference_scale_min(input, scale, return_indices):
+def reference_scale_min(input, scale, return_indices=False):
     """Scale and take the minimum by PyTorch's own operations."""
     minimum = torch.min(input * scale, dim=1, keepdim=True)
     return tuple(minimum) if return_indices else minimum.values

@@ -145,6 +145,12 @@ program, args = torch.export.load({program!r}).module(), torch.load({args!r})
 with torch.no_grad():
     torch.save(program(*args), {result!r})
 found = program(*args)
+found = found + torch.ops.fused_kernels.conv2d_scale_min_winners_auto(
+    *args, *program.parameters(), -1.5, [1, 1], [1] * 4, [1, 1], 1, "auto"
+)[0]
+least = torch.ops.fused_kernels.scale_min_auto(args[0].requires_grad_(), 2.0)
+torch.testing.assert_close(least, args[0].mul(2.0).amin(1, keepdim=True))
+torch.autograd.grad(least.sum(), args)
 print(found.requires_grad, torch.autograd.grad(found.sum(), program.parameters())[0].shape)
 """
 

@@ -23,9 +23,9 @@ using c10::IValue;
 using c10::OperatorHandle;
 using torch::jit::Stack;
 
-const char* const kOperators[] = {"scale_min_auto",          "scale_min_winners_auto",        "conv2d_scale_min_auto",
-                                  "conv2d_scale_min_winners_auto", "scale_min_backward_auto", "grad_input_auto",
-                                  "grad_weight_auto",        "grad_bias_auto"};
+const char* const kOperators[] = {
+    "scale_min_auto",          "scale_min_winners_auto", "conv2d_scale_min_auto", "conv2d_scale_min_winners_auto",
+    "scale_min_backward_auto", "grad_input_auto",        "grad_weight_auto",      "grad_bias_auto"};
 
 OperatorHandle find(const std::string& name) {
   const size_t dot = name.find('.');
@@ -75,6 +75,8 @@ class Key {
       for (int64_t item : list) put(item);
     } else if (value.isString()) {
       bytes.append(value.toStringRef());
+    } else if (value.isNone()) {
+      put(int64_t{-1});
     }  // no choice depends on the scale
   }
 };
