@@ -13,15 +13,17 @@ from .check import DTYPES
 from .rungs import LADDER
 
 
-def doctor(options):
+def clean(_):
+    """Remove builds that this version would not load here."""
+    try:
+        count, size = cleaning.clean()
+    except (RuntimeError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"removed {count} old builds, {size / 1e6:.1f} MB, from {_in_home(build.cache_dir())}")
+
+
+def doctor(_):
     """Say what this machine has, and for each rung whether it runs here, else what is missing."""
-    if options.clean:
-        try:
-            count, size = cleaning.clean()
-        except (RuntimeError, OSError) as error:
-            raise SystemExit(str(error)) from error
-        print(f"removed {count} old builds, {size / 1e6:.1f} MB, from {_in_home(build.cache_dir())}")
-        return
     try:
         toolkit = build.cuda_toolkit()
         found = f"{'.'.join(map(str, toolkit.version))} in {toolkit.home}" if toolkit else "none: nvcc was not found"
@@ -101,7 +103,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m fused_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="doctor | bench | figures | export")
     parser_doctor = commands.add_parser("doctor", help=doctor.__doc__)
-    parser_doctor.add_argument("--clean", action="store_true", help="remove builds that this version would not load here")
+    parser_doctor.add_argument("--clean", dest="command", action="store_const", const=clean, help=clean.__doc__)
     parser_doctor.set_defaults(command=doctor)
 
     parser_bench = commands.add_parser("bench", help=run_bench.__doc__)

@@ -40,18 +40,7 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
     tuple of int
         The convolution's (H', W').
     """
-    _check_tensor("input", input, "(N, C, H, W)")
-    _check_tensor("weight", weight, "(C_out, C_in / groups, kH, kW)")
-    if bias is not None:
-        _check_tensor("bias", bias, "(C_out,)")
-    dtype, device = input.dtype, input.device
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected the input's device {device}, got {tensor.device}")
+    check_tensors(input, weight, bias)
     groups, given = _integer(groups), groups
     if groups is None or groups < 1:
         raise ValueError(f"groups: expected a positive integer, got {given!r}")
@@ -83,6 +72,22 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
             f"with dilation {dilation}"
         )
     return geometry, (height, width)
+
+
+def check_tensors(input, weight, bias):
+    """Raise unless a fused convolution's tensors have the right number of dimensions, and one dtype and device."""
+    _check_tensor("input", input, "(N, C, H, W)")
+    _check_tensor("weight", weight, "(C_out, C_in / groups, kH, kW)")
+    if bias is not None:
+        _check_tensor("bias", bias, "(C_out,)")
+    dtype, device = input.dtype, input.device
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the input's device {device}, got {tensor.device}")
 
 
 def output_size(input_shape, weight_shape, stride, padding, dilation, groups=1):

@@ -11,7 +11,7 @@ will be needed; only a kernel at autograd's own key can tell. A program that is 
 import torch
 
 from . import build, choice, composite, dispatch, gradients
-from .arguments import output_size
+from .arguments import check_input, output_size
 from .composite import has_scale_min
 from .dispatch import is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
@@ -66,6 +66,7 @@ IN_PYTHON = "in_python"
 
 
 def _choose_scale_min(input, scale):
+    check_input(input)
     return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else IN_PYTHON, ""
 
 
@@ -238,7 +239,10 @@ def _with_gradient(kind):
         return by_rule
 
     def function(*args):
-        return (_BY_LIBRARY[kind] if is_transformed() or not has_scale_min(args[0].device) else by_rule)(*args)
+        if is_transformed() or not has_scale_min(args[0].device):
+            with torch._C._DisableAutocast():
+                return _BY_LIBRARY[kind](*args)
+        return by_rule(*args)
 
     return function
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import arguments
 from .problem import Problem, check_problem, cudnn_precision, describe_problem
 from .rungs import why_unavailable
 
@@ -94,6 +95,8 @@ def decide_checked(input, weight, bias, stride, padding, dilation, groups, preci
 
 
 def _describe(input, weight, bias, *conv):
+    arguments.check_tensors(input, weight, bias)
+    arguments.check_precision(conv[-1])
     return describe_problem(input, weight.shape, *conv)
 
 

@@ -42,7 +42,7 @@ def clean():
     removed = [_remove(folder, folder in needed) for folder in sorted(cache.iterdir()) if _is_ours(folder)]
     for lock in cache.glob("*.lock"):
         folder = lock.with_suffix("")
-        if _FOLDER.fullmatch(folder.name) and folder not in needed and not folder.exists():
+        if _is_our_name(folder.name) and folder not in needed and lock.is_file() and not folder.exists():
             _remove(folder, is_needed=False)
     return sum(count for count, _ in removed), sum(size for _, size in removed)
 
@@ -61,9 +61,17 @@ def loadable():
 
 
 def _is_ours(folder):
-    if not _FOLDER.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+    if not _is_our_name(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
-    return all(_CONTENT.fullmatch(path.name) for path in folder.iterdir())
+    return all(_CONTENT.fullmatch(path.name) and not path.is_symlink() for path in folder.rglob("*"))
+
+
+def _is_our_name(name):
+    if not _FOLDER.fullmatch(name):
+        return False
+    library = name.rpartition("-")[0].partition(".")[0].removesuffix("_winners")
+    parts = (dispatch.from_winners, dispatch.auto, *LADDER, COPY, *BACKWARD)
+    return library in {part.name for part in parts}
 
 
 def _remove(folder, is_needed):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import threading
 import warnings
 
@@ -161,20 +162,29 @@ class WithoutPython:
         if self._loaded or self._failed:
             return self._loaded
         with self._lock:
-            if build.why_no_compiler():
-                self._failed = True
-                return False
-            if self._thread is None and not build.find(*self.library, device="cpu").exists():
-                self._thread = _in_background(self._make)
-            if self._thread is not None and self._thread.is_alive():
-                return False
-            if self._error is not None and not self._failed:
-                self._failed = True
-                warnings.warn(f"{self.loss}: {self._error}", stacklevel=2)
-            elif not self._loaded:
-                build.load(*self.library, device="cpu")
-                self._loaded = True
+            if not (self._loaded or self._failed):
+                try:
+                    self._loaded = self._is_built()
+                    if self._loaded:
+                        build.load(*self.library, device="cpu")
+                except (RuntimeError, OSError) as error:
+                    self._loaded, self._failed = False, True
+                    if not build.why_no_compiler():
+                        warnings.warn(f"{self.loss}: {error}", stacklevel=2)
         return self._loaded
+
+    def _is_built(self):
+        if build.find(*self.library, device="cpu").exists():
+            return True
+        if self._thread is None:
+            self._thread = _in_background(self._make)
+        if not self._thread.is_alive():
+            raise self._error or RuntimeError(f"{self.name} was not built")
+        return False
+
+    def forget(self):
+        """Begin anew in a forked process, which has no threads."""
+        self._lock, self._thread = threading.Lock(), None
 
     def _make(self):
         try:
@@ -190,3 +200,14 @@ _started = set()
 _threads = set()
 from_winners = WithoutPython("from_winners", "training is slower than it could be, by microseconds a step")
 auto = WithoutPython("auto", "compiled and exported programs are slower than they could be, by microseconds a call")
+
+
+def _forget():
+    _started.clear()
+    _threads.clear()
+    from_winners.forget()
+    auto.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,9 +1,11 @@
 """Run compilers: several at once, all told no more than there are cores, and none of them outlives this process."""
 
 import atexit
+import concurrent.futures
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import threading
 import weakref
@@ -59,8 +61,14 @@ class _Job:
                 with self._lock, said.open("w") as output:
                     if self.error:
                         return
+                    # A group of its own, in which the compiler starts others.
                     process = subprocess.Popen(
-                        command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                        command,
+                        cwd=self.folder,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
                     )
                     self._processes.append(process)
                 if process.wait() == 0:
@@ -75,11 +83,38 @@ class _Job:
         with self._lock:
             self.error = self.error or error or RuntimeError("the build was stopped")
             for process in self._processes:
-                with contextlib.suppress(OSError):
-                    process.terminate()
+                if process.poll() is None:
+                    with contextlib.suppress(OSError):
+                        os.killpg(process.pid, signal.SIGTERM)
+
+
+def map_all(function, items, at_once):
+    """Call a function that builds for each item, several at a time; an interrupt ends all compilers."""
+    if len(items) == 1:
+        return [function(items[0])]
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        try:
+            return list(pool.map(function, items))
+        except Exception:
+            raise
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            _stop_all()
+            raise
 
 
 @atexit.register
 def _stop_all():
     for job in list(_jobs):
         job.stop()
+
+
+def _forget():
+    """Begin anew in a forked process: the jobs, and the cores that they keep, are its parent's."""
+    global _cores
+    _cores = threading.Semaphore(os.cpu_count() or 1)
+    _jobs.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,6 +1,5 @@
 """The operators: schemas, output shapes and registration for torch; each builds its library on its first call."""
 
-import concurrent.futures
 import functools
 import hashlib
 import os
@@ -10,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from . import arguments, build, choice, composite, dispatch, gradients
+from . import arguments, build, choice, composite, dispatch, gradients, jobs
 from .rungs import BACKWARD, COPY, LADDER, rungs
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
@@ -37,6 +36,8 @@ SCHEMAS |= {f"{kind}_winners": SCHEMAS[kind].replace("-> Tensor", "-> (Tensor, T
 # A Library takes its registrations back when it is collected.
 _libraries = []
 _load_locks = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_load_locks.clear)
 
 
 def edit(name, source):
@@ -91,8 +92,7 @@ def load():
     libraries = [(rung, overload) for rung in ready if rung.device for overload in rung.overloads]
     # Those that take longest first, and whole: there are more libraries than cores.
     libraries.sort(key=lambda library: library[0].only_capability is None)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda library: _load(library[0], library[0].name, library[1], at_once=1), libraries))
+    jobs.map_all(lambda library: _load(library[0], library[0].name, library[1], at_once=1), libraries, os.cpu_count())
     return [rung.name for rung in ready if rung is not COPY]
 
 

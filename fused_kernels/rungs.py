@@ -3,13 +3,12 @@
 A rung's name is its file's name under ``csrc/``, its operator's name, its key in the records and its label in every plot.
 """
 
-import concurrent.futures
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from . import arguments, build
+from . import arguments, build, jobs
 from .dispatch import OVERLOADS, is_transformed, operator, wants_gradient
 from .problem import check_problem
 
@@ -151,8 +150,7 @@ class Rung:
             if all(missing):
                 raise RuntimeError(f"{self.name} cannot run here: {missing[0]}")
         overloads = [overload] if overload else self.overloads
-        with concurrent.futures.ThreadPoolExecutor(len(overloads)) as pool:
-            list(pool.map(lambda one: build.load(**self.library(one, winners, arch), at_once=at_once), overloads))
+        jobs.map_all(lambda one: build.load(**self.library(one, winners, arch), at_once=at_once), overloads, len(overloads))
 
     def __call__(self, *args, **kwargs):
         """Run it: ``(input, scale)``, or ``(input, weight, bias, scale, *, stride, padding, dilation, groups, precision)``.

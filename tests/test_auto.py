@@ -369,3 +369,34 @@ def test_an_exported_program_under_autocast(device, without_python):
             with torch.autocast(device, torch.bfloat16):
                 found = program(input)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@ON
+def test_a_transform_leaves_no_choice_behind(device, without_python):
+    """While one is under way PyTorch's operations run, and only then."""
+    input, operator = torch.randn(3, 5, 7, 9, device=device), torch.ops.fused_kernels.scale_min_auto.default
+    with torch.autograd.forward_ad.dual_level():
+        operator(input, 2.0)
+    operator(input, 2.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        operator(input, 2.0)
+    names = {event.key for event in profile.key_averages()}
+    assert not any("in_python" in name or "choice" in name for name in names)
+
+
+@ON
+def test_wrong_arguments_are_one_sentence(device):
+    """Also where nobody checked them before."""
+    input, weight = torch.randn(2, 4, 9, 11, device=device), torch.randn(6, 4, 3, 3, device=device)
+    conv, operator = ([1, 1], [0] * 4, [1, 1], 1, "auto"), torch.ops.fused_kernels.conv2d_scale_min_auto
+    wrong = [
+        lambda: operator(input[0], weight, None, 1.0, *conv),
+        lambda: operator(input, weight.double(), None, 1.0, *conv),
+        lambda: operator(input, weight, None, 1.0, *conv[:4], "bogus"),
+        lambda: operator(input[:, :3], weight, None, 1.0, *conv),
+        lambda: torch.ops.fused_kernels.scale_min_auto(input[0], 1.0),
+    ]
+    for function in wrong:
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            function()
+        assert "expected" in str(caught.value)

@@ -523,3 +523,44 @@ def test_clean_says_where_it_cannot_write(empty_cache, monkeypatch):
     with pytest.raises(SystemExit, match="cannot be written") as error:
         main(["doctor", "--clean"])
     assert_one_sentence(str(error.value))
+
+
+FORK = """
+import os, sys, time
+import torch
+from fused_kernels import dispatch, jobs, scale_min
+
+dispatch.auto.is_loaded()
+dispatch.from_winners.is_loaded()
+while not any(job._processes for job in jobs._jobs):
+    time.sleep(0.01)
+if (child := os.fork()) == 0:
+    scale_min(torch.randn(1, 3, 4, 4), 2.0)
+    sys.exit(0)  # with what runs at the end of a process
+assert os.waitpid(child, 0)[1] == 0
+dispatch.finish_builds()
+assert dispatch.auto.is_loaded() and dispatch.from_winners.is_loaded()
+print("both built")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_libraries_are_built(run_python):
+    """The child builds what it needs, and leaves its parent's compilers alone."""
+    assert run_python(FORK).strip() == "both built"
+
+
+BROKEN = """
+from pathlib import Path
+import torch
+from fused_kernels import build, dispatch
+
+library = build.find(*dispatch.auto.library, device="cpu")
+library.parent.mkdir(parents=True)
+library.write_text("no library")
+print(torch.ops.fused_kernels.scale_min_auto(torch.ones(1, 2, 1, 1), 2.0).item())
+"""
+
+
+def test_a_library_that_does_not_load_is_done_without(run_python):
+    assert run_python(BROKEN).strip() == "2.0"
