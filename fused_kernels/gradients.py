@@ -6,7 +6,7 @@ channels. Each of them is linear in the incoming gradient and in one other tenso
 derivative is made of the same operators.
 
 NOTE: csrc/autograd/from_winners.cpp has the rules of scale_min_winners and conv_winners a second time, in C++. Where torch
-compiles nothing, those are followed: change both.
+compiles nothing, those are followed once they are built: change both.
 """
 
 import torch

@@ -134,6 +134,25 @@ print(was_there, rules(), all(a.equal(b) for a, b in zip(first, second)))
     assert run_python(code).split() == ["True", "True", "True"]
 
 
+def test_a_checkpointed_step_may_begin_with_one_kind_of_rules_and_end_with_the_other(run_python):
+    code = (
+        TRAIN
+        + """
+from torch.utils.checkpoint import checkpoint
+def forward(input):
+    return fk.scale_min(layer(input) + input[:, :, :7, :6], 2.0)
+input, layer = torch.randn(2, 3, 9, 8, requires_grad=True), fk.Conv2dScaleMin(3, 5, 3, 2.0)
+output = checkpoint(forward, input, use_reentrant=False)
+before = rules()
+dispatch.finish_builds()
+mixed = torch.autograd.grad(output.sum(), [input, *layer.parameters()])
+plain = torch.autograd.grad(forward(input).sum(), [input, *layer.parameters()])
+print(before, rules(), all(a.equal(b) for a, b in zip(mixed, plain)))
+"""
+    )
+    assert run_python(code).split() == ["False", "True", "True"]
+
+
 def test_the_process_ends_while_something_is_built(run_python, tmp_path):
     slow = script(tmp_path / "slow", 'case "$*" in *from_winners.cpp*) exec sleep 300;; esac\nexec c++ "$@"')
     start = time.monotonic()

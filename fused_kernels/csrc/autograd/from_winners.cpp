@@ -3,7 +3,8 @@
 // The rules for gradients are in gradients.py, as torch.library wants them. But what torch.library runs around them, in Python,
 // takes longer than a small layer's kernels; and a GPU's backward pass runs in a thread of its own, which has to wait for
 // Python's lock. So where nothing is compiled or transformed the first-order rules are followed here. The caller says which
-// operators to call. Second derivatives still come from the operators' own rules.
+// operators to call. Until this is built, in the background, the rules in gradients.py do the same. Second derivatives still
+// come from the operators' own rules.
 //   forward operator    gives output and winners; or "given": the caller ran a forward in Python and hands over both
 //   backward operators  grad_input, grad_weight with the bias's gradient, grad_bias where that is wanted alone
 // NOTE: PyTorch's stable ABI has no autograd functions; so this source is the only one that uses the headers of libtorch.
