@@ -191,8 +191,7 @@ def _place_of_precision(kind):
 
 
 def _conv2d_scale_min_by_library(input, weight, bias, scale, *conv):
-    convolved = composite.library_conv(describe_problem(input, weight.shape, *conv), input, weight, bias)
-    return composite.reference_scale_min(convolved, scale)
+    return composite.compute_by_library(describe_problem(input, weight.shape, *conv), input, weight, bias, scale)
 
 
 def _conv2d_scale_min_winners_by_library(input, weight, bias, scale, *conv):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS
+from conftest import DEVICES, LAYOUTS, assert_one_sentence
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 from torch.export.passes import move_to_device_pass
@@ -399,4 +399,6 @@ def test_wrong_arguments_are_one_sentence(device):
     for function in wrong:
         with pytest.raises((RuntimeError, ValueError)) as caught:
             function()
-        assert "expected" in str(caught.value)
+        sentence = str(caught.value).splitlines()[0]
+        assert_one_sentence(sentence)
+        assert "expected" in sentence

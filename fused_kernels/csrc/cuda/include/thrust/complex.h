@@ -1,6 +1,6 @@
 #pragma once
 // Stands in for thrust's header of the same name: PyTorch's headers include it for complex numbers, which no kernel here uses,
-// and to parse it takes longer than to compile most kernels. These declarations are all that PyTorch's headers need of it.
+// and each build would parse it three times. These declarations are all that PyTorch's headers need of it.
 
 namespace thrust {
 template <typename T>
