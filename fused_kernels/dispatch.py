@@ -183,7 +183,7 @@ class WithoutPython:
         return False
 
     def forget(self):
-        """Begin anew in a forked process, which has no threads."""
+        """Start over in a forked process, which has no threads."""
         self._lock, self._thread = threading.Lock(), None
 
     def _make(self):

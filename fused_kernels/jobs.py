@@ -110,7 +110,7 @@ def _stop_all():
 
 
 def _forget():
-    """Begin anew in a forked process: the jobs, and the cores that they keep, are its parent's."""
+    """Start over in a forked process: the jobs, and the cores that they keep, are its parent's."""
     global _cores
     _cores = threading.Semaphore(os.cpu_count() or 1)
     _jobs.clear()

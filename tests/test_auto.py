@@ -11,7 +11,7 @@ from torch.export import Dim, export
 from torch.export.passes import move_to_device_pass
 
 import fused_kernels as fk
-from fused_kernels import arguments, dispatch
+from fused_kernels import arguments, build, dispatch
 
 ON = pytest.mark.parametrize("device", DEVICES)
 CONV, MIN = (f"fused_kernels.{name}_auto.default" for name in ("conv2d_scale_min", "scale_min"))
@@ -248,15 +248,25 @@ def test_fx_traces_through_a_layer():
     close(torch.fx.symbolic_trace(lambda x: fk.scale_min(x, 2.0))(input), fk.scale_min(input, 2.0))
 
 
+FROM_A_PACKAGE = """
+import torch
+import fused_kernels
+
+run = torch._inductor.aoti_load_package({package!r})
+torch.save(run(torch.load({input!r})), {result!r})
+"""
+
+
 @ON
-def test_aotinductor_packages(device, tmp_path):
-    """They run where this package was imported, as here."""
-    model = SMALL.make(device)
+def test_an_aotinductor_package_runs_where_this_one_was_imported(device, run_python, tmp_path):
+    model, input = SMALL.make(device), SMALL.draw(device, batch=7)
+    files = {name: str(tmp_path / f"{name}.pt2") for name in ("package", "input", "result")}
+    torch.save(input, files["input"])
     with torch.no_grad():
         program = export(model, (SMALL.draw(device),), dynamic_shapes={"input": {0: Dim("B", min=2, max=64)}})
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        input = SMALL.draw(device, batch=7)
-        close(torch._inductor.aoti_load_package(path)(input), model(input))
+        torch._inductor.aoti_compile_and_package(program, package_path=files["package"])
+        run_python(FROM_A_PACKAGE.format(**files), FUSED_KERNELS_CACHE=str(build.cache_dir()))
+        close(torch.load(files["result"]), model(input))
 
 
 @ON

@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import re
+import select
 import shutil
 import signal
 import stat
@@ -206,6 +207,25 @@ def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path):
     process.wait(timeout=30)
     assert list((tmp_path / "cache").glob("scale_min-*/build-*"))
     assert not list((tmp_path / "cache").glob("scale_min-*/scale_min.so"))
+    assert run_python(code, CXX="c++").strip() == "5.0"
+
+
+def test_an_interrupt_ends_the_compilers(run_python, tmp_path):
+    started, held = tmp_path / "started", tmp_path / "held"
+    os.mkfifo(held)
+    reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
+    waits = f"exec 9> {held}; touch {started}; exec sleep 300"
+    slow = script(tmp_path / "slow", f'case "$*" in *scale_min*) {waits};; esac\nexec c++ "$@"')
+    code = PREPARE + "print(filled(5)(input, 1.0).item())"
+    process = run_python(code, wait=False, CXX=slow)
+    wait_for(started, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert said.splitlines()[-1] == "KeyboardInterrupt"
+    # The end of the file: nobody holds it open for writing.
+    ended, _, _ = select.select([reader], [], [], 10)
+    os.close(reader)
+    assert ended
     assert run_python(code, CXX="c++").strip() == "5.0"
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 # Channels in and out, kernel, image: some where the library's convolution is chosen, some where a rung is.
-LAYERS = [(512, 512, 3, 7), (256, 256, 3, 14), (64, 64, 3, 14), (3, 16, 3, 8), (64, 128, 3, 56)]
+LAYERS = [(512, 512, 3, 7), (3, 16, 3, 8), (64, 128, 3, 56), (256, 256, 3, 14), (64, 64, 3, 14)]
 
 
 class Network(nn.Module):
