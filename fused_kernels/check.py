@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .dispatch import OVERLOADS
 from .rungs import rungs
 
 # What a rung of each operator must take; some take float64 convolutions as well.
@@ -193,6 +194,9 @@ def verdict(rung, device=None, *, nan=True):
     if missing := rung.why_unavailable(device):
         raise RuntimeError(f"{rung.name}: {missing}")
     device = torch.device(device or rung.device or "cpu")
+    # Built at once: a case builds its own dtype alone, and would leave most cores idle.
+    asked = {OVERLOADS[dtype] for dtype in DTYPES[rung.operator]} | {None}
+    rung.load(overloads=[overload for overload in rung.overloads if overload in asked])
     make = _scale_min_cases if rung.operator == "scale_min" else _conv2d_scale_min_cases
     # A float64 convolution is asked only of PyTorch's own; a kernel may leave it to the composite.
     dtypes = DTYPES[rung.operator] + ((torch.float64,) if rung.device is None else ())

@@ -258,7 +258,7 @@ def _load(rung, name, overload, winners=False, at_once=None):
 
     with _load_locks.setdefault((rung.namespace, rung.name, overload, winners), threading.Lock()):
         if not implemented():
-            rung.load(winners=winners, overload=overload, at_once=at_once)
+            rung.load(winners=winners, overloads=[overload], at_once=at_once)
         if not (found := implemented()):
             raise RuntimeError(f"{rung.name}: the source registers no {rung.device.upper()} implementation of {name}")
     return found

@@ -127,15 +127,15 @@ class Rung:
         where = {"device": self.device, "namespace": self.namespace, "arch": arch}
         return {"name": self.name, "source": self.source, **where, "winners": winners, "dtype": overload}
 
-    def load(self, arch=None, winners=False, overload=None, at_once=None):
+    def load(self, arch=None, winners=False, overloads=None, at_once=None):
         """Build the kernel if need be and register it.
 
         Parameters
         ----------
         arch, winners, at_once
             As for :func:`fused_kernels.build.make`.
-        overload : str, optional
-            The only dtype to build for, such as "float32"; by default every one that it takes, several at a time.
+        overloads : sequence of str, optional
+            The dtypes to build for, such as "float32"; by default every one that it takes. Several are built at a time.
 
         Raises
         ------
@@ -149,7 +149,7 @@ class Rung:
             missing = [self.why_unavailable(device) for device in devices or (None,)]
             if all(missing):
                 raise RuntimeError(f"{self.name} cannot run here: {missing[0]}")
-        overloads = [overload] if overload else self.overloads
+        overloads = self.overloads if overloads is None else overloads
         jobs.map_all(lambda one: build.load(**self.library(one, winners, arch), at_once=at_once), overloads, len(overloads))
 
     def __call__(self, *args, **kwargs):
