@@ -19,7 +19,8 @@ def check_input(input):
 
 def as_scale(scale):
     """Return ``scale`` as a float; integers too large for one become an infinity."""
-    if isinstance(scale, float):
+    # Not a subclass, such as NumPy's: to a compiler that one is an array.
+    if type(scale) is float:
         return scale
     if isinstance(scale, torch.Tensor) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a real Python number, got {_describe(scale)}")
@@ -75,16 +76,20 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
 
 
 def check_tensors(input, weight, bias):
-    """Raise unless a fused convolution's tensors have the right number of dimensions, and one dtype and device."""
+    """Raise unless a fused convolution's tensors have the right number of dimensions, and one device and dtype.
+
+    Dtypes that autocast is going to make one may differ.
+    """
     _check_tensor("input", input, "(N, C, H, W)")
     _check_tensor("weight", weight, "(C_out, C_in / groups, kH, kW)")
     if bias is not None:
         _check_tensor("bias", bias, "(C_out,)")
     dtype, device = input.dtype, input.device
+    castable = _CASTABLE if autocast_dtype(input) else ()
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != dtype:
+        if tensor.dtype != dtype and not (tensor.dtype in castable and dtype in castable):
             raise ValueError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected the input's device {device}, got {tensor.device}")
@@ -120,14 +125,19 @@ def autocast(*tensors):
     # First what costs least: a small kernel takes less time than a tensor's device.
     if not torch._C._is_any_autocast_enabled():
         return tensors
-    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    wanted = autocast_dtype(tensors[0])
+    return [t.to(wanted) if wanted and isinstance(t, torch.Tensor) and t.dtype in _CASTABLE else t for t in tensors]
+
+
+def autocast_dtype(input):
+    """Give the dtype to which autocast casts the arguments of a convolution of ``input``, or None."""
+    device = input.device.type if isinstance(input, torch.Tensor) else "cpu"
     if device not in ("cpu", "cuda") and not _has_autocast(device):
-        return tensors
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    castable = (torch.float32, torch.float16, torch.bfloat16)
-    return [t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in castable else t for t in tensors]
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+_CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _has_autocast(device):

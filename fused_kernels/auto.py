@@ -10,8 +10,7 @@ will be needed; only a kernel at autograd's own key can tell. A program that is 
 
 import torch
 
-from . import build, choice, composite, dispatch, gradients
-from .arguments import check_input, output_size
+from . import arguments, build, choice, composite, dispatch, gradients
 from .composite import has_scale_min
 from .dispatch import is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
@@ -66,7 +65,7 @@ IN_PYTHON = "in_python"
 
 
 def _choose_scale_min(input, scale):
-    check_input(input)
+    arguments.check_input(input)
     return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else IN_PYTHON, ""
 
 
@@ -98,7 +97,7 @@ def _choose_grad_weight(grad, winners, input, scale, out_channels, kernel_size, 
 
 def _problem(like, shape, strides, weight_shape, stride, padding, dilation, groups, precision):
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
-    size = output_size(shape, weight_shape, *geometry)
+    size = arguments.output_size(shape, weight_shape, *geometry)
     return make_problem(shape, strides, like.dtype, like.device, weight_shape, geometry, size, precision)
 
 
@@ -150,7 +149,7 @@ def _call_chosen(kind):
         # Takes over from the next call on, on a CPU and a GPU.
         dispatch.auto.is_loaded()
         name, precision = _CHOOSE[kind](*args)
-        # Arguments are of the dtype that is wanted, also those of a program that is called under autocast.
+        # Arguments are of the dtype that is wanted by now.
         with torch._C._DisableAutocast():
             if name == IN_PYTHON:
                 return _IN_PYTHON[kind](*args)
@@ -199,8 +198,9 @@ def _conv2d_scale_min_winners_by_library(input, weight, bias, scale, *conv):
     return composite.reference_winners(convolved, scale)
 
 
-# PyTorch's own operations, which have gradients of their own.
+# PyTorch's own operations, which have gradients of their own, and rules for transforms.
 _BY_LIBRARY = {
+    **gradients.BY_LIBRARY,
     "scale_min": composite.reference_scale_min,
     "scale_min_winners": composite.reference_winners,
     "conv2d_scale_min": _conv2d_scale_min_by_library,
@@ -234,8 +234,6 @@ def _by_rule(kind):
 def _with_gradient(kind):
     """Make what an operator does where a gradient is wanted."""
     by_rule = _by_winners(kind) if f"{kind}_winners" in _CHOOSE else _by_rule(kind)
-    if kind not in _BY_LIBRARY:
-        return by_rule
 
     def function(*args):
         if is_transformed() or not has_scale_min(args[0].device):
@@ -257,6 +255,20 @@ def _at_autograd(kind, with_gradient):
     return kernel
 
 
+# ---- under autocast ----
+
+
+def _at_autocast(kind):
+    """Make an operator's kernel at autocast's keys: it casts when it is called, as the convolutions around it do."""
+
+    def kernel(input, weight, bias, *args):
+        tensors = arguments.autocast(input, weight, bias)
+        with torch._C._DisableAutocast():
+            return _operator(f"{kind}_auto")(*tensors, *args)
+
+    return kernel
+
+
 # ---- registration ----
 
 
@@ -271,11 +283,15 @@ def _define_all():
         library = define_rules(build.NAMESPACE, name, kind, tags=(torch.Tag.flexible_layout,), has_gradient=False)
         library.impl(name, _call_chosen(kind), "CompositeExplicitAutograd")
         library.impl(name, _at_autograd(kind, with_gradient), "Autograd", with_keyset=True)
+        if kind.startswith("conv2d_scale_min"):
+            for key in ("AutocastCPU", "AutocastCUDA"):
+                library.impl(name, _at_autocast(kind), key)
         # What csrc/autograd/auto.cpp asks and calls.
         library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[])")
         library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")
         library.define(f"{name}_with_gradient{schema}")
-        library.impl(f"{name}_with_gradient", with_gradient, "CompositeImplicitAutograd")
+        for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+            library.impl(f"{name}_with_gradient", with_gradient, key)
         if kind in _IN_PYTHON:
             library.define(f"{kind}_in_python{schema}")
             library.impl(f"{kind}_in_python", _IN_PYTHON[kind], "CompositeExplicitAutograd")

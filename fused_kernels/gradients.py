@@ -12,7 +12,7 @@ compiles nothing, those are followed once they are built: change both.
 import torch
 from torch.nn import functional as F
 
-from .dispatch import run
+from . import dispatch
 from .problem import is_channels_last
 
 # ---- scale_min ----
@@ -42,7 +42,7 @@ def scale_min_winners_setup(ctx, inputs, output):
 def scale_min_winners_backward(ctx, grad, _):
     """Give each pixel's gradient to its winner."""
     (winners,) = ctx.saved_tensors
-    return run("scale_min_backward_auto", grad, winners, *ctx.rest), None
+    return _run("scale_min_backward", grad, winners, *ctx.rest), None
 
 
 def scale_min_backward_setup(ctx, inputs, output):
@@ -98,7 +98,7 @@ def gradients(geometry, grad, winners, input, weight, scale, needed):
     if needs_weight:
         grad_weight, grad_bias = geometry.grad_weight(grad, winners, input, scale)
     elif needs_bias:
-        grad_bias = run("grad_bias_auto", grad, winners, scale, geometry.weight_shape[0])
+        grad_bias = _run("grad_bias", grad, winners, scale, geometry.weight_shape[0])
     return grad_input, grad_weight, grad_bias if needs_bias else None
 
 
@@ -112,12 +112,12 @@ class Geometry:
 
     def grad_input(self, grad, winners, weight, scale):
         """Make the gradient of the input."""
-        return run("grad_input_auto", grad, winners, weight, scale, self.input_size, *self.conv, self.channels_last)
+        return _run("grad_input", grad, winners, weight, scale, self.input_size, *self.conv, self.channels_last)
 
     def grad_weight(self, grad, winners, input, scale):
         """Make the gradients of weights and bias."""
         out_channels, _, *kernel_size = self.weight_shape
-        return run("grad_weight_auto", grad, winners, input, scale, out_channels, kernel_size, *self.conv)
+        return _run("grad_weight", grad, winners, input, scale, out_channels, kernel_size, *self.conv)
 
 
 # ---- their own gradients ----
@@ -179,19 +179,11 @@ def library_conv2d_setup(ctx, inputs, output):
 
 
 def library_conv2d_backward(ctx, grad):
-    """Differentiate at the forward's precision: this function of torch's has only the setting to say which."""
+    """Differentiate at the forward's precision."""
     input, weight, bias = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.geometry
-    bias_size, needed = None if bias is None else bias.shape, list(ctx.needs_input_grad[:3])
-    setting = torch.backends.cudnn.conv
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if ctx.tf32 else "ieee"
-    try:
-        grads = torch.ops.aten.convolution_backward(
-            grad, input, weight, bias_size, stride, padding, dilation, False, (0, 0), groups, needed
-        )
-    finally:
-        setting.fp32_precision = before
+    bias_size = None if bias is None else bias.shape
+    precision = "tf32" if ctx.tf32 else "ieee"
+    grads = _convolution_backward(grad, input, weight, bias_size, *ctx.geometry, precision, list(ctx.needs_input_grad[:3]))
     return *grads, *[None] * 5
 
 
@@ -207,6 +199,75 @@ RULES = {
     "grad_bias": (grad_bias_backward, grad_bias_setup),
     "library_conv2d": (library_conv2d_backward, library_conv2d_setup),
 }
+
+
+# ---- by PyTorch's own operations: while a transform is under way, for which our operators have no rules ----
+
+
+def library_scale_min_backward(grad, winners, scale, channels, channels_last):
+    """Give each pixel's gradient to its winner, and zero to the other channels."""
+    zeros = grad.new_zeros(grad.shape[0], channels, *grad.shape[2:])
+    return zeros.scatter(1, winners.long(), grad * scale)
+
+
+def library_grad_input(grad, winners, weight, scale, input_size, *args):
+    """Make the gradient of the input from that of all channels."""
+    stride, (top, bottom, left, right), dilation, groups, precision, _ = args
+    dense = library_scale_min_backward(grad, winners, scale, weight.shape[0], False)
+    (height, width), channels = input_size, weight.shape[1] * groups
+    padded = grad.new_empty(()).expand(grad.shape[0], channels, height + top + bottom, width + left + right)
+    of_padded, _, _ = _convolution_backward(
+        dense, padded, weight, None, stride, (0, 0), dilation, groups, precision, [True, False, False]
+    )
+    return of_padded[:, :, top : top + height, left : left + width]
+
+
+def library_grad_weight(grad, winners, input, scale, out_channels, kernel_size, *conv):
+    """Make the gradients of weights and bias from that of all channels."""
+    stride, (top, bottom, left, right), dilation, groups, precision = conv
+    dense = library_scale_min_backward(grad, winners, scale, out_channels, False)
+    weight = grad.new_empty(()).expand(out_channels, input.shape[1] // groups, *kernel_size)
+    input, sizes = F.pad(input, (left, right, top, bottom)), [out_channels]
+    _, *grads = _convolution_backward(
+        dense, input, weight, sizes, stride, (0, 0), dilation, groups, precision, [False, True, True]
+    )
+    return tuple(grads)
+
+
+def library_grad_bias(grad, winners, scale, out_channels):
+    """Make the gradient of the bias from that of all channels."""
+    return library_scale_min_backward(grad, winners, scale, out_channels, False).sum((0, 2, 3))
+
+
+BY_LIBRARY = {
+    "scale_min_backward": library_scale_min_backward,
+    "grad_input": library_grad_input,
+    "grad_weight": library_grad_weight,
+    "grad_bias": library_grad_bias,
+}
+
+
+def _convolution_backward(grad, input, weight, bias_sizes, stride, padding, dilation, groups, precision, needed):
+    """Differentiate a convolution at a precision: this function of torch's has only the setting to say which."""
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    if precision != "auto":
+        setting.fp32_precision = precision
+    try:
+        return torch.ops.aten.convolution_backward(
+            grad, input, weight, bias_sizes, stride, padding, dilation, False, (0, 0), groups, needed
+        )
+    finally:
+        setting.fp32_precision = before
+
+
+def _run(kind, *args):
+    """Call a backward operator, with its own rules for gradients where they may be wanted: what vmap wraps does not show it."""
+    if dispatch.is_transformed():
+        return BY_LIBRARY[kind](*args)
+    if torch.is_grad_enabled():
+        return getattr(torch.ops.fused_kernels, f"{kind}_auto").default(*args)
+    return dispatch.run(f"{kind}_auto", *args)
 
 
 def _at_winners(tensor, winners, scale):

@@ -81,7 +81,7 @@ class ModelNew(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size, scale_factor):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size)
-        self.scale_factor = scale_factor
+        self.scale_factor = arguments.as_scale(scale_factor)
 
     def forward(self, x):
         """Map ``(N, in_channels, H, W)`` to ``(N, 1, H', W')``."""

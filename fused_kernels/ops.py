@@ -117,11 +117,11 @@ def conv2d_scale_min(
         tensors, given = (input, weight, bias), {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         given |= {"precision": precision, "return_indices": return_indices}
         return handle_torch_function(conv2d_scale_min, tensors, *tensors, scale, **given)
-    input, weight, bias = arguments.autocast(input, weight, bias)
     scale = arguments.as_scale(scale)
     if auto.is_tracing():
         conv = stride, padding, dilation, groups, precision
         return _trace_conv(input, weight, bias, scale, return_indices, *conv)
+    input, weight, bias = arguments.autocast(input, weight, bias)
     decision = choice.decide(input, weight, bias, stride, padding, dilation, groups, precision)
     if decision.rung == "composite" or is_transformed():
         return composite.compute(decision, input, weight, bias, scale, return_indices)
@@ -133,10 +133,10 @@ def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dil
     """Put the operator that chooses when it is called into the program: no condition of a choice becomes one of the program."""
     geometry, _ = auto.untraced(arguments.check_conv, input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
-    args = input, weight, bias, scale
-    if auto.is_better_traced_by_library(input.device):
-        return composite.compute_by_library(describe_problem(input, weight.shape, *geometry, precision), *args, return_indices)
-    return auto.trace("conv2d_scale_min", (*args, *geometry, precision), return_indices)
+    if not auto.is_better_traced_by_library(input.device):
+        return auto.trace("conv2d_scale_min", (input, weight, bias, scale, *geometry, precision), return_indices)
+    args = *arguments.autocast(input, weight, bias), scale
+    return composite.compute_by_library(describe_problem(args[0], weight.shape, *geometry, precision), *args, return_indices)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,13 @@ def test_cpu_rung_on_cuda_tensors(name):
 NUMPY = {"stride": np.int64(2), "padding": (np.int32(1), 1), "dilation": np.int16(1), "groups": np.int64(2)}
 
 
+@pytest.mark.parametrize("model", [fk.Conv2dScaleMin, fk.ModelNew])
+def test_a_layer_of_a_numpy_scale_compiles(model):
+    """NumPy's float64 is a float, but to the compiler an array."""
+    layer, input = model(3, 4, 3, 1 / np.sqrt(4)), torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(input), layer(input))
+
+
 def test_numpy_integers_are_integers():
     input, weight = torch.rand(1, 4, 8, 9), torch.rand(6, 2, 3, 3)
     plain = fk.conv2d_scale_min(input, weight, stride=2, padding=1, groups=2)

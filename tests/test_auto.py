@@ -1,5 +1,6 @@
 """Programs that were compiled, exported or traced: one operator in them, which chooses when it is called."""
 
+import contextlib
 import io
 from dataclasses import dataclass
 
@@ -370,16 +371,44 @@ def test_a_traced_program_of_several_calls(device, without_python):
 
 
 @ON
-def test_an_exported_program_under_autocast(device, without_python):
-    """It computes in the dtype that it was exported for."""
-    for layer in (SMALL, Layer(512, 512, 3, 7, 1)):
-        model, input = layer.make(device), layer.draw(device)
-        program = export(model, (input,)).module()
-        with torch.no_grad():
-            expected = program(input)
-            with torch.autocast(device, torch.bfloat16):
-                found = program(input)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+@pytest.mark.parametrize("how", ["export", "strict", "jit"])
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("layer", [SMALL, Layer(512, 512, 3, 7, 1)], ids=str)
+def test_a_program_casts_under_autocast_as_a_call_does(layer, within, how, device, without_python):
+    """And as the convolution before it; ``within``: the model turns autocast on itself."""
+    before = torch.nn.Conv2d(layer.in_channels, layer.in_channels, 1, device=device)
+    network, input = torch.nn.Sequential(before, layer.make(device)), layer.draw(device)
+    context = torch.autocast(device, torch.bfloat16)
+    model = Within(network, context) if within else network
+    trace = torch.jit.trace if how == "jit" else lambda *args: export(*args, strict=how == "strict").module()
+    program = trace(model, (input,))
+    with contextlib.nullcontext() if within else context:
+        expected, found = model(input), program(input)
+        assert found.dtype == torch.bfloat16
+        close(found, expected)
+        grads = [torch.autograd.grad(result.float().sum(), before.weight)[0] for result in (expected, found)]
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
+
+
+class Within(torch.nn.Module):
+    """A network that turns a context on."""
+
+    def __init__(self, network, context):
+        super().__init__()
+        self.network, self.context = network, context
+
+    def forward(self, input):
+        with self.context:
+            return self.network(input)
+
+
+@ON
+def test_a_program_exported_under_autocast_runs_without(device):
+    network, input = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1, device=device), SMALL.make(device)), SMALL.draw(device)
+    with torch.autocast(device, torch.bfloat16):
+        program = export(network, (input,)).module()
+    with torch.no_grad():
+        close(program(input), network(input))
 
 
 @ON
@@ -413,3 +442,81 @@ def test_wrong_arguments_are_one_sentence(device):
         sentence = str(caught.value).splitlines()[0]
         assert_one_sentence(sentence)
         assert "expected" in sentence
+
+
+# ---- transforms of a backward pass that was recorded before ----
+
+GRADIENTS = {
+    "scale_min": (lambda input: fk.scale_min(input, 2.0), lambda input: (input * 2.0).amin(1, keepdim=True), [(2, 5, 4, 3)]),
+    "conv2d_scale_min": (
+        lambda *tensors: fk.conv2d_scale_min(*tensors, 2.0, stride=(1, 2), padding="valid", groups=2),
+        lambda *tensors: (torch.nn.functional.conv2d(*tensors, (1, 2), 0, 1, 2) * 2.0).amin(1, keepdim=True),
+        [(2, 4, 6, 7), (6, 2, 3, 2), (6,)],
+    ),
+    "padded": (
+        lambda *tensors: fk.conv2d_scale_min(*tensors, scale=2.0, padding="same", dilation=2),
+        lambda *tensors: (torch.nn.functional.conv2d(*tensors, None, 1, "same", 2) * 2.0).amin(1, keepdim=True),
+        [(2, 4, 6, 7), (6, 4, 3, 2)],
+    ),
+}
+
+
+class Function(torch.nn.Module):
+    """A function to export."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return self.function(*tensors)
+
+
+@pytest.fixture(params=["eager", "in Python", "exported"])
+def recorded(request, monkeypatch):
+    """How the backward pass comes about: without Python, in Python while that is built, or by a program."""
+    dispatch.from_winners.is_loaded()
+    dispatch.finish_builds()
+    assert dispatch.from_winners.is_loaded()
+    if request.param == "in Python":
+        monkeypatch.setattr(dispatch.from_winners, "is_loaded", lambda: False)
+        monkeypatch.setattr(dispatch, "_rules", {})
+    if request.param == "exported":
+        return lambda function, tensors: export(Function(function), tuple(t.detach() for t in tensors)).module()
+    return lambda function, tensors: function
+
+
+@ON
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_transforms_of_a_backward_pass(name, recorded, device):
+    fused, plain, shapes = GRADIENTS[name]
+    tensors = [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
+    found = []
+    for function in (recorded(fused, tensors), plain):
+        output = function(*tensors)
+        direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=device).view_as(output)
+
+        def backward(grad, output=output):
+            return torch.autograd.grad(output, tensors, grad, retain_graph=True)
+
+        with torch.autograd.forward_ad.dual_level():
+            duals = backward(torch.autograd.forward_ad.make_dual(direction, direction + 1))
+            tangents = [torch.autograd.forward_ad.unpack_dual(dual).tangent for dual in duals]
+        forward = torch.func.jvp(backward, (direction,), (direction + 1,))
+        found.append([tangents, forward, torch.func.vmap(backward)(torch.stack([direction, 1 - direction]))])
+    torch.testing.assert_close(*found)
+
+
+@ON
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_second_derivatives_of_batched_gradients(name, recorded, device):
+    fused, plain, shapes = GRADIENTS[name]
+    tensors = [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
+    found = []
+    for function in (recorded(fused, tensors), plain):
+        output = function(*tensors)
+        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=device).view_as(output).requires_grad_()
+        batch = torch.tensor([1.0, 2.0], dtype=output.dtype, device=device)
+        grads = torch.autograd.grad((output * weight).sum(), tensors, batch, is_grads_batched=True, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), (weight, *tensors), allow_unused=True))
+    torch.testing.assert_close(*found)

@@ -15,6 +15,8 @@
 #include <optional>
 #include <unordered_map>
 
+#include "transforms.h"
+
 namespace fused_kernels {
 
 using at::Tensor;
@@ -168,7 +170,7 @@ Stack call_composite(const Choice& choice, c10::ArrayRef<IValue> arguments) {
 
 void call_chosen(const OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   const at::AutoDispatchBelowAutograd below;
-  // Arguments are of the dtype that is wanted, also those of a program that is called under autocast.
+  // Arguments are of the dtype that is wanted by now.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto arguments = arguments_of(op, *stack);
   const Choice choice = choose(op, arguments);
@@ -186,19 +188,11 @@ void call_chosen(const OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
 // ---- at autograd's key ----
 
 bool wants_gradient(c10::ArrayRef<IValue> arguments) {
-  const bool enabled = at::GradMode::is_enabled();
+  if (!at::GradMode::is_enabled()) return false;
   for (const IValue& argument : arguments) {
-    if (!argument.isTensor()) continue;
-    const Tensor& tensor = argument.toTensor();
-    // In the forward mode a tangent is one.
-    if ((enabled && tensor.requires_grad()) || tensor._fw_grad(0).defined()) return true;
+    if (argument.isTensor() && argument.toTensor().requires_grad()) return true;
   }
   return false;
-}
-
-bool is_transformed() {
-  return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
 void at_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {

@@ -13,6 +13,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "transforms.h"
+
 namespace fused_kernels {
 
 using at::Tensor;
@@ -36,6 +38,12 @@ const char* overload_for(const Tensor& tensor) {
 void call(const std::string& name, Stack& stack) {
   const char* const overload = overload_for(stack[0].toTensor());
   c10::Dispatcher::singleton().findSchemaOrThrow(("fused_kernels::" + name).c_str(), overload).callBoxed(stack);
+}
+
+// Calls a backward operator: the one that was chosen, or under a transform what does the same by PyTorch's own operations.
+void call_backward(const std::string& kind, const IValue& chosen, Stack& stack) {
+  if (!is_transformed()) return call(chosen.toStringRef(), stack);
+  c10::Dispatcher::singleton().findSchemaOrThrow(("fused_kernels::" + kind + "_auto_with_gradient").c_str(), "").callBoxed(stack);
 }
 
 // Where no second derivative is wanted, no rule of the operators that are called is needed.
@@ -80,7 +88,7 @@ struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
     // Before the guard: hooks may compute these anew, as checkpointing does, with all rules for gradients.
     const auto saved = context->get_saved_variables();
     const Tensor &winners = saved[0], &input = saved[1], &weight = saved[2];
-    const BelowAutograd below(!at::GradMode::is_enabled());
+    const BelowAutograd below(!at::GradMode::is_enabled() && !is_transformed());
     auto& data = context->saved_data;
     const auto add_geometry = [&](Stack& stack) {
       for (size_t i = 1; i < std::size(kRest); ++i) stack.push_back(data[kRest[i]]);
@@ -92,18 +100,18 @@ struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
       Stack stack{grad, winners, weight, data["scale"], data["input_size"]};
       add_geometry(stack);
       stack.emplace_back(data["channels_last"]);
-      call(names[0].toStringRef(), stack);
+      call_backward("grad_input", names[0], stack);
       results[1] = stack[0].toTensor();
     }
     if (context->needs_input_grad(1)) {
       Stack stack{grad, winners, input, data["scale"], weight_size[0], std::vector<int64_t>{weight_size[2], weight_size[3]}};
       add_geometry(stack);
-      call(names[1].toStringRef(), stack);
+      call_backward("grad_weight", names[1], stack);
       results[2] = stack[0].toTensor();
       if (needs_bias) results[3] = stack[1].toTensor();
     } else if (needs_bias) {
       Stack stack{grad, winners, data["scale"], weight_size[0]};
-      call(names[2].toStringRef(), stack);
+      call_backward("grad_bias", names[2], stack);
       results[3] = stack[0].toTensor();
     }
     return results;
@@ -125,10 +133,10 @@ struct ScaleMin : torch::autograd::Function<ScaleMin> {
     variable_list results(2);
     if (!grads[0].defined()) return results;
     const Tensor winners = context->get_saved_variables()[0];
-    const BelowAutograd below(!at::GradMode::is_enabled());
+    const BelowAutograd below(!at::GradMode::is_enabled() && !is_transformed());
     auto& data = context->saved_data;
     Stack stack{grads[0], winners, data["scale"], data["channels"], data["channels_last"]};
-    call(data["backward"].toStringRef(), stack);
+    call_backward("scale_min_backward", data["backward"], stack);
     results[1] = stack[0].toTensor();
     return results;
   }
