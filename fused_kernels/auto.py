@@ -4,6 +4,8 @@ Such a program may run on other sizes than it was traced with, or on another dev
 device, and nothing that the choice depends on becomes a condition of the program. Each operator's shapes follow from its
 arguments' shapes; how a gradient lies in memory is an argument, fixed while tracing.
 
+Of a convolution, torch.export records an operator that looks at autocast when it is called, and calls the one that chooses.
+
 Below autograd there are two forward operators, with winners and without. Which of them is called depends on whether a gradient
 will be needed; only a kernel at autograd's own key can tell. A program that is exported is recorded above that key.
 """
@@ -36,26 +38,33 @@ def untraced(check, *args):
         torch._C._set_tracing_state(state)
 
 
-def trace(name, args, return_indices):
+def trace(name, args, return_indices, suffix="_auto"):
     """Put a call into the program that is being traced."""
     if return_indices:
-        output, winners = _operator(f"{name}_winners_auto")(*args)
+        output, winners = _operator(f"{name}_winners{suffix}")(*args)
         return output, winners.long()
-    return _operator(f"{name}_auto")(*args)
+    return _operator(name + suffix)(*args)
 
 
 def is_better_traced_by_library(device):
     """Tell whether to trace PyTorch's own operations: the compiler fuses them, where there is no kernel to call."""
-    return is_transformed() or not (_is_exporting() or has_scale_min(device))
+    return is_transformed() or not (is_exporting() or is_jit_tracing() or has_scale_min(device))
 
 
-def _is_exporting():
-    # NOTE: while Dynamo traces, torch 2.11 answers is_exporting() by True always; the flag itself is right.
-    return torch.compiler._is_exporting_flag or _is_jit_tracing()
+def is_exporting():
+    """Tell whether torch.export is tracing."""
+    # NOTE: while Dynamo traces, torch 2.11's own function of this name says True always; the flag itself is right.
+    return torch.compiler._is_exporting_flag
 
 
-# Called by Dynamo, which cannot trace it.
-_is_exporting._dynamo_marked_constant = True
+def is_jit_tracing():
+    """Tell whether torch.jit is tracing."""
+    return _is_jit_tracing()
+
+
+# Called by Dynamo, which cannot trace them.
+is_exporting._dynamo_marked_constant = True
+is_jit_tracing._dynamo_marked_constant = True
 
 
 # ---- choices: an operator's name, and the precision that "auto" means ----
@@ -259,14 +268,29 @@ def _at_autograd(kind, with_gradient):
 
 
 def _at_autocast(kind):
-    """Make an operator's kernel at autocast's keys: it casts when it is called, as the convolutions around it do."""
+    """Make an operator's kernel at autocast's keys: a convolution before it may have been cast, its own weights not."""
 
     def kernel(input, weight, bias, *args):
-        tensors = arguments.autocast(input, weight, bias)
+        tensors = input, weight, bias
+        if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
+            tensors = arguments.autocast(*tensors)
         with torch._C._DisableAutocast():
             return _operator(f"{kind}_auto")(*tensors, *args)
 
     return kernel
+
+
+def _cast_first(kind):
+    """Make what torch.export records, as it records a conv2d: what is cast depends on where the program is called.
+
+    To decompose the program leaves the operator above, which casts no more than a decomposed convolution.
+    """
+    chosen = _operator(f"{kind}_auto")
+
+    def function(input, weight, bias, *args):
+        return chosen(*arguments.autocast(input, weight, bias), *args)
+
+    return function
 
 
 # ---- registration ----
@@ -286,6 +310,9 @@ def _define_all():
         if kind.startswith("conv2d_scale_min"):
             for key in ("AutocastCPU", "AutocastCUDA"):
                 library.impl(name, _at_autocast(kind), key)
+            library.define(f"{kind}_autocast{schema}", tags=(torch.Tag.flexible_layout,))
+            for key in ("AutocastCPU", "AutocastCUDA", "CompositeImplicitAutograd", "FuncTorchBatched"):
+                library.impl(f"{kind}_autocast", _cast_first(kind), key)
         # What csrc/autograd/auto.cpp asks and calls.
         library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[])")
         library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")

@@ -133,10 +133,13 @@ def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dil
     """Put the operator that chooses when it is called into the program: no condition of a choice becomes one of the program."""
     geometry, _ = auto.untraced(arguments.check_conv, input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
-    if not auto.is_better_traced_by_library(input.device):
-        return auto.trace("conv2d_scale_min", (input, weight, bias, scale, *geometry, precision), return_indices)
+    conv = *geometry, precision
+    if auto.is_exporting() and not is_transformed():
+        return auto.trace("conv2d_scale_min", (input, weight, bias, scale, *conv), return_indices, "_autocast")
     args = *arguments.autocast(input, weight, bias), scale
-    return composite.compute_by_library(describe_problem(args[0], weight.shape, *geometry, precision), *args, return_indices)
+    if auto.is_better_traced_by_library(input.device):
+        return composite.compute_by_library(describe_problem(args[0], weight.shape, *conv), *args, return_indices)
+    return auto.trace("conv2d_scale_min", (*args, *conv), return_indices)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from fused_kernels import arguments, build, dispatch
 
 ON = pytest.mark.parametrize("device", DEVICES)
 CONV, MIN = (f"fused_kernels.{name}_auto.default" for name in ("conv2d_scale_min", "scale_min"))
+# What torch.export records of the first one: it looks at autocast as well.
+EXPORTED = "fused_kernels.conv2d_scale_min_autocast.default"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def test_exports(layer, layout, dtype, device):
 
     any_batch = export(model, (input,), dynamic_shapes={"input": {0: Dim("B", min=1, max=512)}})
     any_size = export(model, (input,), dynamic_shapes={"input": {0: Dim("B"), 2: side("H"), 3: side("W")}})
-    assert calls(any_batch) == calls(any_size) == [CONV]
+    assert calls(any_batch) == calls(any_size) == [EXPORTED]
     with torch.no_grad():
         for batch in (1, 2, 5):
             other = layer.draw(device, dtype, layout, batch)
@@ -95,7 +97,8 @@ def test_exports(layer, layout, dtype, device):
 def test_both_ways_to_export(strict):
     model = SMALL.make("cpu")
     program = export(model, (SMALL.draw("cpu"),), dynamic_shapes={"input": {0: Dim("B")}}, strict=strict)
-    assert calls(program) == calls(program.run_decompositions()) == [CONV]
+    assert calls(program) == [EXPORTED]
+    assert calls(program.run_decompositions()) == [CONV]
 
 
 def test_scale_min_and_its_winners_export():
@@ -110,7 +113,8 @@ def test_scale_min_and_its_winners_export():
     for found, expected in zip(program.module()(*args), Winners()(*args), strict=True):
         torch.testing.assert_close(found, expected)
     assert {name for name in calls(program) if "fused" in name} == {
-        *(f"fused_kernels.{name}_winners_auto.default" for name in ("scale_min", "conv2d_scale_min"))
+        "fused_kernels.scale_min_winners_auto.default",
+        "fused_kernels.conv2d_scale_min_winners_autocast.default",
     }
 
 
@@ -370,45 +374,74 @@ def test_a_traced_program_of_several_calls(device, without_python):
             close(traced(input), model(input))
 
 
-@ON
-@pytest.mark.parametrize("how", ["export", "strict", "jit"])
-@pytest.mark.parametrize("within", [False, True])
-@pytest.mark.parametrize("layer", [SMALL, Layer(512, 512, 3, 7, 1)], ids=str)
-def test_a_program_casts_under_autocast_as_a_call_does(layer, within, how, device, without_python):
-    """And as the convolution before it; ``within``: the model turns autocast on itself."""
-    before = torch.nn.Conv2d(layer.in_channels, layer.in_channels, 1, device=device)
-    network, input = torch.nn.Sequential(before, layer.make(device)), layer.draw(device)
-    context = torch.autocast(device, torch.bfloat16)
-    model = Within(network, context) if within else network
-    trace = torch.jit.trace if how == "jit" else lambda *args: export(*args, strict=how == "strict").module()
-    program = trace(model, (input,))
-    with contextlib.nullcontext() if within else context:
-        expected, found = model(input), program(input)
-        assert found.dtype == torch.bfloat16
-        close(found, expected)
-        grads = [torch.autograd.grad(result.float().sum(), before.weight)[0] for result in (expected, found)]
-    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
+class Region(torch.nn.Module):
+    """A network between convolutions, in a region of autocast or without one."""
 
-
-class Within(torch.nn.Module):
-    """A network that turns a context on."""
-
-    def __init__(self, network, context):
+    def __init__(self, network, region):
         super().__init__()
-        self.network, self.context = network, context
+        channels = network.in_channels
+        before, after = torch.nn.Conv2d(channels, channels, 1), torch.nn.Conv2d(1, 2, 1)
+        self.network, self.region = torch.nn.Sequential(before, network, after), region
 
     def forward(self, input):
-        with self.context:
+        with self.region:
             return self.network(input)
 
 
+class Plain(torch.nn.Conv2d):
+    """The layer by PyTorch's own operations."""
+
+    def forward(self, input):
+        return (super().forward(input) * -1.5).amin(1, keepdim=True)
+
+
+TRACES = {
+    "exported": lambda *args: export(*args).module(),
+    "strict": lambda *args: export(*args, strict=True).module(),
+    "decomposed": lambda *args: export(*args).run_decompositions().module(),
+    "jit": torch.jit.trace,
+    "compiled": lambda model, args: torch.compile(model, backend="aot_eager"),
+}
+
+
 @ON
-def test_a_program_exported_under_autocast_runs_without(device):
-    network, input = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1, device=device), SMALL.make(device)), SMALL.draw(device)
-    with torch.autocast(device, torch.bfloat16):
-        program = export(network, (input,)).module()
+@pytest.mark.parametrize("how", TRACES)
+@pytest.mark.parametrize("inside", [None, True, False])
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("traced_outside", [False, True])
+def test_a_program_casts_where_one_of_convolutions_does(traced_outside, outside, inside, how, device, without_python):
+    """Autocast ``inside`` the model, on or off, around the call, and around the tracing."""
+
+    def autocast(enabled):
+        # Its cache would put tensors of another run into a trace.
+        return torch.autocast(device, torch.bfloat16, enabled, cache_enabled=False)
+
+    region = contextlib.nullcontext() if inside is None else autocast(inside)
+    ours, plain = Region(SMALL.make("cpu"), region).to(device), Region(Plain(4, 6, 3, padding=1), region).to(device)
+    input = SMALL.draw(device)
+    plain.load_state_dict(ours.state_dict())
+    found = []
     with torch.no_grad():
-        close(program(input), network(input))
+        for model in (ours, plain):
+            torch._dynamo.reset()
+            with autocast(traced_outside):
+                program = TRACES[how](model, (input,))
+            with autocast(outside):
+                found.append(program(input))
+    assert found[0].dtype == found[1].dtype
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
+@ON
+@pytest.mark.parametrize("layer", [SMALL, Layer(512, 512, 3, 7, 1)], ids=str)
+def test_gradients_of_an_exported_program_under_autocast(layer, device, without_python):
+    model, input = Region(layer.make("cpu"), contextlib.nullcontext()).to(device), layer.draw(device)
+    program = export(model, (input,)).module()
+    with torch.autocast(device, torch.bfloat16):
+        losses = [function(input).float().square().mean() for function in (program, model)]
+    found, expected = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    assert {grad.dtype for grad in found} == {torch.float32}
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
 @ON
