@@ -3,15 +3,15 @@
 Each rung, and the copy that the composite makes, is one library for each dtype: a call compiles what it needs alone, and an
 edited kernel is rebuilt in seconds. The longest sources are compiled in parts, as many at once as there are cores. The schemas
 live in Python (:mod:`fused_kernels.operators`); a library only registers implementations, through PyTorch's stable ABI, whose
-headers compile in a fraction of the time that ``torch/extension.h`` takes. One more library, ``from_winners``, is for training:
-autograd is not in that ABI, so it uses libtorch's headers and brings its own schemas.
+headers compile in a fraction of the time that ``torch/extension.h`` takes. Two more libraries have no kernel but save Python's
+time: ``from_winners`` in training, ``auto`` in compiled and exported programs. Autograd and the dispatcher are not in that ABI,
+so these use libtorch's headers.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib.util
-import logging
 import os
 import platform
 import re
@@ -237,18 +237,6 @@ def _compile(library, name, source, device, flags, at_once):
 def _host_compiler():
     """Name the C++ compiler for nvcc to use, where the environment does."""
     return ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
-
-
-def import_cpp_extension():
-    """Import torch's build tool quietly: it warns of a toolkit without a GPU."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from torch.utils import cpp_extension
-    finally:
-        logger.setLevel(before)
-    return cpp_extension
 
 
 def _linkable_home(toolkit):

@@ -204,8 +204,8 @@ RULES = {
 # ---- by PyTorch's own operations: while a transform is under way, for which our operators have no rules ----
 
 
-def library_scale_min_backward(grad, winners, scale, channels, channels_last):
-    """Give each pixel's gradient to its winner, and zero to the other channels."""
+def library_scale_min_backward(grad, winners, scale, channels, channels_last=False):
+    """Give each pixel's gradient to its winner, and zero to the other channels; in whatever layout."""
     zeros = grad.new_zeros(grad.shape[0], channels, *grad.shape[2:])
     return zeros.scatter(1, winners.long(), grad * scale)
 
@@ -213,7 +213,7 @@ def library_scale_min_backward(grad, winners, scale, channels, channels_last):
 def library_grad_input(grad, winners, weight, scale, input_size, *args):
     """Make the gradient of the input from that of all channels."""
     stride, (top, bottom, left, right), dilation, groups, precision, _ = args
-    dense = library_scale_min_backward(grad, winners, scale, weight.shape[0], False)
+    dense = library_scale_min_backward(grad, winners, scale, weight.shape[0])
     (height, width), channels = input_size, weight.shape[1] * groups
     padded = grad.new_empty(()).expand(grad.shape[0], channels, height + top + bottom, width + left + right)
     of_padded, _, _ = _convolution_backward(
@@ -225,7 +225,7 @@ def library_grad_input(grad, winners, weight, scale, input_size, *args):
 def library_grad_weight(grad, winners, input, scale, out_channels, kernel_size, *conv):
     """Make the gradients of weights and bias from that of all channels."""
     stride, (top, bottom, left, right), dilation, groups, precision = conv
-    dense = library_scale_min_backward(grad, winners, scale, out_channels, False)
+    dense = library_scale_min_backward(grad, winners, scale, out_channels)
     weight = grad.new_empty(()).expand(out_channels, input.shape[1] // groups, *kernel_size)
     input, sizes = F.pad(input, (left, right, top, bottom)), [out_channels]
     _, *grads = _convolution_backward(
@@ -236,7 +236,7 @@ def library_grad_weight(grad, winners, input, scale, out_channels, kernel_size, 
 
 def library_grad_bias(grad, winners, scale, out_channels):
     """Make the gradient of the bias from that of all channels."""
-    return library_scale_min_backward(grad, winners, scale, out_channels, False).sum((0, 2, 3))
+    return library_scale_min_backward(grad, winners, scale, out_channels).sum((0, 2, 3))
 
 
 BY_LIBRARY = {

@@ -519,37 +519,37 @@ def recorded(request, monkeypatch):
     return lambda function, tensors: function
 
 
+def same_of_both(name, recorded, device, derive):
+    """Compare what ``derive`` gives for our function and for PyTorch's, of the output, another one like it, and the tensors."""
+    fused, plain, shapes = GRADIENTS[name]
+    tensors = [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
+    outputs = [function(*tensors) for function in (recorded(fused, tensors), plain)]
+    other = torch.linspace(-1, 1, outputs[0].numel(), dtype=torch.float64, device=device).view_as(outputs[0])
+    torch.testing.assert_close(*(derive(output, other, tensors) for output in outputs))
+
+
 @ON
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_transforms_of_a_backward_pass(name, recorded, device):
-    fused, plain, shapes = GRADIENTS[name]
-    tensors = [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
-    found = []
-    for function in (recorded(fused, tensors), plain):
-        output = function(*tensors)
-        direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=device).view_as(output)
-
-        def backward(grad, output=output):
+    def derive(output, direction, tensors):
+        def backward(grad):
             return torch.autograd.grad(output, tensors, grad, retain_graph=True)
 
         with torch.autograd.forward_ad.dual_level():
             duals = backward(torch.autograd.forward_ad.make_dual(direction, direction + 1))
             tangents = [torch.autograd.forward_ad.unpack_dual(dual).tangent for dual in duals]
         forward = torch.func.jvp(backward, (direction,), (direction + 1,))
-        found.append([tangents, forward, torch.func.vmap(backward)(torch.stack([direction, 1 - direction]))])
-    torch.testing.assert_close(*found)
+        return tangents, forward, torch.func.vmap(backward)(torch.stack([direction, 1 - direction]))
+
+    same_of_both(name, recorded, device, derive)
 
 
 @ON
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_second_derivatives_of_batched_gradients(name, recorded, device):
-    fused, plain, shapes = GRADIENTS[name]
-    tensors = [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
-    found = []
-    for function in (recorded(fused, tensors), plain):
-        output = function(*tensors)
-        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=device).view_as(output).requires_grad_()
-        batch = torch.tensor([1.0, 2.0], dtype=output.dtype, device=device)
+    def derive(output, other, tensors):
+        weight, batch = other.clone().requires_grad_(), other.new_tensor([1.0, 2.0])
         grads = torch.autograd.grad((output * weight).sum(), tensors, batch, is_grads_batched=True, create_graph=True)
-        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), (weight, *tensors), allow_unused=True))
-    torch.testing.assert_close(*found)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), (weight, *tensors), allow_unused=True)
+
+    same_of_both(name, recorded, device, derive)

@@ -99,6 +99,17 @@ def test_a_call_builds_its_own_dtype_alone(run_python, tmp_path):
     assert built == {"scale_min.float32", "scale_min.float16"}
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core compiles one thing at a time")
+def test_a_verdict_builds_its_dtypes_at_once(run_python, tmp_path):
+    started = tmp_path / "started"
+    two = f"[ $(wc -l < {started}) -ge 2 ]"
+    meets = f"echo >> {started}; for i in $(seq 300); do {two} && break; sleep 0.1; done; {two} || exit 1"
+    together = script(tmp_path / "together", f'case "$*" in *" -c "*) {meets};; esac\nexec c++ "$@"')
+    code = PREPARE + "from fused_kernels import check\n"
+    code += "print(check.verdict(fk.edit('scale_min', fk.rungs['scale_min'].source + '// changed')).correct)"
+    assert run_python(code, CXX=together).strip() == "True"
+
+
 def test_a_wrong_dtype_is_refused():
     input = torch.ones(1, 2, 3, 4)
     with pytest.raises(RuntimeError, match="expected float32, got"):

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import importlib
+import logging
 
 import torch
 from torch.nn import functional as F
 
-from .. import build, reference
+from .. import reference
 from .clock import compare
 from .workloads import layout_name
 
@@ -34,8 +36,19 @@ def compile_modes(device, quick):
 
 def compiled(function, mode, *args):
     """Compile a function, and bind its arguments."""
-    build.import_cpp_extension()  # quietly; torch.compile would do it with a warning where nvcc is and no GPU
+    _import_cpp_extension()
     return functools.partial(torch.compile(function, mode=mode, dynamic=False), *args)
+
+
+def _import_cpp_extension():
+    """Import quietly what torch.compile imports: where nvcc is and no GPU, that warns."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        importlib.import_module(logger.name)
+    finally:
+        logger.setLevel(before)
 
 
 def cudnn_graph(work):

@@ -7,7 +7,7 @@
 // come from the operators' own rules.
 //   forward operator    gives output and winners; or "given": the caller ran a forward in Python and hands over both
 //   backward operators  grad_input, grad_weight with the bias's gradient, grad_bias where that is wanted alone
-// NOTE: PyTorch's stable ABI has no autograd functions; so this source is the only one that uses the headers of libtorch.
+// NOTE: PyTorch's stable ABI has no autograd functions; so this source uses the headers of libtorch.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -34,16 +34,18 @@ const char* overload_for(const Tensor& tensor) {
   }
 }
 
-// Calls an operator of this namespace, and leaves its results in place of its arguments, of which the first is a tensor.
-void call(const std::string& name, Stack& stack) {
-  const char* const overload = overload_for(stack[0].toTensor());
+// Calls an operator of this namespace, and leaves its results in place of its arguments.
+void call(const std::string& name, const char* overload, Stack& stack) {
   c10::Dispatcher::singleton().findSchemaOrThrow(("fused_kernels::" + name).c_str(), overload).callBoxed(stack);
 }
+
+// The same, of a rung, which has an overload for the dtype of its first argument.
+void call(const std::string& name, Stack& stack) { call(name, overload_for(stack[0].toTensor()), stack); }
 
 // Calls a backward operator: the one that was chosen, or under a transform what does the same by PyTorch's own operations.
 void call_backward(const std::string& kind, const IValue& chosen, Stack& stack) {
   if (!is_transformed()) return call(chosen.toStringRef(), stack);
-  c10::Dispatcher::singleton().findSchemaOrThrow(("fused_kernels::" + kind + "_auto_with_gradient").c_str(), "").callBoxed(stack);
+  call(kind + "_auto_with_gradient", "", stack);
 }
 
 // Where no second derivative is wanted, no rule of the operators that are called is needed.
