@@ -296,6 +296,10 @@ def _cast_first(kind):
 # ---- registration ----
 
 
+# NOTE: the second key is for vmap: without it, torch 2.11 runs a composite of Python's in a loop, and warns of that.
+_COMPOSITE = "CompositeImplicitAutograd", "FuncTorchBatched"
+
+
 def _operator(name):
     return getattr(torch.ops.fused_kernels, name).default
 
@@ -307,17 +311,18 @@ def _define_all():
         library = define_rules(build.NAMESPACE, name, kind, tags=(torch.Tag.flexible_layout,), has_gradient=False)
         library.impl(name, _call_chosen(kind), "CompositeExplicitAutograd")
         library.impl(name, _at_autograd(kind, with_gradient), "Autograd", with_keyset=True)
+        library.impl(name, with_gradient, "FuncTorchBatched")
         if kind.startswith("conv2d_scale_min"):
             for key in ("AutocastCPU", "AutocastCUDA"):
                 library.impl(name, _at_autocast(kind), key)
             library.define(f"{kind}_autocast{schema}", tags=(torch.Tag.flexible_layout,))
-            for key in ("AutocastCPU", "AutocastCUDA", "CompositeImplicitAutograd", "FuncTorchBatched"):
+            for key in ("AutocastCPU", "AutocastCUDA", *_COMPOSITE):
                 library.impl(f"{kind}_autocast", _cast_first(kind), key)
         # What csrc/autograd/auto.cpp asks and calls.
         library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[])")
         library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")
         library.define(f"{name}_with_gradient{schema}")
-        for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+        for key in _COMPOSITE:
             library.impl(f"{name}_with_gradient", with_gradient, key)
         if kind in _IN_PYTHON:
             library.define(f"{kind}_in_python{schema}")

@@ -195,7 +195,7 @@ def verdict(rung, device=None, *, nan=True):
         raise RuntimeError(f"{rung.name}: {missing}")
     device = torch.device(device or rung.device or "cpu")
     # Built at once: a case builds its own dtype alone, and would leave most cores idle.
-    asked = {OVERLOADS[dtype] for dtype in DTYPES[rung.operator]} | {None}
+    asked = {None, *(OVERLOADS[dtype] for dtype in DTYPES[rung.operator])}  # None: an edited source that takes all at once
     rung.load(overloads=[overload for overload in rung.overloads if overload in asked])
     make = _scale_min_cases if rung.operator == "scale_min" else _conv2d_scale_min_cases
     # A float64 convolution is asked only of PyTorch's own; a kernel may leave it to the composite.

@@ -262,9 +262,10 @@ def _convolution_backward(grad, input, weight, bias_sizes, stride, padding, dila
 
 
 def _run(kind, *args):
-    """Call a backward operator, with its own rules for gradients where they may be wanted: what vmap wraps does not show it."""
+    """Call a backward operator."""
     if dispatch.is_transformed():
         return BY_LIBRARY[kind](*args)
+    # A tensor that vmap wraps does not tell whether it needs a gradient: ask the mode alone.
     if torch.is_grad_enabled():
         return getattr(torch.ops.fused_kernels, f"{kind}_auto").default(*args)
     return dispatch.run(f"{kind}_auto", *args)

@@ -15,6 +15,8 @@ import fused_kernels as fk
 from fused_kernels import arguments, build, dispatch
 
 ON = pytest.mark.parametrize("device", DEVICES)
+# torch warns where vmap runs an operator in a loop, for want of a rule.
+IN_NO_LOOP = pytest.mark.filterwarnings("error:There is a performance drop")
 CONV, MIN = (f"fused_kernels.{name}_auto.default" for name in ("conv2d_scale_min", "scale_min"))
 # What torch.export records of the first one: it looks at autocast as well.
 EXPORTED = "fused_kernels.conv2d_scale_min_autocast.default"
@@ -295,6 +297,7 @@ def test_second_derivatives_of_an_exported_program(device):
 
 
 @ON
+@IN_NO_LOOP
 def test_transforms_go_around_the_operator(device):
     """It has no rule for them: without a way around it the derivative would be zero."""
     model = SMALL.make(device, torch.float64)
@@ -304,6 +307,17 @@ def test_transforms_go_around_the_operator(device):
         torch.testing.assert_close(
             transform(program)(input[:1].repeat(2, 1, 1, 1)), transform(model)(input[:1].repeat(2, 1, 1, 1))
         )
+
+
+@ON
+@pytest.mark.parametrize("how", ["exported", "decomposed", "jit"])
+def test_vmap_of_a_program_runs_in_no_loop(how, device, capfd):
+    model, batch = SMALL.make(device), torch.stack([SMALL.draw(device), SMALL.draw(device)])
+    with torch.no_grad():
+        found = torch.func.vmap(TRACES[how](model, (batch[0],)))(batch)
+        close(found, torch.stack([model(input) for input in batch]))
+    # From there torch warns past Python.
+    assert "There is a performance drop" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -529,6 +543,7 @@ def same_of_both(name, recorded, device, derive):
 
 
 @ON
+@IN_NO_LOOP
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_transforms_of_a_backward_pass(name, recorded, device):
     def derive(output, direction, tensors):
@@ -545,6 +560,7 @@ def test_transforms_of_a_backward_pass(name, recorded, device):
 
 
 @ON
+@IN_NO_LOOP
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_second_derivatives_of_batched_gradients(name, recorded, device):
     def derive(output, other, tensors):

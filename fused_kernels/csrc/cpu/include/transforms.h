@@ -1,4 +1,5 @@
 // Whether one of torch's transforms is under way, for which operators have no rules but those of PyTorch's own operations.
+// Lies here because csrc/autograd is compiled as the CPU's kernels are; no kernel includes it.
 #pragma once
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
