@@ -6,7 +6,7 @@ import shutil
 
 import filelock
 
-from . import build, dispatch
+from . import build, dispatch, plans
 from .rungs import BACKWARD, COPY, LADDER
 
 # What a library's folder is called, and what has lain in one: now the library, once all that its build made as well.
@@ -49,7 +49,8 @@ def clean():
 
 def loadable():
     """List the libraries that this version would load on this machine, built or not."""
-    libraries = [build.find(*part.library, device="cpu") for part in (dispatch.from_winners, dispatch.auto)]
+    sources = (dispatch.from_winners.library, dispatch.auto.library, plans.library())
+    libraries = [build.find(*source, device="cpu") for source in sources]
     for rung in (*LADDER, COPY, *BACKWARD):
         if rung.device and not rung.why_unavailable():
             libraries += [
@@ -71,7 +72,7 @@ def _is_our_name(name):
         return False
     library = name.rpartition("-")[0].partition(".")[0].removesuffix("_winners")
     parts = (dispatch.from_winners, dispatch.auto, *LADDER, COPY, *BACKWARD)
-    return library in {part.name for part in parts}
+    return library in {plans.NAME, *(part.name for part in parts)}
 
 
 def _remove(folder, is_needed):

@@ -53,6 +53,8 @@ class Key {
     put(reinterpret_cast<int64_t>(&op.schema()));
     // What precision "auto" means.
     put(static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV)));
+    // Whether the first call of a problem times candidates.
+    put(int64_t{at::globalContext().benchmarkCuDNN()});
     for (const IValue& argument : arguments) put(argument);
   }
 

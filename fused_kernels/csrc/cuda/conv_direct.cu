@@ -15,18 +15,20 @@
 
 #include <numeric>
 
+#include "conv_direct_plan.h"
 #include "launch.cuh"
 #include "numerics.cuh"
 #include "ptx/cp_async.cuh"
 
 namespace fused_kernels {
 
+using namespace direct;
+
 // ---- constants and the plan ----
 
-constexpr int kWarpSize = 32, kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kRows = 8;          // of output pixels, per thread
 constexpr int kColumnPitch = 12;  // floats per column of the input: room for 10 rows, and 8 lanes' 16 bytes hit all 32 banks
-constexpr int kMinStripWidth = 8, kMaxStrips = kThreads / kMinStripWidth;  // in a narrow image a warp owns several strips
+constexpr int kMaxStrips = kThreads / kMinStripWidth;  // of a block
 constexpr int kMaxSharedBytes = 72 << 10;  // what is left of the SM's is L1 cache
 
 // A thread sums 16 output channels, or 4 for depthwise convolutions and similar ones: registers for so many blocks on an SM.
@@ -272,23 +274,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
 
 // ---- host: the plan and the launch ----
 
-// The size whose blocks cover a length with the least waste; of equal ones the first.
-int64_t least_waste(int64_t length, std::initializer_list<int64_t> sizes) {
-  const auto covered = [&](int64_t size) { return ceil_div(length, size) * size; };
-  return *std::min_element(sizes.begin(), sizes.end(), [&](int64_t a, int64_t b) { return covered(a) < covered(b); });
-}
-
 template <int CHANNELS, int TAPS>
 void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
   const ConvShape& s = p.shape;
-  const int64_t slots = least_waste(s.out_channels, {4 * CHANNELS, 2 * CHANNELS, CHANNELS});
-  p.warps_per_strip = slots / CHANNELS;
-  p.passes = ceil_div(s.out_channels, slots);
-  p.strip_width = least_waste(s.output[1], {kWarpSize, kWarpSize / 2, kMinStripWidth});
-  p.strips_per_block = kThreads / p.warps_per_strip / p.strip_width;
-  p.strips_high = ceil_div(s.output[0], kRows);
-  p.strips_wide = ceil_div(s.output[1], p.strip_width);
-  p.strips = s.images * p.strips_high * p.strips_wide;
+  const Strips strips(s, kRows, CHANNELS);
+  p.warps_per_strip = strips.warps;
+  p.passes = strips.passes;
+  p.strip_width = strips.width;
+  p.strips_per_block = strips.per_block;
+  p.strips_high = strips.high;
+  p.strips_wide = strips.wide;
+  p.strips = strips.count;
 
   int available = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));

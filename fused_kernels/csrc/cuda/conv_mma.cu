@@ -15,12 +15,12 @@
 // float32 is computed with float16 operands: the same 10-bit mantissa as TF32, rounded to nearest, at twice TF32's rate. One
 // power of two per tile and one per output channel keep the largest values inside float16's range: the device notices a tile
 // that leaves it, and reads it again. What a small value next to a large one loses is at most 2^-31 of the largest in its tile.
-// conv_mma_plan.cuh cuts the work.
+// conv_mma_plan.h cuts the work.
 // Limit: mma.sync, which reaches two thirds of the rate that wgmma gets out of Hopper's tensor cores.
 // Previous rung: conv_direct.
 
 #include "implicit_gemm.cuh"
-#include "conv_mma_plan.cuh"
+#include "conv_mma_plan.h"
 #include "parts.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
@@ -29,7 +29,9 @@
 
 namespace fused_kernels {
 
-// ---- constants and tile sizes ----
+using namespace mma;
+
+// ---- constants ----
 
 constexpr int kRowPadding = 16;  // bytes after a pixel's channels; makes the pitch an odd multiple of 16
 // Powers of two up to this can multiply those of the weights without leaving float32's range.
@@ -41,19 +43,6 @@ constexpr bool kBulkCopies = true;
 #else
 constexpr bool kBulkCopies = false;
 #endif
-
-// Chosen by measurement on an H200. kStages buffers hold kStageSteps steps of weights each: a short stage ends before the next
-// one has arrived, unless there are several. kUnitsInFlight: of a thread that loads. kSpeed: multiplications per clock of an
-// SM, in units of 64.
-struct Large : TileConfig<4, 2, 4, 8> {
-  static constexpr int kBlocksPerSM = 1, kStages = 2, kStageSteps = 9, kUnitsInFlight = 6, kSpeed = 20;
-};
-struct Medium : TileConfig<2, 2, 4, 4> {
-  static constexpr int kBlocksPerSM = 2, kStages = 4, kStageSteps = 6, kUnitsInFlight = 4, kSpeed = 17;
-};
-struct Small : TileConfig<4, 1, 1, 4> {
-  static constexpr int kBlocksPerSM = 3, kStages = 4, kStageSteps = 6, kUnitsInFlight = 2, kSpeed = 10;
-};
 
 // ---- producers: the input tile ----
 
@@ -644,7 +633,7 @@ void MmaLaunch<T, C>::run(const Tensor& input, const Workspace& workspace, Tenso
 #endif
 
 template <typename T, class C>
-void launch_conv_mma(const ConvMmaCandidate<C>& candidate, const ConvShape& shape, const Tensor& input, const Tensor& weight,
+void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, const Tensor& input, const Tensor& weight,
                      const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners, const Device& device) {
   ConvMmaPlan plan = candidate.plan;
   const Scale scaled(scale);
@@ -679,50 +668,39 @@ void launch_conv_mma(const ConvMmaCandidate<C>& candidate, const ConvShape& shap
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 
-// Whether eight channels of a pixel (four of float32) are one aligned run of 16 bytes, wherever they begin.
-inline bool channels_are_vectors(const Tensor& input, const ConvShape& shape) {
-  const int64_t size = input.element_size(), width = 16 / size;
-  if (shape.input_strides[1] != 1 || shape.in_channels % width != 0) return false;
-  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
-  for (int d : {0, 2, 3}) {
-    if (input.size(d) > 1 && shape.input_strides[d] % width != 0) return false;
-  }
-  return true;
-}
-
-// Launches the cheapest of the configurations.
-template <typename T>
-void run_conv_mma(const ConvShape& shape, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                  double scale, Tensor& output, Winners winners) {
+// Launches the cheapest of these configurations.
+template <typename T, class... Configs>
+void run_conv_mma(List<Configs...> configs, const ConvShape& shape, const Tensor& input, const Tensor& weight,
+                  const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
   const int index = input.get_device_index();
   const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
-  const bool vectors = channels_are_vectors(input, shape);
-  const auto large = plan_conv_mma<Large>(shape, vectors, kRowPadding, device);
-  const auto medium = plan_conv_mma<Medium>(shape, vectors, kRowPadding, device);
-  const auto small = plan_conv_mma<Small>(shape, vectors, kRowPadding, device);
-  const int64_t least = std::min({large.cost, medium.cost, small.cost});
-  STD_TORCH_CHECK(least < INT64_MAX, "input: conv_mma has no plan for this shape");
-  if (small.cost == least) {
-    launch_conv_mma<T>(small, shape, input, weight, bias, scale, output, winners, device);
-  } else if (medium.cost == least) {
-    launch_conv_mma<T>(medium, shape, input, weight, bias, scale, output, winners, device);
-  } else {
-    launch_conv_mma<T>(large, shape, input, weight, bias, scale, output, winners, device);
-  }
+  const bool vectors = channels_are_vectors(shape, sizeof(T), is_aligned(input));
+  const ConvMmaCandidate best = plan_conv_mma(configs, shape, vectors, kRowPadding, device);
+  STD_TORCH_CHECK(best.config >= 0, "input: conv_mma has no plan for this shape");
+  int config = 0;
+  const auto launch = [&](auto tile) {
+    if (config++ != best.config) return;
+    launch_conv_mma<T, decltype(tile)>(best, shape, input, weight, bias, scale, output, winners, device);
+  };
+  (launch(Configs()), ...);
+}
+
+template <typename T, class... Configs>
+auto share_of_launches(List<Configs...>) {
+  return share_of(List<MmaLaunch<T, Configs>...>());
 }
 
 // Compiled in up to 3 parts.
 #if FUSED_KERNELS_PART > 0
-[[gnu::used]] const auto kLaunches =
-    share_of(List<MmaLaunch<Element, Large>, MmaLaunch<Element, Medium>, MmaLaunch<Element, Small>>());
+[[gnu::used]] const auto kLaunches = share_of_launches<Element>(Tiles());
 #else
 Forward conv_mma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                  std::string precision) {
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
   return convolve("conv_mma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
-    run_conv_mma<decltype(type)>(shape, input, weight, bias, scale, output, winners);
+    run_conv_mma<decltype(type)>(Tiles(), shape, input, weight, bias, scale, output, winners);
   });
 }
 

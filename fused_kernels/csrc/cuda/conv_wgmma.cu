@@ -24,10 +24,9 @@
 
 namespace fused_kernels {
 
-// Compiled in up to 10 parts: two Sources for each of these.
-using Tiles = List<TileConfig<128, 1, true>, TileConfig<128, 1, false>, TileConfig<128, 2, false>,
-                   TileConfig<64, 1, true>, TileConfig<64, 1, false>>;
+using namespace wgmma;
 
+// Compiled in up to 10 parts: two Sources for each size of tile.
 #if FUSED_KERNELS_PART > 0
 [[gnu::used]] const auto kLaunches = share_of_launches<Element>(Tiles());
 #else

@@ -17,11 +17,11 @@
 
 namespace fused_kernels {
 
-// Compiled in up to 4 parts: two Sources for each of these.
-using Tiles = List<TileConfig<128, 1, false, true>, TileConfig<64, 1, false, true>>;
+using namespace wgmma;
 
+// Compiled in up to 4 parts: two Sources for each size of tile.
 #if FUSED_KERNELS_PART > 0
-[[gnu::used]] const auto kLaunches = share_of_launches<Element>(Tiles());
+[[gnu::used]] const auto kLaunches = share_of_launches<Element>(SplitTiles());
 #else
 Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
@@ -30,7 +30,7 @@ Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::op
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_wgmma_ieee expected float32");
   return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
     if constexpr (sizeof(type) == 4) {
-      run_conv_wgmma<decltype(type)>(Tiles(), shape, input, weight, bias, scale, output, winners);
+      run_conv_wgmma<decltype(type)>(SplitTiles(), shape, input, weight, bias, scale, output, winners);
     }
   });
 }

@@ -13,17 +13,11 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE inline
-#endif
+#include "conv_shape.h"
 
 namespace fused_kernels {
 
 using torch::stable::Tensor;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Kernels count channels in an int, and step past the last one by no more than this.
 constexpr int64_t kMostPastChannels = 4096;
@@ -71,23 +65,6 @@ using Forward = Tensor;
 inline Forward forward_result(const Tensor& output, const std::optional<Tensor>&) { return output; }
 #endif
 
-// Where winners lie: one byte each if there are no more than 256 channels, otherwise an int each.
-struct Winners {
-  void* data;
-  bool wide;
-
-  HOST_DEVICE int operator[](int64_t pixel) const {
-    return wide ? static_cast<const int32_t*>(data)[pixel] : static_cast<const uint8_t*>(data)[pixel];
-  }
-  HOST_DEVICE void put(int64_t pixel, int channel) const {
-    if (wide) {
-      static_cast<int32_t*>(data)[pixel] = channel;
-    } else {
-      static_cast<uint8_t*>(data)[pixel] = static_cast<uint8_t>(channel);
-    }
-  }
-};
-
 // Memory for the winners of an output; for inference, none.
 inline std::optional<Tensor> new_winners(const Tensor& output, int64_t channels) {
   using torch::headeronly::ScalarType;
@@ -100,17 +77,6 @@ inline Winners winners_in(const std::optional<Tensor>& winners) {
   if (!winners) return {nullptr, false};
   return {winners->data_ptr(), winners->scalar_type() == torch::headeronly::ScalarType::Int};
 }
-
-// A convolution's sizes and strides, in elements; index 0 is vertical, 1 horizontal. Channels are those of one group.
-struct ConvShape {
-  int64_t images, groups, in_channels, out_channels;
-  int64_t input[2], kernel[2], output[2], stride[2], dilation[2];
-  int64_t padding[2];  // top and left; bottom and right are in the output's size
-  int64_t input_strides[4], weight_strides[4];
-
-  int64_t taps() const { return kernel[0] * kernel[1]; }
-  int64_t pixels() const { return images * output[0] * output[1]; }
-};
 
 inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,

@@ -7,10 +7,11 @@
 //   ring of weights  operand B; one producer warp brings it by bulk copies
 //   staging ring     float32 and NCHW input as the TMA brought it, before six producer warps convert or transpose it
 // Two warpgroups consume: wgmma, then the epilogue (bias, scale, min) in registers.
-// conv_wgmma_plan.cuh cuts the work; conv_wgmma_launch.cuh launches it.
+// conv_wgmma_plan.h cuts the work; conv_wgmma_launch.cuh launches it.
 
-#include "conv_wgmma_plan.cuh"
+#include "conv_wgmma_plan.h"
 #include "conv_wgmma_walk.cuh"
+#include "implicit_gemm.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
@@ -18,7 +19,7 @@
 #include "ptx/tensor_copy.cuh"
 #include "ptx/wgmma.cuh"
 
-namespace fused_kernels {
+namespace fused_kernels::wgmma {
 
 // ---- helpers ----
 
@@ -823,4 +824,4 @@ struct CoreMatrixOrder {
   }
 };
 
-}  // namespace fused_kernels
+}  // namespace fused_kernels::wgmma

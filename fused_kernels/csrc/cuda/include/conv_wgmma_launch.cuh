@@ -8,7 +8,7 @@
 #include <map>
 #include <mutex>
 
-namespace fused_kernels {
+namespace fused_kernels::wgmma {
 
 // ---- the kernel's launch ----
 
@@ -31,7 +31,7 @@ void WgmmaLaunch<T, S, C>::run(const CUtensorMap& map, const Tensor& input, cons
 #endif
 
 template <typename T>
-constexpr Source kChannelsLast = sizeof(T) == 2 ? Source::kTiles : Source::kPixels;
+constexpr Source kChannelsLast = channels_last_source(sizeof(T));
 
 template <typename T, class... Configs>
 auto share_of_launches(List<Configs...>) {
@@ -81,18 +81,6 @@ bool encode_tensor_map(CUtensorMap& map, const Tensor& input, const ConvShape& s
                               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Whether the TMA can bring the input: the innermost dimension dense, all others multiples of 16 bytes apart.
-inline bool tma_supports(const Tensor& input, const ConvShape& shape, int innermost) {
-  const int64_t size = input.element_size();
-  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) return false;
-  if (shape.input_strides[innermost] != 1 && input.size(innermost) > 1) return false;
-  for (int d = 0; d < 4; ++d) {
-    const int64_t bytes = shape.input_strides[d] * size;
-    if (d != innermost && (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40)) return false;
-  }
-  return true;
-}
-
 // ---- launch ----
 
 // Packs the weights, runs the kernel, and where the output channels were split between blocks combines their minima.
@@ -123,20 +111,15 @@ void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& sha
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 
-// Launches the cheapest of these configurations. The choice is remembered by all that it depends on: choosing takes longer than
-// a small kernel.
+// Launches the cheapest of these configurations. The plan is remembered by all that it depends on: planning takes as long as a
+// small kernel.
 // NOTE: static, because otherwise all libraries built from this text, changed or not, would share the variables in it.
 template <typename T, Source S, class... Configs>
-static void launch_cheapest(List<Configs...>, const ConvShape& shape, bool bulk, const Tensor& input, const Tensor& weight,
+static void launch_cheapest(List<Configs...> configs, const ConvShape& shape, Way way, const Tensor& input, const Tensor& weight,
                             const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
-  struct Choice {
-    ConvWgmmaCandidate candidate;
-    void (*launch)(const ConvWgmmaCandidate&, const ConvShape&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                   double, Tensor&, Winners, const Device&) = nullptr;
-  };
-  static std::map<std::string, Choice> choices;
+  static std::map<std::string, ConvWgmmaCandidate> plans;
   static std::mutex mutex;
-  constexpr size_t kMostChoices = 1024;
+  constexpr size_t kMostPlans = 1024;
   struct Question {
     ConvShape shape;
     int64_t bulk, scale_first;
@@ -144,40 +127,38 @@ static void launch_cheapest(List<Configs...>, const ConvShape& shape, bool bulk,
   };
   static_assert(std::has_unique_object_representations_v<Question>);
   const int index = input.get_device_index();
-  const Question question{shape, bulk, Scale(scale).first,
+  const Question question{shape, way.bulk, Scale(scale).first,
                           {attribute(cudaDevAttrMultiProcessorCount, index),
                            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)}};
   const std::string key(reinterpret_cast<const char*>(&question), sizeof question);
-  Choice best;
+  ConvWgmmaCandidate best;
   {
     const std::lock_guard lock(mutex);
-    if (const auto found = choices.find(key); found != choices.end()) best = found->second;
+    if (const auto found = plans.find(key); found != plans.end()) best = found->second;
   }
-  if (!best.launch) {
-    const auto consider = [&](auto config) {
-      using C = decltype(config);
-      const ConvWgmmaCandidate candidate = plan_conv_wgmma<C>(shape, S, bulk, sizeof(T), question.device);
-      if (C::OVERLAPS && question.scale_first) return;
-      if (candidate.cost < best.candidate.cost) best = {candidate, launch_conv_wgmma<T, S, C>};
-    };
-    (consider(Configs()), ...);
-    STD_TORCH_CHECK(best.launch, "input: expected a shape that conv_wgmma can cut to fit in shared memory");
+  if (best.config < 0) {
+    best = plan_conv_wgmma(configs, shape, way, sizeof(T), question.scale_first, question.device);
+    STD_TORCH_CHECK(best.config >= 0, "input: expected a shape that conv_wgmma can cut to fit in shared memory");
     const std::lock_guard lock(mutex);
-    if (choices.size() >= kMostChoices) choices.clear();
-    choices.emplace(key, best);
+    if (plans.size() >= kMostPlans) plans.clear();
+    plans.emplace(key, best);
   }
-  best.launch(best.candidate, shape, input, weight, bias, scale, output, winners, question.device);
+  int config = 0;
+  const auto launch = [&](auto tile) {
+    if (config++ != best.config) return;
+    launch_conv_wgmma<T, S, decltype(tile)>(best, shape, input, weight, bias, scale, output, winners, question.device);
+  };
+  (launch(Configs()), ...);
 }
 
-// Chooses how the input reaches shared memory, by its layout.
 template <typename T, class Configs>
 static void run_conv_wgmma(Configs configs, const ConvShape& shape, const Tensor& input, const Tensor& weight,
                            const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
-  if (tma_supports(input, shape, 1)) {
-    launch_cheapest<T, kChannelsLast<T>>(configs, shape, true, input, weight, bias, scale, output, winners);
+  const Way way = choose_way(shape, sizeof(T), is_aligned(input));
+  if (way.source == Source::kPlanes) {
+    launch_cheapest<T, Source::kPlanes>(configs, shape, way, input, weight, bias, scale, output, winners);
   } else {
-    const bool bulk = tma_supports(input, shape, 3);
-    launch_cheapest<T, Source::kPlanes>(configs, shape, bulk, input, weight, bias, scale, output, winners);
+    launch_cheapest<T, kChannelsLast<T>>(configs, shape, way, input, weight, bias, scale, output, winners);
   }
 }
 
@@ -191,4 +172,4 @@ inline ConvShape check_plain_conv(const char* rung, const Tensor& input, const T
   return shape;
 }
 
-}  // namespace fused_kernels
+}  // namespace fused_kernels::wgmma

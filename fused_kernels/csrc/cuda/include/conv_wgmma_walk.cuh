@@ -2,10 +2,10 @@
 // Where the warps of conv_wgmma are: at which tile, and at which place in the rings of buffers (pipeline stages) where
 // producers and consumers meet.
 
-#include "conv_wgmma_plan.cuh"
+#include "conv_wgmma_plan.h"
 #include "ptx/mbarrier.cuh"
 
-namespace fused_kernels {
+namespace fused_kernels::wgmma {
 
 // ---- tiles ----
 
@@ -100,4 +100,4 @@ struct Cursor {
   __device__ __forceinline__ int channel() const { return chunk * plan.chunk; }
 };
 
-}  // namespace fused_kernels
+}  // namespace fused_kernels::wgmma

@@ -4,6 +4,7 @@
 
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "plan.h"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/mma.cuh"
 
@@ -12,9 +13,6 @@
 #include <string>
 
 namespace fused_kernels {
-
-constexpr int kWarpSize = 32;
-constexpr int kStepDepth = 16;  // K of one instruction
 
 // ---- float32 in float16 operands ----
 
@@ -213,15 +211,13 @@ __global__ void combine_winners_kernel(const float* partial, const int32_t* part
 
 // ---- host ----
 
-struct Device {
-  int multiprocessors, shared_bytes;  // of a multiprocessor
-};
-
 inline int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
+
+inline bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0; }
 
 // Memory for the packed weights, the constants, and where blocks share the output channels each share's minima; and behind all
 // of them, where they are wanted, the winners.
@@ -282,8 +278,8 @@ Forward convolve(const char* rung, const char* float32_precision, const Tensor& 
   using torch::headeronly::ScalarType;
   const ScalarType dtype = input.scalar_type();
   for (int axis = 0; axis < 2; ++axis) {
-    const int64_t reach = shape.output[axis] * shape.stride[axis] + shape.kernel[axis] * shape.dilation[axis];
-    STD_TORCH_CHECK(reach < 1 << 30, "input: ", rung, " expected a padded height and width below 2^30, got ", reach);
+    STD_TORCH_CHECK(shape.reach(axis) < kMostReach, "input: ", rung, " expected a padded height and width below 2^30, got ",
+                    shape.reach(axis));
   }
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "input: ", rung,
                   " expected float32, float16 or bfloat16");

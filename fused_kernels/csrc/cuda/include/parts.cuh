@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <utility>
 
+#include "plan.h"
+
 #ifndef FUSED_KERNELS_PART
 #define FUSED_KERNELS_PART 0
 #define FUSED_KERNELS_PARTS 0
@@ -16,9 +18,6 @@
 #define LAUNCHES_LIE_ELSEWHERE (FUSED_KERNELS_PARTS > 0 && FUSED_KERNELS_PART == 0)
 
 namespace fused_kernels {
-
-template <class... Ts>
-struct List {};
 
 template <class Launch, size_t NUMBER>
 constexpr auto address_in_this_part() -> decltype(&Launch::run) {

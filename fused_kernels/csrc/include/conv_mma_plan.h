@@ -2,11 +2,13 @@
 // How conv_mma cuts its work, decided on the host: tiles with their halo (the margin that the filter reaches into), pieces of
 // the filter, chunks of the channels, pipeline stages of weights. Of what fits in shared memory the cheapest runs.
 
-#include "implicit_gemm.cuh"
-
+#include <algorithm>
+#include <cstdint>
 #include <numeric>
 
-namespace fused_kernels {
+#include "plan.h"
+
+namespace fused_kernels::mma {
 
 // ---- constants and tile sizes ----
 
@@ -16,8 +18,7 @@ constexpr int kUnit = 8;            // channels that a thread moves at once: 16 
 constexpr int kMaxSteps = 2048;     // entries of the table of tap offsets
 constexpr int kInputWarps = 3, kInputThreads = kInputWarps * kWarpSize;
 
-// What a block works on: BLOCK_M pixels by BLOCK_N output channels; a warp has M_TILES x 16 by N_TILES x 8 of them. conv_mma.cu
-// derives its configurations from it, which add kBlocksPerSM, kStages, kStageSteps and kSpeed.
+// What a block works on: BLOCK_M pixels by BLOCK_N output channels; a warp has M_TILES x 16 by N_TILES x 8 of them.
 template <int WARPS_M_, int WARPS_N_, int M_TILES_, int N_TILES_>
 struct TileConfig {
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, M_TILES = M_TILES_, N_TILES = N_TILES_;
@@ -26,6 +27,20 @@ struct TileConfig {
   static constexpr int kThreads = kMathThreads + kWarpSize + kInputThreads;
   static constexpr int kStepBytes = kStepDepth * BLOCK_N * 2;  // of weights
 };
+
+// Chosen by measurement on an H200. kStages buffers hold kStageSteps steps of weights each: a short stage ends before the next
+// one has arrived, unless there are several. kUnitsInFlight: of a thread that loads. kSpeed: multiplications per clock of an
+// SM, in units of 64.
+struct Large : TileConfig<4, 2, 4, 8> {
+  static constexpr int kBlocksPerSM = 1, kStages = 2, kStageSteps = 9, kUnitsInFlight = 6, kSpeed = 20;
+};
+struct Medium : TileConfig<2, 2, 4, 4> {
+  static constexpr int kBlocksPerSM = 2, kStages = 4, kStageSteps = 6, kUnitsInFlight = 4, kSpeed = 17;
+};
+struct Small : TileConfig<4, 1, 1, 4> {
+  static constexpr int kBlocksPerSM = 3, kStages = 4, kStageSteps = 6, kUnitsInFlight = 2, kSpeed = 10;
+};
+using Tiles = List<Small, Medium, Large>;
 
 // ---- the plan ----
 
@@ -64,14 +79,14 @@ struct InputPixel {
 };
 
 // Where the m-th pixel of a tile is: image, row, column.
-__host__ __device__ __forceinline__ void place(const ConvMmaPlan& plan, int m, int& image, int& row, int& column) {
+HOST_DEVICE void place(const ConvMmaPlan& plan, int m, int& image, int& row, int& column) {
   column = m & ((1 << plan.tile_log2[1]) - 1);
   row = m >> plan.tile_log2[1] & ((1 << plan.tile_log2[0]) - 1);
   image = m >> (plan.tile_log2[0] + plan.tile_log2[1]);
 }
 
 // And where the channels under its first filter tap begin in the input tile, in bytes.
-__host__ __device__ __forceinline__ int input_row(const ConvMmaPlan& plan, int m) {
+HOST_DEVICE int input_row(const ConvMmaPlan& plan, int m) {
   int image, row, column;
   place(plan, m, image, row, column);
   return ((image * plan.input_tile[0] + row * plan.output_step[0]) * plan.input_tile[1] + column * plan.output_step[1]) *
@@ -86,18 +101,29 @@ template <class C>
 constexpr int kStaticBytes = kResults * C::WARPS_N * C::BLOCK_M * 4 + C::kMathThreads * 4 + 256 + 1024;
 
 // A plan that can run, and what it costs.
-template <class C>
 struct ConvMmaCandidate {
   ConvMmaPlan plan;
-  int64_t cost = INT64_MAX;
+  int64_t cost = INT64_MAX;  // in cycles of the busiest multiprocessor
   int shared_bytes = 0, blocks_per_sm = 1;
+  int config = -1;           // its place in the list of configurations; -1: there is none
 };
+
+// Whether eight channels of a pixel (four of float32) are one aligned run of 16 bytes, wherever they begin; aligned: the input
+// begins at a multiple of 16 bytes.
+inline bool channels_are_vectors(const ConvShape& shape, int element_size, bool aligned) {
+  const int64_t width = 16 / element_size;
+  if (shape.input_strides[1] != 1 || shape.in_channels % width != 0 || !aligned) return false;
+  for (int d : {0, 2, 3}) {
+    if (shape.input_size(d) > 1 && shape.input_strides[d] % width != 0) return false;
+  }
+  return true;
+}
 
 // Cuts the work: the filter whole, by rows or by taps; the tile's shape; the channels. Takes the cheapest way that fits.
 // row_padding: bytes after each pixel's channels.
 template <class C>
-ConvMmaCandidate<C> plan_conv_mma(const ConvShape& shape, bool vectors, int row_padding, const Device& device) {
-  ConvMmaCandidate<C> best;
+ConvMmaCandidate plan_tile(int config, const ConvShape& shape, bool vectors, int row_padding, const Device& device) {
+  ConvMmaCandidate best;
   ConvMmaPlan p{};
   p.images = static_cast<int>(shape.images);
   p.in_channels = static_cast<int>(shape.in_channels);
@@ -190,7 +216,7 @@ ConvMmaCandidate<C> plan_conv_mma(const ConvShape& shape, bool vectors, int row_
           p.blocks_per_split = static_cast<int>(ceil_div(blocks_n, std::max<int64_t>(1, std::min(blocks_n, slots / tiles))));
           p.splits = static_cast<int>(ceil_div(blocks_n, p.blocks_per_split));
           const int64_t cost = ceil_div(tiles * p.splits, slots) * ceil_div(tile_cost, p.splits) * C::kBlocksPerSM;
-          if (cost < best.cost && tiles < INT32_MAX / 2) best = {p, cost, static_cast<int>(bytes), C::kBlocksPerSM};
+          if (cost < best.cost && tiles < INT32_MAX / 2) best = {p, cost, static_cast<int>(bytes), C::kBlocksPerSM, config};
           break;
         }
       }
@@ -199,4 +225,16 @@ ConvMmaCandidate<C> plan_conv_mma(const ConvShape& shape, bool vectors, int row_
   return best;
 }
 
-}  // namespace fused_kernels
+// Gives the cheapest of these configurations, of equal ones the first; its config is -1 where none fits.
+template <class... Configs>
+ConvMmaCandidate plan_conv_mma(List<Configs...>, const ConvShape& shape, bool vectors, int row_padding, const Device& device) {
+  ConvMmaCandidate best;
+  int config = 0;
+  const auto consider = [&](const ConvMmaCandidate& candidate) {
+    if (candidate.cost < best.cost) best = candidate;
+  };
+  (consider(plan_tile<Configs>(config++, shape, vectors, row_padding, device)), ...);
+  return best;
+}
+
+}  // namespace fused_kernels::mma

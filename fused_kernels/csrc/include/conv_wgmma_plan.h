@@ -3,9 +3,12 @@
 // the rings' slots (pipeline stages), and who does what. Candidates that fit in shared memory are costed in cycles; the
 // cheapest runs.
 
-#include "implicit_gemm.cuh"
+#include <algorithm>
+#include <cstdint>
 
-namespace fused_kernels {
+#include "plan.h"
+
+namespace fused_kernels::wgmma {
 
 // ---- constants, roles, tile sizes ----
 
@@ -45,6 +48,37 @@ struct TileConfig {
   static constexpr int kSubtiles = kWarpgroups * SUBTILES, BLOCK_M = kSubtiles * kSubtile;
   static constexpr int kPartBytes = kStepDepth * BLOCK_N * 2, kStepBytes = kParts * kPartBytes;  // of weights
 };
+
+// What conv_wgmma and conv_wgmma_ieee choose from.
+using Tiles = List<TileConfig<128, 1, true>, TileConfig<128, 1, false>, TileConfig<128, 2, false>,
+                   TileConfig<64, 1, true>, TileConfig<64, 1, false>>;
+using SplitTiles = List<TileConfig<128, 1, false, true>, TileConfig<64, 1, false, true>>;
+
+// ---- how the input reaches shared memory ----
+
+struct Way {
+  Source source;
+  bool bulk;  // the TMA brings it
+};
+
+constexpr Source channels_last_source(int element_size) { return element_size == 2 ? Source::kTiles : Source::kPixels; }
+
+// Whether the TMA can bring the input: the innermost dimension dense, all others multiples of 16 bytes apart.
+inline bool tma_supports(const ConvShape& shape, int innermost, int element_size, bool aligned) {
+  if (!aligned) return false;
+  if (shape.input_strides[innermost] != 1 && shape.input_size(innermost) > 1) return false;
+  for (int d = 0; d < 4; ++d) {
+    const int64_t bytes = shape.input_strides[d] * element_size;
+    if (d != innermost && (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40)) return false;
+  }
+  return true;
+}
+
+// By the input's layout; aligned: it begins at a multiple of 16 bytes.
+inline Way choose_way(const ConvShape& shape, int element_size, bool aligned) {
+  if (tma_supports(shape, 1, element_size, aligned)) return {channels_last_source(element_size), true};
+  return {Source::kPlanes, tma_supports(shape, 3, element_size, aligned)};
+}
 
 // ---- the plan ----
 
@@ -94,6 +128,7 @@ struct ConvWgmmaCandidate {
   ConvWgmmaPlan plan;
   int64_t cost = INT64_MAX;  // in cycles of the busiest multiprocessor
   int shared_bytes = 0;
+  int config = -1;           // its place in the list of configurations; -1: there is none
 };
 
 // ---- what fits, and what it costs ----
@@ -147,7 +182,8 @@ bool lay_out(ConvWgmmaPlan& p, Source source, int element_size, const Device& de
   const int reach = p.sliding ? 0 : kSubtile * C::kSubtiles * kRowBytes;
 
   // The weights stay if all of them fit next to the ring.
-  const int all_stages_bytes = taps * p.chunks * tap_bytes, least_slots = p.sliding ? window + p.fresh : 2;
+  const int64_t all_stages_bytes = static_cast<int64_t>(taps) * p.chunks * tap_bytes;
+  const int least_slots = p.sliding ? window + p.fresh : 2;
   p.resident = p.blocks_per_split == 1 && all_stages_bytes + least_slots * p.slot_bytes <= room;
   if (p.resident) {
     p.stage_taps = std::max<int>(p.kernel[1], static_cast<int>(ceil_div(taps * p.chunks, kMostSlots)));
@@ -157,7 +193,8 @@ bool lay_out(ConvWgmmaPlan& p, Source source, int element_size, const Device& de
     if (p.slots < least_slots) p.resident = false;
   }
   if (!p.resident) {
-    p.slots = p.sliding ? window + p.fresh : 2;
+    p.slots = least_slots;
+    if (p.slots > kMostSlots) return false;
     const int left = room - p.slots * p.slot_bytes;
     p.stage_taps = std::clamp<int>(16384 / tap_bytes, 1, taps);
     while (p.stage_taps > 1 && left / (p.stage_taps * tap_bytes) < 3) --p.stage_taps;
@@ -170,10 +207,10 @@ bool lay_out(ConvWgmmaPlan& p, Source source, int element_size, const Device& de
   return shared_bytes + kOtherBytes <= device.shared_bytes;
 }
 
-// Cuts the work in the cheapest way that fits.
+// Cuts the work in the cheapest way that fits, if that is cheaper than the best so far.
 template <class C>
-ConvWgmmaCandidate plan_conv_wgmma(const ConvShape& shape, Source source, bool bulk, int element_size, const Device& device) {
-  ConvWgmmaCandidate best;
+void improve(ConvWgmmaCandidate& best, int config, const ConvShape& shape, Way way, int element_size, const Device& device) {
+  const Source source = way.source;
   ConvWgmmaPlan p{};
   p.images = static_cast<int>(shape.images);
   p.in_channels = static_cast<int>(shape.in_channels);
@@ -190,7 +227,7 @@ ConvWgmmaCandidate plan_conv_wgmma(const ConvShape& shape, Source source, bool b
   const int64_t channel_steps = ceil_div(p.in_channels, kStepDepth);
   p.chunks = static_cast<int>(ceil_div(channel_steps, kRowSteps));
   p.chunk = static_cast<int>(ceil_div(channel_steps, p.chunks)) * kStepDepth;
-  if (C::OVERLAPS && (p.chunks > 1 || p.chunk != kRowChannels || p.kernel[1] != C::kRowTaps)) return best;
+  if (C::OVERLAPS && (p.chunks > 1 || p.chunk != kRowChannels || p.kernel[1] != C::kRowTaps)) return;
 
   const int64_t reach[2] = {(shape.kernel[0] - 1) * shape.dilation[0], (shape.kernel[1] - 1) * shape.dilation[1]};
   const auto consider = [&] {
@@ -210,30 +247,37 @@ ConvWgmmaCandidate plan_conv_wgmma(const ConvShape& shape, Source source, bool b
     const int64_t tiles = ceil_div(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
     if (tiles > INT32_MAX / 2) return;
     p.tiles = static_cast<int>(tiles);
-    for (int split = C::OVERLAPS ? p.blocks_n : 1; split <= p.blocks_n; ++split) {
+    // Cycles, from times on an H200: of the tensor cores for a block of output channels, or of the warp that issues a tap.
+    const int64_t taps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks, steps_per_tap = p.chunk / kStepDepth;
+    const int64_t block_arithmetic = taps * std::max<int64_t>(steps_per_tap * C::kSubtiles * C::kCycles, C::kLeastCycles);
+    // However they are split, it costs no less.
+    if (1.125 * tiles * p.blocks_n * block_arithmetic / device.multiprocessors >= best.cost) return;
+    for (int split = C::OVERLAPS ? p.blocks_n : 1; split <= std::min(p.blocks_n, device.multiprocessors); ++split) {
       p.blocks_per_split = static_cast<int>(ceil_div(p.blocks_n, split));
       p.splits = static_cast<int>(ceil_div(p.blocks_n, p.blocks_per_split));
-      if (p.splits != split || split > device.multiprocessors) continue;
-      p.bulk = bulk;
+      if (p.splits != split) continue;
+      // And of the weights' way from L2, of the input's way. They overlap, but not for free: an eighth of each is added.
+      const auto cost_if = [&](bool resident, bool bulk) {
+        const int64_t arithmetic = p.blocks_per_split * block_arithmetic;
+        const int64_t stream = resident ? 0 : taps * p.blocks_per_split * steps_per_tap * C::kStepBytes / 24;
+        const int64_t loads = p.chunks == 1 ? 1 : p.blocks_per_split;
+        const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
+        const int64_t loading = fresh_positions * (source == Source::kTiles ? 3 : bulk ? 12 : 60);
+        const int64_t epilogues = p.blocks_per_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
+        const int64_t tile_cost = std::max({arithmetic, stream, loading}) + (arithmetic + stream + loading) / 8 + epilogues;
+        const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
+        const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
+        return ceil_div(tiles, blocks) * tile_cost + start;
+      };
+      // To lay it out takes longest: only what may be cheaper.
+      if (cost_if(p.blocks_per_split == 1, way.bulk) >= best.cost) continue;
+      p.bulk = way.bulk;
       int shared_bytes = 0;
       if (!lay_out<C>(p, source, element_size, device, shared_bytes)) continue;
       if (source == Source::kTiles && !p.bulk) continue;
       if (C::OVERLAPS && (!p.resident || p.stage_taps % C::kRowTaps != 0)) continue;
-      // Cycles, from times on an H200: of the tensor cores, or of the warp that issues a tap; of the weights' way from L2; of
-      // the input's way. They overlap, but not for free: an eighth of each is added.
-      const int64_t taps = static_cast<int64_t>(p.kernel[0]) * p.kernel[1] * p.chunks * p.blocks_per_split;
-      const int64_t steps_per_tap = p.chunk / kStepDepth;
-      const int64_t arithmetic = taps * std::max<int64_t>(steps_per_tap * C::kSubtiles * C::kCycles, C::kLeastCycles);
-      const int64_t stream = p.resident ? 0 : taps * steps_per_tap * C::kStepBytes / 24;
-      const int64_t loads = p.chunks == 1 ? 1 : p.blocks_per_split;
-      const int64_t fresh_positions = positions * p.fresh * p.chunks * loads;
-      const int64_t loading = fresh_positions * (source == Source::kTiles ? 3 : p.bulk ? 12 : 60);
-      const int64_t epilogues = p.blocks_per_split * (C::OVERLAPS ? 0 : 300) + (p.sliding ? 100 : 600);
-      const int64_t tile_cost = std::max({arithmetic, stream, loading}) + (arithmetic + stream + loading) / 8 + epilogues;
-      const int64_t blocks = std::max(device.multiprocessors / p.splits, 1);
-      const int64_t start = 3000 + (p.splits > 1 ? 2500 : 0);
-      const int64_t cost = ceil_div(tiles, blocks) * tile_cost + start;
-      if (cost < best.cost) best = {p, cost, shared_bytes};
+      const int64_t cost = cost_if(p.resident, p.bulk);
+      if (cost < best.cost) best = {p, cost, shared_bytes, config};
     }
   };
 
@@ -247,10 +291,9 @@ ConvWgmmaCandidate plan_conv_wgmma(const ConvShape& shape, Source source, bool b
   }
   // Otherwise (or where the image is small) tiles, of rows that are whole or cut evenly.
   p.sliding = false;
-  for (int64_t cuts = 1;; ++cuts) {
+  for (int64_t cuts = ceil_div(p.output[1], C::BLOCK_M);;) {
     p.tile_columns = static_cast<int>(ceil_div(p.output[1], cuts));
     if (cuts > 1) p.tile_columns = static_cast<int>(ceil_div(p.tile_columns, kGroup)) * kGroup;
-    if (p.tile_columns > C::BLOCK_M) continue;
     const int64_t pitch = std::max<int64_t>(p.tile_columns + reach[1], 2);
     for (int images = 1; images <= C::kSubtiles; ++images) {
       p.image_subtiles = C::kSubtiles / images;
@@ -268,9 +311,24 @@ ConvWgmmaCandidate plan_conv_wgmma(const ConvShape& shape, Source source, bool b
         if (images == 1 || r == p.output[0]) consider();
       }
     }
-    if (p.tile_columns <= 8) break;
+    if (p.tile_columns <= kGroup) break;
+    cuts = ceil_div(p.output[1], (p.tile_columns - 1) / kGroup * kGroup);  // the fewest that make tiles narrower
   }
+}
+
+// Gives the cheapest of these configurations, of equal ones the first; its config is -1 where none fits.
+template <class... Configs>
+ConvWgmmaCandidate plan_conv_wgmma(List<Configs...>, const ConvShape& shape, Way way, int element_size, bool scale_first,
+                                   const Device& device) {
+  ConvWgmmaCandidate best;
+  int config = 0;
+  const auto consider = [&](auto tile) {
+    using C = decltype(tile);
+    if (!(C::OVERLAPS && scale_first)) improve<C>(best, config, shape, way, element_size, device);
+    ++config;
+  };
+  (consider(Configs()), ...);
   return best;
 }
 
-}  // namespace fused_kernels
+}  // namespace fused_kernels::wgmma
