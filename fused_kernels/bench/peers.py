@@ -21,7 +21,7 @@ def eager(work):
     """Give a workload's operation in PyTorch's own, as a function of its tensors."""
 
     def function(input, weight, bias, scale=work.scale):
-        return reference.scale_min(F.conv2d(input, weight, bias, stride=work.stride, padding=work.padding), scale)
+        return reference.scale_min(F.conv2d(input, weight, bias, **work.options), scale)
 
     return function
 

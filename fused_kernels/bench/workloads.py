@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import reference
-from ..problem import check_problem
+from ..problem import check_problem, make_problem
 from .environment import default_device
 from .records import Subject
 
@@ -23,6 +23,8 @@ class Workload:
     scale: float = reference.scale_factor
     stride: int = 1
     padding: int = 0
+    dilation: int = 1
+    groups: int = 1
 
     @property
     def arguments(self):
@@ -32,11 +34,11 @@ class Workload:
     @property
     def options(self):
         """The keyword arguments that a convolution takes."""
-        return {"stride": self.stride, "padding": self.padding}
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
     def problem(self, precision="auto"):
         """Give what follows from the arguments; "auto" means PyTorch's own setting."""
-        return check_problem(self.input, self.weight, self.bias, **self.options, dilation=1, groups=1, precision=precision)
+        return check_problem(self.input, self.weight, self.bias, **self.options, precision=precision)
 
     @property
     def output_shape(self):
@@ -46,7 +48,8 @@ class Workload:
     @property
     def shape(self):
         """Name the shape, as a record does."""
-        rest = f" stride {self.stride}" * (self.stride > 1) + f" padding {self.padding}" * (self.padding > 0)
+        usual = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        rest = "".join(f" {name} {value}" for name, value in self.options.items() if value != usual[name])
         return f"{shape_name(self.input.shape)} * {shape_name(self.weight.shape)}{rest}"
 
     @property
@@ -76,7 +79,7 @@ class Workload:
 
     def conv_output(self):
         """Run the library's convolution: the input of a scale_min."""
-        return F.conv2d(self.input, self.weight, self.bias, self.stride, self.padding)
+        return F.conv2d(self.input, self.weight, self.bias, **self.options)
 
     def subject(self, operator, rung, **other):
         """Say what a measurement on it is of; ``other`` fields as for :class:`Subject`."""
@@ -162,6 +165,20 @@ def draw(device, dtype, channels_last, shape, out_channels, kernel_size, stride=
     weight = conv.weight.detach().to(device, dtype, memory_format=layout)
     bias = conv.bias.detach().to(device, dtype)
     return Workload(input.to(dtype).contiguous(memory_format=layout), weight, bias, stride=stride, padding=padding)
+
+
+def problem_of(row, device="cuda"):
+    """Give the problem of a recorded row (:class:`fused_kernels.measured.Row`), without tensors."""
+    layer = row.layer
+    _, channels, height, width = layer.input_shape
+    strides = channels * height * width, height * width, width, 1
+    if row.layout == "channels_last":
+        strides = channels * height * width, 1, channels * width, channels
+    is_float32 = row.precision in ("tf32", "ieee")
+    geometry = (layer.stride,) * 2, (layer.padding,) * 4, (layer.dilation,) * 2, layer.groups
+    how = layer.weight_shape, geometry, layer.output_size, row.precision if is_float32 else "ieee"
+    dtype = torch.float32 if is_float32 else getattr(torch, row.precision)
+    return make_problem(layer.input_shape, strides, dtype, torch.device(device, 0), *how)
 
 
 def precisions(device, dtype):

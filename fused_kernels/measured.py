@@ -1,0 +1,155 @@
+"""What was measured: how long every candidate took on layers drawn at random, one line for a layer in one precision and layout.
+
+The files lie in ``choices/``, one for each GPU; ``python -m fused_kernels bench --choices --record`` appends to them.
+"""
+
+import ast
+import csv
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent / "choices"
+
+# What was timed, in microseconds. Forward: PyTorch's own operations; the composite as the input lies, and with a copy into the
+# other layout before it; the fused kernels. And the kernels of the backward pass.
+PEERS = ("eager", "compile")
+FORWARD = ("composite", "copied", "conv_direct", "conv_mma", "conv_wgmma", "conv_wgmma_ieee")
+GRAD_INPUT = ("grad_input_gather", "grad_input_mma")
+GRAD_WEIGHT = ("grad_weight_gather", "grad_weight_private", "grad_weight_sorted")
+TIMED = (*PEERS, *FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)
+
+
+class Layer(NamedTuple):
+    """A convolution's sizes."""
+
+    images: int
+    in_channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel_h: int
+    kernel_w: int
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+
+    @property
+    def input_shape(self):
+        """(N, C_in, H, W)."""
+        return self.images, self.in_channels, self.height, self.width
+
+    @property
+    def weight_shape(self):
+        """(C_out, C_in / groups, kH, kW)."""
+        return self.out_channels, self.in_channels // self.groups, self.kernel_h, self.kernel_w
+
+    @property
+    def output_size(self):
+        """(H', W')."""
+        return tuple(
+            (size + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+            for size, kernel in ((self.height, self.kernel_h), (self.width, self.kernel_w))
+        )
+
+    @property
+    def pixels(self):
+        """Of the output, all images together."""
+        return self.images * self.output_size[0] * self.output_size[1]
+
+    @property
+    def flops(self):
+        """The convolution's multiplications and additions."""
+        return 2 * self.pixels * self.out_channels * self.in_channels // self.groups * self.kernel_h * self.kernel_w
+
+    @property
+    def bytes(self):
+        """Of input and convolution's output in float32."""
+        return 4 * (self.images * self.in_channels * self.height * self.width + self.pixels * self.out_channels)
+
+    def __str__(self):
+        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        usual = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        shapes = " * ".join("x".join(map(str, shape)) for shape in (self.input_shape, self.weight_shape))
+        return shapes + "".join(f" {name} {value}" for name, value in how.items() if value != usual[name])
+
+
+class Time(NamedTuple):
+    """Microseconds: 20th percentile, median, 80th percentile; three times the median where that alone was kept."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+class Row(NamedTuple):
+    """One line: a layer; how it was computed ("tf32", "ieee", "bfloat16", "float16"); the times of what could run."""
+
+    layer: Layer
+    precision: str
+    layout: str  # "NCHW" or "channels_last"
+    direction: str  # "forward", or "training": forward with winners, and the gradients' kernels
+    times: dict[str, Time]
+    trial: str = ""  # what a trial found fastest, then all that it tried
+
+    @property
+    def key(self):
+        """What no two lines have in common."""
+        return self[:4]
+
+
+_COLUMNS = (*Layer._fields, "precision", "layout", "direction", *TIMED, "trial")
+
+
+def read(file):
+    """Read a file's rows; none if it is not there."""
+    if not Path(file).exists():
+        return []
+    with Path(file).open(newline="") as lines:
+        return [_parse(line) for line in csv.DictReader(line for line in lines if not line.startswith("#"))]
+
+
+def hardware_facts(file):
+    """Give the facts of the GPU on which a file was recorded, as its last run wrote them."""
+    lines = [line for line in Path(file).read_text().splitlines() if line.startswith("#")]
+    return ast.literal_eval(re.search(r"hardware=(\(.*?\))(?: \w+=|$)", lines[-1])[1])
+
+
+def append(file, facts, rows, spread=False):
+    """Append rows as they come; the facts of their run, a dictionary, stand before the first one.
+
+    ``spread``: whether the percentiles are kept beside the medians.
+
+    Yields
+    ------
+    Row
+        Each one, once it is written.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    is_fresh = not file.exists()
+    with file.open("a") as lines:
+        if is_fresh:
+            lines.write(",".join(_COLUMNS) + "\n")
+        lines.write("# " + " ".join(f"{name}={value!r}" for name, value in facts.items()) + "\n")
+        for row in rows:
+            times = (_words(row.times[name], spread) if name in row.times else "" for name in TIMED)
+            lines.write(",".join((*map(str, row.layer), row.precision, row.layout, row.direction, *times, row.trial)) + "\n")
+            lines.flush()
+            yield row
+
+
+def _words(time, spread):
+    return " ".join(f"{value:.4g}" for value in (time if spread else (time.p50,)))
+
+
+def _time(words):
+    values = [float(word) for word in words.split()]
+    return Time(*values) if len(values) == 3 else Time(*values * 3)
+
+
+def _parse(line):
+    layer = Layer(*(int(line[name]) for name in Layer._fields))
+    times = {name: _time(line[name]) for name in TIMED if line[name]}
+    return Row(layer, line["precision"], line["layout"], line["direction"], times, line["trial"])
