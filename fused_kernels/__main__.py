@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, bench, build, cleaning, export
+from . import __version__, bench, build, cleaning, export, measured
 from .bench import records
+from .candidates import FUSED, Hardware, read_hardware
 from .check import DTYPES
 from .rungs import LADDER
 
@@ -58,6 +59,8 @@ def _in_home(path):
 
 def run_bench(options):
     """Check and time every rung that runs here beside its peers."""
+    if options.choices:
+        return run_choices(options)
     dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
     # Apart, for the newest run of a machine's file is what all figures show.
     apart = "-".join(name for name in ("training", "layers") if getattr(options, name))
@@ -70,9 +73,28 @@ def run_bench(options):
         print(f"\nrecorded in {data / (new[0].machine + '.csv')}")
 
 
+def run_choices(options):
+    """Time every candidate on many layers, or fit the estimates to what was timed, and say how good the choice is."""
+    from .bench import choices, fit, regret
+
+    if options.fit:
+        for file in sorted(measured.FOLDER.glob("*.csv")):
+            rows, hardware = measured.read(file), Hardware(*measured.hardware_facts(file))
+            print(fit.fit(rows, hardware))
+            if options.folds:
+                chosen = fit.cross_validate(rows, hardware, options.folds)
+                whole = [row for row in rows if row.key in chosen and any(name in row.times for name in FUSED["cuda"])]
+                print(regret.summary(regret.judge(whole, hardware, lambda row, chosen=chosen: chosen[row.key])))
+        return
+    rows = choices.run(options.draw, options.count, options.record)
+    if options.draw is not None:
+        print(regret.summary(regret.judge(rows, read_hardware(torch.device("cuda", torch.cuda.current_device())))))
+
+
 def figures(options):
     """Draw every machine's figures from its newest run, and write the tables of README.md and figures/README.md."""
     from . import plots, tables
+    from .bench import regret
 
     data = options.data or records.data_dir()
     forward = records.read(data=data)
@@ -89,7 +111,7 @@ def figures(options):
     print(page)
     readme = out.parent / "README.md"
     if readme.exists() and tables.BEGIN in readme.read_text():
-        tables.update_readme(readme, forward)
+        tables.update_readme(readme, forward, regret.sentences(data / "draws"))
         print(readme)
 
 
@@ -114,6 +136,17 @@ def main(arguments=None):
     )
     parser_bench.add_argument(
         "--training", action="store_true", help="training steps, of the whole model (figures/data/training) or of layers"
+    )
+    parser_bench.add_argument(
+        "--choices",
+        action="store_true",
+        help="every candidate on many layers; records: fused_kernels/choices, figures/data/draws",
+    )
+    parser_bench.add_argument("--draw", type=int, metavar="SEED", help="with --choices: on random layers, beside torch.compile")
+    parser_bench.add_argument("--count", type=int, default=34, help="with --draw: how many layers")
+    parser_bench.add_argument("--fit", action="store_true", help="with --choices: make the estimates' networks from the record")
+    parser_bench.add_argument(
+        "--folds", type=int, help="with --fit: also say what is lost on layers left out, in so many turns"
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES["conv2d_scale_min"]]
     parser_bench.add_argument("--dtypes", nargs="+", choices=names, help="which to run, in this order")

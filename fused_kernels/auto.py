@@ -12,7 +12,7 @@ will be needed; only a kernel at autograd's own key can tell. A program that is 
 
 import torch
 
-from . import arguments, build, choice, composite, dispatch, gradients
+from . import arguments, build, choice, composite, dispatch, gradients, trials
 from .composite import has_scale_min
 from .dispatch import is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
@@ -78,8 +78,20 @@ def _choose_scale_min(input, scale):
     return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else IN_PYTHON, ""
 
 
-def _choose_conv2d_scale_min(input, weight, bias, scale, *conv):
+def _decide(input, weight, bias, scale, conv, winners):
     decision = choice.decide_checked(input, weight, bias, *conv)
+    return trials.settle(decision, (input, weight, bias, scale), winners) if trials.are_asked_for() else decision
+
+
+def _choose_conv2d_scale_min(input, weight, bias, scale, *conv):
+    return _name_forward(_decide(input, weight, bias, scale, conv, False))
+
+
+def _choose_conv2d_scale_min_winners(input, weight, bias, scale, *conv):
+    return _name_forward(_decide(input, weight, bias, scale, conv, True))
+
+
+def _name_forward(decision):
     return IN_PYTHON if decision.rung == "composite" else decision.rung, decision.problem.precision
 
 
@@ -95,12 +107,19 @@ def _choose_grad_input(grad, winners, weight, scale, input_size, *args):
     *conv, channels_last = args
     shape = (grad.shape[0], weight.shape[1] * conv[3], *input_size)
     problem = _problem(weight, shape, _strides(shape, channels_last), weight.shape, *conv)
+    if trials.are_asked_for():
+        return trials.settle_gradient(
+            "grad_input", problem, (grad, winners, weight, scale, input_size, *args)
+        ), problem.precision
     return choice.choose_grad_input(problem, choice.read_hardware(weight.device)), problem.precision
 
 
 def _choose_grad_weight(grad, winners, input, scale, out_channels, kernel_size, *conv):
     weight_shape = (out_channels, input.shape[1] // conv[3], *kernel_size)
     problem = _problem(input, input.shape, input.stride(), weight_shape, *conv)
+    if trials.are_asked_for():
+        given = grad, winners, input, scale, out_channels, kernel_size, *conv
+        return trials.settle_gradient("grad_weight", problem, given), problem.precision
     return choice.choose_grad_weight(problem, choice.read_hardware(input.device)), problem.precision
 
 
@@ -121,7 +140,7 @@ _CHOOSE = {
     "scale_min": _choose_scale_min,
     "scale_min_winners": _choose_scale_min,
     "conv2d_scale_min": _choose_conv2d_scale_min,
-    "conv2d_scale_min_winners": _choose_conv2d_scale_min,
+    "conv2d_scale_min_winners": _choose_conv2d_scale_min_winners,
     "scale_min_backward": _choose_scale_min_backward,
     "grad_input": _choose_grad_input,
     "grad_weight": _choose_grad_weight,
@@ -133,12 +152,12 @@ _CHOOSE = {
 
 
 def _conv2d_scale_min(input, weight, bias, scale, *conv):
-    decision = choice.decide_checked(input, weight, bias, *conv)
+    decision = _decide(input, weight, bias, scale, conv, False)
     return composite.compute_output(decision, input, weight, bias, scale)
 
 
 def _conv2d_scale_min_winners(input, weight, bias, scale, *conv):
-    decision = choice.decide_checked(input, weight, bias, *conv)
+    decision = _decide(input, weight, bias, scale, conv, True)
     return composite.compute_winners(decision, input, weight, bias, scale)
 
 
@@ -179,7 +198,8 @@ def _choose_for_dispatcher(kind):
             if len(args) == 2 or not has_scale_min(args[0].device):
                 return f"{kind}_{IN_PYTHON}", precision, steps
             input, weight, bias, _, *conv = args
-            steps, name = composite.steps(choice.decide_checked(input, weight, bias, *conv), input, weight, bias)
+            decision = _decide(input, weight, bias, args[3], conv, kind.endswith("_winners"))
+            steps, name = composite.steps(decision, input, weight, bias)
         overload = operator(name + suffix, args[0].dtype)._overloadname
         return name + suffix + ("" if overload == "default" else f".{overload}"), precision, [int(step) for step in steps]
 

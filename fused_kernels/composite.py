@@ -4,16 +4,18 @@
 tensor cores want, and takes the minimum by a kernel of ours, on a GPU with the bias.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from . import choice, reference
+from .candidates import copy_into_other_layout
 from .choice import Decision
 from .dispatch import attach_backward, is_transformed, operator, rules_without_python, run, wants_gradient
 from .problem import cudnn_precision, describe_problem
-from .rungs import COPY, why_unavailable
+from .rungs import COPY, rungs, why_unavailable
 
 
 def compute(decision, input, weight, bias, scale, return_indices=False):
@@ -61,6 +63,31 @@ def compute_winners(decision, input, weight, bias, scale):
         return reference_winners(library_conv(decision.problem, input, weight, bias), scale)
 
 
+def candidate_calls(problem, names, args, suffix=""):
+    """Make the calls of candidates, without a gradient: name -> callable.
+
+    Parameters
+    ----------
+    problem : Problem
+    names : sequence of str
+        Fused rungs; "composite", the library's convolution as the input lies, or "copied", with a copy before it.
+    args : tuple
+        Input, weight, bias, scale.
+    suffix : str
+        "" or "_winners".
+    """
+    copy = copy_into_other_layout(problem, can_copy(*args[:2]))
+    compute = compute_winners if suffix else compute_output
+    calls = {}
+    for name in names:
+        if name in ("composite", "copied"):
+            copies = (copy, copy) if name == "copied" else (None, None)
+            calls[name] = functools.partial(compute, Decision(problem, "composite", "", copies=copies), *args)
+        elif name in rungs:
+            calls[name] = functools.partial(run, name + suffix, *args, *problem.conv)
+    return calls
+
+
 def compute_by_library(problem, input, weight, bias, scale, return_indices=False):
     """Do the same by PyTorch's own operations alone."""
     return reference_scale_min(library_conv(problem, input, weight, bias), scale, return_indices)
@@ -68,12 +95,12 @@ def compute_by_library(problem, input, weight, bias, scale, return_indices=False
 
 def composite_operator(input, weight, bias, scale, *conv):
     """Do what :func:`compute` does; the implementation of the operator ``composite``."""
-    return compute(_undecided(input, weight, conv), input, weight, bias, scale)
+    return compute(_by_name(input, weight, bias, conv), input, weight, bias, scale)
 
 
 def composite_winners_operator(input, weight, bias, scale, *conv):
     """Do the same and give each pixel's winner, with no gradient; the implementation of ``composite_winners``."""
-    return compute_winners(_undecided(input, weight, conv), input, weight, bias, scale)
+    return compute_winners(_by_name(input, weight, bias, conv), input, weight, bias, scale)
 
 
 def reference_operator(input, weight, bias, scale, *conv):
@@ -82,8 +109,12 @@ def reference_operator(input, weight, bias, scale, *conv):
     return reference.scale_min(library_conv(problem, input, weight, bias), scale)
 
 
-def _undecided(input, weight, conv):
-    return Decision(describe_problem(input, weight.shape, *conv), "composite", "asked for by name")
+def _by_name(input, weight, bias, conv):
+    """Decide how the composite runs, for whom it was asked for by name; a compiler writes copies of its own."""
+    is_symbolic = any(type(size) is not int for size in (*input.shape, *weight.shape))
+    if torch.compiler.is_compiling() or is_symbolic or not has_scale_min(input.device):
+        return Decision(describe_problem(input, weight.shape, *conv), "composite", "asked for by name")
+    return choice.decide_checked(input, weight, bias, *conv)
 
 
 def has_scale_min(device):
@@ -110,11 +141,8 @@ def winners_dtype(channels):
 
 
 def _convolve_then_minimum(decision, input, weight, bias, scale, suffix=""):
-    problem = decision.problem
-    copy = None
-    if decision.copies is None:
-        copy = choice.choose_copy(problem, input.is_cuda and can_copy(input, weight))
-    elif any(decision.copies):
+    problem, copy = decision.problem, None
+    if decision.copies and any(decision.copies):
         copy = decision.copies[can_copy(input, weight)]
     if copy:
         problem, input, weight = copied(problem, copy, input, weight)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import arguments, auto, choice, composite
+from . import arguments, auto, candidates, choice, composite, estimates, trials
 from .composite import has_scale_min
 from .dispatch import is_transformed, run_forward
 from .problem import describe_problem
@@ -72,8 +72,12 @@ def conv2d_scale_min(
     Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable, any number of
     times. Where a gradient will be needed, each pixel's winning channel is kept: one byte per pixel up to 256 channels. The
     backward pass sums over the winners alone, and gives the same bits every time. A fused kernel runs where it can take the
-    arguments and was measured to be faster (:func:`explain` says which), else the library's convolution followed by
-    :func:`scale_min`. Under autocast the arguments are cast as PyTorch casts a convolution's.
+    arguments and is faster by an estimate from recorded times (:func:`explain` says which), else the library's convolution
+    followed by :func:`scale_min`. With ``torch.backends.cudnn.benchmark = True`` the first call of a problem (sizes, layout,
+    dtype, precision) times the two or three candidates ranked first, and the fastest runs for the rest of the process: on a GPU
+    whose times were not recorded, that alone is sure. It never happens while a graph is captured or a program traced, nor with
+    deterministic algorithms; different processes, such as the ranks of a distributed run, may then choose differently. Under
+    autocast the arguments are cast as PyTorch casts a convolution's.
 
     Parameters
     ----------
@@ -123,6 +127,8 @@ def conv2d_scale_min(
         return _trace_conv(input, weight, bias, scale, return_indices, *conv)
     input, weight, bias = arguments.autocast(input, weight, bias)
     decision = choice.decide(input, weight, bias, stride, padding, dilation, groups, precision)
+    if trials.are_asked_for():
+        decision = trials.settle(decision, (input, weight, bias, scale), return_indices)
     if decision.rung == "composite" or is_transformed():
         return composite.compute(decision, input, weight, bias, scale, return_indices)
     args = input, weight, bias, scale, *decision.problem.conv
@@ -143,6 +149,29 @@ def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dil
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One way to compute a convolution's minimum, as :func:`explain` sees it.
+
+    Attributes
+    ----------
+    name : str
+        A fused rung; "composite", the library's convolution as the input lies and then scale_min; or "copied", the same after a
+        copy of the input into the other memory layout.
+    microseconds : float or None
+        By estimate from recorded times; None where it can't run, and on a CPU.
+    why_not : str or None
+        Why it can't run.
+    """
+
+    name: str
+    microseconds: float | None = None
+    why_not: str | None = None
+
+    def __str__(self):
+        return f"{self.name}: {self.why_not or 'no estimate' if self.microseconds is None else f'{self.microseconds:.3g} us'}"
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What :func:`explain` found.
 
@@ -153,24 +182,32 @@ class Explanation:
     precision : str
         At which precision: "ieee" or "tf32" for float32, else the dtype.
     why : str
-        Why that, and not a faster rung.
+        Why that, and not another rung.
     backward : tuple of str
         The operators that would make the gradients of input and weights; none where PyTorch's own operations do.
+    candidates : tuple of Candidate
+        What else there is on this device, the fastest by estimate first.
+    nearest : str
+        The recorded layer that is most like this one, and what its candidates took; "" on a CPU.
     """
 
     rung: str
     precision: str
     why: str
     backward: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    nearest: str = ""
 
     def __str__(self):
         return f"{self.rung} at {self.precision}: {self.why}"
 
 
 def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"):
-    """Say which rung :func:`conv2d_scale_min` would run for these arguments, at which precision, and why not a faster one.
+    """Say which rung :func:`conv2d_scale_min` would run for these arguments, at which precision, and why no other one.
 
-    It also names the operators of the backward pass. Takes the same arguments, raises the same errors, computes nothing.
+    It also gives every candidate's estimated time or why it can't run, the nearest layer that was measured, and the operators
+    of the backward pass. Takes the same arguments, raises the same errors, computes nothing. What the first call has timed with
+    ``torch.backends.cudnn.benchmark`` is said in place of the estimate.
 
     Returns
     -------
@@ -179,6 +216,8 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     input, weight, bias = arguments.autocast(input, weight, bias)
     arguments.as_scale(scale)
     decision = choice.decide(input, weight, bias, stride, padding, dilation, groups, precision)
+    if trials.are_asked_for() and decision.tried:
+        decision = next(reversed(decision.tried.values()))
     name, why, device = decision.rung, decision.why, decision.problem.device
     if name != "composite" and is_transformed():
         name, why = "composite", f"{name} has no rule for torch.func's transforms and forward-mode gradients"
@@ -190,4 +229,17 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     dtype, backward = str(input.dtype).removeprefix("torch."), ()
     if decision.backward and (name != "composite" or has_scale_min(device)):
         backward = decision.backward[:2]
-    return Explanation(name, decision.problem.precision if dtype == "float32" else dtype, why, backward)
+    precision = decision.problem.precision if dtype == "float32" else dtype
+    return Explanation(name, precision, why, backward, *_others(decision))
+
+
+def _others(decision):
+    """List a decision's candidates, and describe the nearest measured layer."""
+    problem, seconds = decision.problem, decision.seconds or {}
+    if problem.device.type not in candidates.FUSED:
+        return (), ""
+    hardware = choice.read_hardware(problem.device)
+    refused = choice.why_not_fused(problem, hardware, lambda name: why_unavailable(name, problem.device.index))
+    ranked = [Candidate(name, 1e6 * seconds[name]) for name in sorted(seconds, key=seconds.get)]
+    ranked += [Candidate(name, None, reason) for name, reason in refused.items() if name not in seconds]
+    return tuple(ranked), estimates.nearest(problem, hardware) if hardware and seconds else ""

@@ -7,6 +7,7 @@ from .bench.records import latest, select
 from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, time_ratios, whole_model
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
+_DRAWS = "<!-- draws:begin -->", "<!-- draws:end -->"
 
 GENERATED = "<!-- Made by `python -m fused_kernels figures` from data/: do not edit. -->"
 _INTRODUCTION = f"""{GENERATED}
@@ -162,8 +163,8 @@ def training_layers(records):
     )
 
 
-def update_readme(path, records):
-    """Write the first machine's newest ladder between the README's markers.
+def update_readme(path, records, draws=""):
+    """Write the first machine's newest ladder, and what is said of the draws, between the README's markers.
 
     Raises
     ------
@@ -171,12 +172,17 @@ def update_readme(path, records):
         The file lacks the markers.
     """
     path = Path(path)
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"path: expected a file with the lines {BEGIN} and {END}, got {path}")
-    before, rest = text.split(BEGIN, 1)
-    newest = ladder(latest(records, machine=machines(records)[0]))
-    path.write_text("\n\n".join([before + BEGIN, newest, END + rest.split(END, 1)[1]]))
+    text = _replace(path, path.read_text(), BEGIN, END, ladder(latest(records, machine=machines(records)[0])))
+    if draws:
+        text = _replace(path, text, *_DRAWS, draws)
+    path.write_text(text)
+
+
+def _replace(path, text, begin, end, new):
+    if begin not in text or end not in text:
+        raise ValueError(f"path: expected a file with the lines {begin} and {end}, got {path}")
+    before, rest = text.split(begin, 1)
+    return "\n\n".join([before + begin, new, end + rest.split(end, 1)[1]])
 
 
 def figures_page(records, training_records=(), layer_records=(), training_layer_records=()):

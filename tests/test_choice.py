@@ -1,79 +1,283 @@
-"""The choice is what it was: for some thousands of problems on several GPUs, none of which need be there.
+"""Which candidates there are, which of them is chosen, and how good the choice is on layers that it was not made from."""
 
-``data/choices.csv`` was written before the rules moved to :mod:`fused_kernels.choice`. A change of a rule changes lines in it,
-each of which is then looked at.
-"""
-
-import csv
-from collections import Counter
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_kernels.choice import Hardware, choose, choose_backward, choose_copies
+from fused_kernels import candidates, choice, estimates, measured
+from fused_kernels.bench import regret
+from fused_kernels.bench.workloads import problem_of
+from fused_kernels.candidates import Hardware
+from fused_kernels.measured import Layer, Row, Time
 from fused_kernels.problem import describe_problem
 
-FILE = Path(__file__).parent / "data" / "choices.csv"
-# What a block can have of shared memory, in bytes.
-SHARED = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448, (12, 0): 101376}
+H200 = Hardware(*measured.hardware_facts(estimates.NETWORKS.with_suffix(".csv")))
+# Other GPUs: multiprocessors, shared memory of a block and of a multiprocessor in bytes, Hz, bytes per second.
+GPUS = {
+    (8, 0): Hardware("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912, 167936, 1.41e9, 2.04e12),
+    (8, 6): Hardware("NVIDIA GeForce RTX 3090", (8, 6), 82, 101376, 102400, 1.7e9, 0.936e12),
+    (8, 9): Hardware("NVIDIA GeForce RTX 4090", (8, 9), 128, 101376, 102400, 2.52e9, 1.01e12),
+    (9, 0): H200,
+    (10, 0): Hardware("NVIDIA B200", (10, 0), 148, 232448, 233472, 1.96e9, 8e12),
+    (12, 0): Hardware("NVIDIA GeForce RTX 5090", (12, 0), 170, 101376, 102400, 2.4e9, 1.79e12),
+}
+REFERENCE = Layer(64, 64, 256, 256, 128, 3, 3, 1, 0, 1, 1)
+PRECISIONS = ("tf32", "ieee", "bfloat16", "float16")
+LAYOUTS = ("NCHW", "channels_last")
 
 
-def rows():
-    with FILE.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+def problem(layer=REFERENCE, precision="tf32", layout="NCHW", **changes):
+    return problem_of(Row(layer._replace(**changes), precision, layout, "forward", {}))
 
 
-def by(numbers):
-    return tuple(map(int, numbers.split("x")))
+def legal(hardware=H200, **how):
+    return set(candidates.legal(candidates.FUSED, problem(**how), hardware))
 
 
-def recorded_problem(row):
-    """Give a recorded problem, and its GPU or None; nothing is allocated."""
-    device = "cpu" if row["capability"] == "cpu" else "cuda"
-    with FakeTensorMode():
-        input = torch.empty_strided(by(row["input"]), by(row["strides"]), dtype=getattr(torch, row["dtype"]), device=device)
-    conv = *(by(row[name]) for name in ("stride", "padding", "dilation")), int(row["groups"]), row["precision"]
-    problem = describe_problem(input, by(row["weight"]), *conv)
-    if device == "cpu":
-        return problem, None
-    capability = tuple(map(int, row["capability"].split(".")))
-    return problem, Hardware(capability, SHARED[capability])
+# ---- what is legal ----
 
 
-def words(problem, copy):
-    """Describe a copy as the record does."""
-    if copy is None:
-        return "none"
-    if copy.memory_format == torch.contiguous_format:
-        return "NCHW"
-    said = "ours" if copy.by_kernel else "library"
-    said += " weight" * copy.copies_weight
-    return said + " stride 1x1" * copy.skips_unread + " early" * copy.early
+def test_a_kernel_runs_where_its_instructions_are():
+    for capability, hardware in GPUS.items():
+        expected = {"conv_direct", "conv_mma"} | ({"conv_wgmma"} if capability == (9, 0) else set())
+        assert legal(hardware) == expected
 
 
-def test_every_recorded_choice_is_made_again():
-    wrong = []
-    for row in rows():
-        problem, hardware = recorded_problem(row)
-        backward = choose_backward(problem, hardware)[:2]
-        otherwise, copy = (words(problem, copy) for copy in choose_copies(problem))
-        found = (choose(problem, hardware)[0], *backward, copy, otherwise)
-        expected = tuple(row[name] for name in ("rung", "grad_input", "grad_weight", "copy", "copy_else"))
-        if found != expected:
-            wrong.append((tuple(row.values()), found))
-    assert not wrong, f"{len(wrong)} choices differ; the first: {wrong[0]}"
-
-
-def test_the_record_holds_every_rung_and_many_problems():
-    recorded = rows()
-    assert len(recorded) > 3000
-    assert Counter(row["rung"] for row in recorded).keys() == {
-        *("conv2d_scale_min", "conv_direct", "conv_mma", "conv_wgmma", "conv_wgmma_ieee", "composite")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_kernel_runs_at_the_precisions_that_it_keeps(precision):
+    expected = {
+        "tf32": {"conv_direct", "conv_mma", "conv_wgmma"},
+        "ieee": {"conv_direct", "conv_wgmma_ieee"},
+        "bfloat16": {"conv_mma", "conv_wgmma"},
+        "float16": {"conv_mma", "conv_wgmma"},
     }
-    assert {row["capability"] for row in recorded} == {"cpu", *(f"{major}.{minor}" for major, minor in SHARED)}
-    assert {row["dtype"] for row in recorded} == {"float32", "float16", "bfloat16", "float64"}
+    assert legal(precision=precision) == expected[precision]
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"stride": 2}, {"conv_wgmma"}),
+        ({"groups": 2}, {"conv_wgmma"}),
+        ({"kernel_h": 7, "dilation": 2}, set()),
+        ({"kernel_h": 7, "dilation": 3}, {"conv_wgmma"}),
+        ({"height": 2**28}, {"conv_direct", "conv_mma", "conv_wgmma"}),
+    ],
+)
+def test_a_kernel_says_which_shapes_it_does_not_take(changes, refused):
+    assert legal(**changes) == {"conv_direct", "conv_mma", "conv_wgmma"} - refused
+    for name in refused:
+        assert name in candidates.why_not(name, problem(**changes), H200)
+
+
+def test_no_fused_kernel_takes_float64():
+    with FakeTensorMode():
+        input = torch.empty(2, 3, 8, 8, device="cuda", dtype=torch.float64)
+    found = describe_problem(input, (4, 3, 3, 3), (1, 1), (0,) * 4, (1, 1), 1, "ieee")
+    decision = choice.choose(found, H200)
+    assert decision.rung == "composite"
+    assert "float64" in decision.why
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_empty_batch_and_an_immense_image_are_the_librarys(precision):
+    for changes in ({"images": 0}, {"height": 2**28}):
+        decision = choice.choose(problem(precision=precision, **changes), H200)
+        assert decision.rung == "composite"
+        assert decision.backward[0] in candidates.GRAD_INPUT["cuda"]
+        assert decision.backward[1] in candidates.GRAD_WEIGHT["cuda"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copy_leads_into_the_other_layout(layout):
+    copy = candidates.copy_into_other_layout(problem(layout=layout), by_kernel=True)
+    other = torch.channels_last if layout == "NCHW" else torch.contiguous_format
+    assert (copy.memory_format, copy.by_kernel) == (other, layout == "NCHW")
+    assert candidates.copy_into_other_layout(problem(layout=layout, in_channels=1), True) is None
+
+
+# ---- what is chosen ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("precision", "rung"), [("tf32", "conv_wgmma"), ("ieee", "conv_wgmma_ieee"), ("bfloat16", "conv_wgmma")]
+)
+def test_the_reference_workload_has_its_fastest_rung(precision, rung, layout):
+    assert choice.choose(problem(precision=precision, layout=layout), H200).rung == rung
+
+
+def test_the_library_is_chosen_where_it_is_far_ahead():
+    depthwise = {"in_channels": 512, "out_channels": 512, "groups": 512}
+    assert choice.choose(problem(precision="bfloat16", layout="channels_last", **depthwise), H200).rung == "composite"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("capability", GPUS, ids=str)
+def test_a_choice_can_run(capability, precision):
+    """On any GPU: the rung is one of those that can take the problem, and so are the operators of the backward pass."""
+    hardware = GPUS[capability]
+    for number in (1, 8, 65, 512):
+        for changes in ({}, {"stride": 2}, {"kernel_h": 1, "kernel_w": 1}, {"images": 1, "height": 9, "width": 9}):
+            found = problem(precision=precision, in_channels=number, out_channels=number, **changes)
+            decision = choice.choose(found, hardware)
+            assert decision.rung in {"composite", *candidates.legal(candidates.FUSED, found, hardware)}
+            assert decision.backward[0] in candidates.legal(candidates.GRAD_INPUT, found, hardware)
+            assert decision.backward[1] in candidates.legal(candidates.GRAD_WEIGHT, found, hardware)
+            assert all(0 < seconds < 10 for seconds in decision.seconds.values())
+
+
+def test_a_kernel_that_is_not_to_be_had_is_not_chosen():
+    decision = choice.choose(problem(), H200, lambda name: f"{name}: no compiler")
+    assert decision.rung == "composite"
+    assert "no compiler" in decision.why
+    assert choice.choose(problem(), H200, lambda name: "no" if name == "conv_wgmma" else None).rung == "conv_mma"
+
+
+def test_a_choice_is_the_same_every_time():
+    first, second = (choice.choose(problem(), H200) for _ in range(2))
+    assert first == second
+
+
+def test_the_composite_copies_only_where_that_is_faster_by_estimate():
+    found = problem(layout="channels_last")
+    for copied, expected in ((1.0, (False, False)), (0.5, (True, True))):
+        copies = choice.choose_copies(found, {"composite": 1.0, "copied": copied})
+        assert tuple(copy is not None for copy in copies) == expected
+    # PyTorch's own copy into channels_last is slower than ours.
+    assert choice.choose_copies(problem(), {"composite": 1.0, "copied": 1.0 - 1e-6})[0] is None
+
+
+def test_a_gpu_without_records_must_gain_more(monkeypatch):
+    found, unknown = problem(), H200._replace(name="NVIDIA H300")
+    seconds = choice.choose(found, H200).seconds
+    library = min(seconds["composite"], seconds["copied"])
+    monkeypatch.setattr(estimates, "forward", lambda *_: seconds | {"conv_wgmma": 0.95 * library, "conv_mma": library})
+    assert choice.choose(found, H200).rung == "conv_wgmma"
+    assert choice.choose(found, unknown).rung == "composite"
+
+
+def test_a_gpu_without_records_gets_one_hint(monkeypatch):
+    choice._hint.cache_clear()
+    with pytest.warns(UserWarning, match=r"no times were recorded on an NVIDIA H300.*cudnn\.benchmark = True"):
+        choice._hint("NVIDIA H300")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice._hint("NVIDIA H300")
+        choice._hint.cache_clear()
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        choice._hint("NVIDIA H300")
+
+
+def test_larger_batches_do_not_go_back_and_forth():
+    """Over batch sizes a choice changes from one candidate to another, and seldom back."""
+    returns = cells = 0
+    for size, channels in ((7, 512), (14, 256), (28, 128), (56, 64), (112, 32)):
+        for precision in ("tf32", "ieee", "bfloat16"):
+            for layout in LAYOUTS:
+                changes = {"height": size, "width": size, "in_channels": channels, "out_channels": channels, "padding": 1}
+                rungs = [
+                    choice.choose(problem(precision=precision, layout=layout, images=2**i, **changes), H200).rung
+                    for i in range(9)
+                ]
+                runs = [rung for i, rung in enumerate(rungs) if i == 0 or rung != rungs[i - 1]]
+                returns += len(runs) - len(set(runs))
+                cells += 1
+    assert returns <= cells // 10
+
+
+# ---- how good it is ----
+
+
+def test_the_estimates_have_learnt_the_record():
+    rows = [row for row in measured.read(estimates.NETWORKS.with_suffix(".csv")) if "conv_mma" in row.times][::29]
+    rows = [row for row in rows if row.direction == "forward"]
+    errors = sorted(
+        abs(choice.choose(problem_of(row), H200).seconds["conv_mma"] * 1e6 / row.times["conv_mma"].p50 - 1) for row in rows
+    )
+    assert len(errors) > 50
+    assert errors[len(errors) // 2] < 0.1
+
+
+def test_the_record_is_broad():
+    rows = measured.read(estimates.NETWORKS.with_suffix(".csv"))
+    layers = {row.layer for row in rows}
+    assert len(layers) > 2000
+    assert {row.precision for row in rows} == set(PRECISIONS)
+    assert {row.direction for row in rows} == {"forward", "training"}
+    for name, least, most in (("in_channels", 1, 1024), ("out_channels", 8, 16384), ("images", 1, 256), ("kernel_h", 1, 7)):
+        found = [getattr(layer, name) for layer in layers]
+        assert min(found) <= least
+        assert max(found) >= 0.8 * most
+    assert estimates.NETWORKS.with_suffix(".csv").stat().st_size + estimates.NETWORKS.stat().st_size < 2e6
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Judge the choice on the layers that were drawn to test it, none of which the networks have seen."""
+    file = regret.data_dir() / f"{estimates.NETWORKS.stem}.csv"
+    return regret.judge(measured.read(file), Hardware(*measured.hardware_facts(file)))
+
+
+def test_the_choice_loses_little_on_layers_that_it_was_not_made_from(drawn):
+    regrets = [cell.regret for cell in drawn]
+    assert len(drawn) >= 272
+    assert regret.geometric_mean(regrets) <= 1.03
+    assert regret.quantile(regrets, 0.95) <= 1.2
+    assert max(regrets) <= 1.7
+
+
+def test_the_choice_is_faster_than_pytorch_and_its_compiler(drawn):
+    gains = [cell.gain for cell in drawn]
+    assert regret.geometric_mean(gains) >= 1.5
+    assert sum(gain < 0.98 for gain in gains) <= len(gains) // 10
+
+
+def test_no_layer_was_drawn_that_the_record_holds(drawn):
+    recorded = {row.layer for row in measured.read(estimates.NETWORKS.with_suffix(".csv"))}
+    assert sum(cell.row.layer in recorded for cell in drawn) <= len(drawn) // 20
+
+
+def test_the_readme_says_what_the_record_says():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert regret.sentences() in readme
+
+
+def test_regret_counts_what_was_measured():
+    times = {"eager": Time(9, 10, 11), "composite": Time(7, 8, 9), "conv_mma": Time(3, 4, 5), "conv_wgmma": Time(5, 5, 6)}
+    row = Row(REFERENCE, "tf32", "NCHW", "forward", times)
+    (worst,), (tied,), (best,) = (
+        regret.judge([row], H200, lambda _, name=name: name) for name in ("composite", "conv_wgmma", "conv_mma")
+    )
+    assert (worst.regret, worst.gain, worst.possible) == (2.0, 1.25, 2.5)
+    assert (tied.regret, best.regret) == (1.0, 1.0)
+    assert "Regret: geometric mean 2.000" in regret.summary([worst])
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    row = Row(REFERENCE, "tf32", "NCHW", "forward", {"eager": Time(1.5, 2.5, 3.5)}, "conv_mma conv_mma composite")
+    facts = {"commit": "abc", "hardware": tuple(H200), "draw": 1}
+    for spread, expected in ((True, row), (False, row._replace(times={"eager": Time(2.5, 2.5, 2.5)}))):
+        file = tmp_path / f"{spread}.csv"
+        assert list(measured.append(file, facts, [row], spread)) == [row]
+        assert measured.read(file) == [expected]
+        assert Hardware(*measured.hardware_facts(file)) == H200
+        list(measured.append(file, facts, [row], spread))
+        assert measured.read(file) == [expected] * 2
+
+
+# ---- explain ----
+
+
+def test_the_nearest_measured_layer_is_named():
+    said = estimates.nearest(problem(images=60), H200)
+    assert said.startswith(f"{REFERENCE}, tf32, NCHW, on an NVIDIA H200: conv_wgmma ")
+
+
+# ---- a problem's layout ----
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 1, 4, 5), (2, 3, 1, 1), (2, 1, 1, 5), (3, 4, 5, 1), (0, 3, 4, 5)], ids=str)
@@ -83,7 +287,7 @@ def test_a_problem_knows_its_inputs_layout_as_torch_does(shape, order, margin):
     padded = [size + margin for size in shape]
     input = torch.empty([padded[d] for d in order]).permute([order.index(d) for d in range(4)])
     input = input[tuple(slice(size) for size in shape)]
-    problem = describe_problem(input, (2, shape[1], 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, "ieee")
-    assert problem.is_contiguous == input.is_contiguous()
+    found = describe_problem(input, (2, shape[1], 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, "ieee")
+    assert found.is_contiguous == input.is_contiguous()
     is_channels_last = shape[1] > 1 and input.is_contiguous(memory_format=torch.channels_last)
-    assert problem.is_channels_last == is_channels_last
+    assert found.is_channels_last == is_channels_last

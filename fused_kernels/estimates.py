@@ -1,0 +1,283 @@
+"""How long each candidate would take: a physical floor times a factor that small networks have learnt from recorded times.
+
+The floor is counted: operations over the rate of the units that do them, rounded up to whole tiles on whole waves of
+multiprocessors; bytes over the memory's bandwidth; launches. A fused kernel's operations are the cycles of its own plan. So a
+floor is known for any GPU. What the networks have learnt, on one, is by how much each candidate misses its floor: the fused
+kernels' times follow from their plans to some seven per cent, those of the library, which has hundreds of kernels, to thirteen.
+
+The times lie in ``choices/`` as text, the networks beside them; ``python -m fused_kernels bench --choices --fit`` makes the
+networks from the times.
+"""
+
+import functools
+import json
+import math
+import re
+
+import numpy as np
+import torch
+
+from . import measured, plans
+from .measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT
+
+# Of a GPU on which no times were recorded these are a careful guess.
+NETWORKS = measured.FOLDER / "nvidia-h200.npz"
+# There a fused kernel must be faster by so much: the library is tuned on all of them.
+_MARGIN = 1.15
+# What the networks tell: log of time over floor.
+TARGETS = (*FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)
+
+
+def forward(problem, hardware, fused):
+    """Estimate a forward pass.
+
+    Parameters
+    ----------
+    problem : Problem
+    hardware : Hardware
+    fused : list of str
+        The fused kernels that can run it.
+
+    Returns
+    -------
+    dict
+        Name -> seconds, of these, of the composite, and of the composite after a copy where there is another layout.
+    """
+    if not fused or plans.plan_costs(problem, hardware)["conv_mma"] is None:
+        return {}
+    names = ["composite", *(["copied"] if problem.input_shape[1] > 1 else []), *fused]
+    return _estimate(problem, hardware, names)
+
+
+def backward(problem, hardware, names):
+    """Estimate the kernels of a backward pass: name -> seconds; nothing where there is no pixel, or the sizes are immense."""
+    if plans.plan_costs(problem, hardware)["conv_mma"] is None:
+        return {}
+    return _estimate(problem, hardware, names)
+
+
+def margin(hardware):
+    """Give by what factor a fused kernel must be faster than the library to be chosen."""
+    return 1.0 if is_recorded(hardware) else _MARGIN
+
+
+def is_recorded(hardware):
+    """Tell whether there are networks that have learnt from a GPU of this name."""
+    return _file(hardware.name).stem == file_name(hardware.name)
+
+
+@functools.cache
+def _file(name):
+    own = measured.FOLDER / f"{file_name(name)}.npz"
+    return own if own.exists() else NETWORKS
+
+
+def file_name(name):
+    """Name the files of a GPU: "NVIDIA H200" has "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _estimate(problem, hardware, names):
+    found = _estimate_all(problem, hardware)
+    return {name: found[name] for name in names}
+
+
+# Forward and backward are asked for one after the other.
+@functools.lru_cache(16)
+def _estimate_all(problem, hardware):
+    described, floors = describe(problem, hardware)
+    factors = ask(described, networks(hardware.name)[0]).tolist()
+    return {name: floors[name] * math.exp(factor) for name, factor in zip(TARGETS, factors, strict=True) if name in floors}
+
+
+# ---- the floors ----
+
+_LAUNCH = 4e-6
+# What the library multiplies per cycle and multiprocessor: on the tensor cores of Hopper and Blackwell, and of Ampere and Ada.
+_PER_CYCLE = {"16": (2300, 1150), "tf32": (1260, 630), "ieee": (153, 153)}
+# Of its fastest, memory gives most kernels so much; and a clock that is not the highest, under such a load.
+_OF_BANDWIDTH, _OF_CLOCK = 0.77, 0.85
+_FMAS_PER_CYCLE = 110
+
+
+def copy_seconds(problem, bandwidth=4e12):
+    """Estimate what a copy of the input moves, in seconds."""
+    return 2 * problem.input_elements * problem.dtype.itemsize / bandwidth
+
+
+def _floors(problem, hardware, planned):
+    """Count each candidate's floor in seconds."""
+    size, groups = problem.dtype.itemsize, problem.groups
+    out_channels, in_channels, *_ = problem.weight_shape
+    per_group, pixels, taps = out_channels // groups, problem.pixels, problem.taps
+    bandwidth, clock = _OF_BANDWIDTH * hardware.bandwidth, _OF_CLOCK * hardware.clock
+    # Wide GPUs are faster in tensor cores alone, which the library uses; ours have cycles from their plans.
+    rate = _PER_CYCLE[_arithmetic(problem)][hardware.capability[0] not in (9, 10)] * hardware.multiprocessors * clock * 2
+    read = problem.input_elements * size / bandwidth
+    written, result = pixels * out_channels * size / bandwidth, pixels * size / bandwidth
+    weights = out_channels * in_channels * taps * size / bandwidth
+    tile = 64 if per_group <= 64 else 128
+    depth = _up(in_channels, 8) * taps
+    waves = -(-(-(-pixels // 128) * -(-per_group // tile) * groups) // hardware.multiprocessors)
+    whole = waves * hardware.multiprocessors * 128 * tile
+    multiplied = 2 * max(whole, pixels * out_channels) * depth / rate
+    floors = {"composite": max(multiplied, read + written + weights) + written + result + _LAUNCH}
+    floors["copied"] = floors["composite"] + 2 * read + _LAUNCH / 2
+    for name, plan in planned.items():
+        if plan is not None:
+            # The weights are brought into the kernel's order first, by few multiprocessors.
+            floors[name] = max(plan.cost / clock, read + result) + 2.5 * weights + _LAUNCH
+    # A gradient reaches one channel of each pixel: as many products as the input of all pixels has, under all taps.
+    reached = pixels * in_channels * taps
+    for name in (*GRAD_INPUT, *GRAD_WEIGHT):
+        floors[name] = max(reached / (_FMAS_PER_CYCLE * hardware.multiprocessors * clock), read) + weights + _LAUNCH
+    return floors
+
+
+def _arithmetic(problem):
+    return "16" if problem.dtype.itemsize == 2 else problem.precision
+
+
+def _up(number, multiple):
+    return -(-number // multiple) * multiple
+
+
+# ---- what the networks are told ----
+
+
+def describe(problem, hardware):
+    """Describe a problem by numbers that mean the same on any GPU, and give the floors in seconds.
+
+    Returns
+    -------
+    list of float
+        As many for every problem, in one order: logarithms of sizes, how full tiles and waves are, alignments, the plans.
+    dict
+        Name -> floor.
+    """
+    planned = plans.plan_costs(problem, hardware)
+    floors = _floors(problem, hardware, planned)
+    images, channels, height, width = problem.input_shape
+    out_channels, in_channels, kernel_h, kernel_w = problem.weight_shape
+    out_h, out_w = problem.output_size
+    groups, taps, pixels, size = problem.groups, problem.taps, problem.pixels, problem.dtype.itemsize
+    per_group, multiprocessors = out_channels // groups, hardware.multiprocessors
+    kernel, stride, dilation = max(kernel_h, kernel_w), max(problem.stride), max(problem.dilation)
+    read, written = problem.input_elements, pixels * out_channels
+    weights, flops = out_channels * in_channels * taps, written * in_channels * taps
+    is_grouped, is_one, is_large = groups > 1, taps == 1, kernel >= 5
+    padding = max(problem.padding)
+    arithmetic = _arithmetic(problem)
+    described = [
+        *(arithmetic == "tf32", arithmetic == "ieee", arithmetic == "16", problem.dtype == torch.float16),
+        problem.is_channels_last and not problem.is_contiguous,
+        # Sizes.
+        *map(_log, (in_channels, per_group, pixels, images, out_h, out_w, taps, groups, stride, dilation, flops)),
+        *map(_log, (out_h * out_w, read * size, written * size, weights * size)),
+        *(kernel_h, kernel_w, (kernel - 1) * dilation, padding > 0, padding / kernel),
+        # How full tiles of channels, columns, rows and pixels are.
+        *(_fill(in_channels, n) for n in (8, 16, 32, 64)),
+        *(_fill(per_group, n) for n in (8, 32, 64, 128, 256)),
+        *(_fill(out_w, n) for n in (8, 64)),
+        *(_fill(out_h, 8), _fill(pixels, 128), _fill(out_h * out_w, 128)),
+        # Powers of two that divide.
+        *map(_twos, (channels, out_channels, in_channels, per_group, height * width, out_h * out_w, width, out_w)),
+        # Relations.
+        _log(written / max(read, 1)),
+        _log(flops / (read + written + weights) / size),
+        *map(_log, (in_channels * taps, in_channels * taps * out_h * out_w * size, channels * height * width * size)),
+        *(_log(weights / (read + written)), _log(out_w / out_h)),
+        _log((height + 2 * padding) * (width + 2 * padding)),
+        # Kinds that libraries treat apart.
+        *(is_grouped, is_grouped and in_channels == 1, is_grouped and per_group > 1, is_one),
+        is_one and stride == 1 and padding == 0,
+        *(stride > 1, stride > min(kernel_h, kernel_w), kernel_h == kernel_w, is_large, kernel >= 7, is_large and stride > 1),
+        (kernel_h, kernel_w, stride, dilation, groups) == (3, 3, 1, 1, 1),
+        *(dilation > 1, out_h == -(-height // stride), channels <= 4),
+    ]
+    # Waves of tiles, and how full they are.
+    for block_m, block_n in ((128, 128), (256, 64), (256, 128), (64, 64)):
+        tiles = -(-pixels // block_m) * -(-per_group // block_n) * groups
+        waves = -(-tiles // multiprocessors)
+        described += [_log(waves), tiles / multiprocessors / waves]
+    mma, wgmma = planned["conv_mma"], planned["conv_wgmma_ieee" if arithmetic == "ieee" else "conv_wgmma"]
+    described += [_log(mma.cost), mma.config == 0, mma.config == 2, _log(mma.splits), _log(mma.items), mma.vectors]
+    if wgmma:
+        described += [0, _log(wgmma.cost), wgmma.config, wgmma.config >= 3, wgmma.resident, _log(wgmma.splits), wgmma.sliding]
+        described += [wgmma.source == 0, wgmma.source == 1, wgmma.bulk]
+    else:
+        described += [1, _log(mma.cost), *[-1] * 8]
+    described += [math.log(floors.get(name, floors["composite"]) / floors["composite"]) for name in FORWARD[1:]]
+    described.append(math.log(floors["composite"]))
+    return described, floors
+
+
+def _log(number):
+    return math.log2(max(number, 1e-9))
+
+
+def _fill(number, tile):
+    return number / _up(number, tile)
+
+
+def _twos(number):
+    return min((number & -number).bit_length() - 1, 6)
+
+
+# ---- the networks ----
+
+
+@functools.cache
+def networks(name):
+    """Load a GPU's networks: layers of weights and biases, of all networks together, and how inputs and outputs are scaled."""
+    with np.load(_file(name)) as stored:
+        found = {name: stored[name].astype(np.float32) for name in stored if name != "facts"}
+        return found, json.loads(str(stored["facts"]))
+
+
+def ask(described, found):
+    """Give the mean of what networks say, for each of the ``TARGETS``: log of time over floor."""
+    x = (np.asarray(described, np.float32) - found["mean"]) / found["deviation"]
+    # NOTE: numpy's clip and mean take as long as all the products.
+    x = np.minimum(np.maximum(x, -4), 4)[None]
+    for i in range(3):
+        x = np.matmul(x, found[f"weight{i}"]) + found[f"bias{i}"]
+        if i < 2:
+            x /= 1 + np.exp(-x)
+    return np.add.reduce(x)[0] / len(x) + found["offset"]
+
+
+# ---- what was measured ----
+
+
+@functools.cache
+def _rows(name):
+    return [row for row in measured.read(_file(name).with_suffix(".csv")) if row.direction == "forward"]
+
+
+def nearest(problem, hardware):
+    """Describe the recorded layer that is most like a problem, and what its candidates took."""
+    precision = problem.precision if problem.dtype == torch.float32 else "bfloat16"
+    layout = "channels_last" if problem.is_channels_last and not problem.is_contiguous else "NCHW"
+    wanted = _place(problem.weight_shape, problem.pixels, problem.input_shape[2:], max(problem.stride), problem.groups)
+
+    def distance(row):
+        layer = row.layer
+        size = layer.height, layer.width
+        found = _place(layer.weight_shape, layer.pixels, size, layer.stride, layer.groups)
+        return sum((a - b) ** 2 for a, b in zip(wanted, found, strict=True))
+
+    row = min(
+        (row for row in _rows(hardware.name) if (row.precision, row.layout) == (precision, layout)), key=distance, default=None
+    )
+    if row is None:
+        return ""
+    times = sorted((time.p50, name) for name, time in row.times.items() if name in FORWARD)
+    said = ", ".join(f"{name} {microseconds:.4g} us" for microseconds, name in times)
+    return f"{row.layer}, {row.precision}, {row.layout}, on an {networks(hardware.name)[1]['hardware']['name']}: {said}"
+
+
+def _place(weight_shape, pixels, size, stride, groups):
+    out_channels, in_channels, kernel_h, kernel_w = weight_shape
+    sizes = [_log(number) for number in (in_channels, out_channels, pixels, *size)]
+    return *sizes, 2 * _log(kernel_h), 2 * _log(kernel_w), 4 * _log(stride), 4 * _log(groups)

@@ -1,0 +1,204 @@
+"""What ``torch.backends.cudnn.benchmark = True`` asks for: the first call of a problem times a few candidates.
+
+The fastest is kept for the process. So a GPU on which nobody has measured anything gets a right choice. Nothing is timed while
+a graph is captured or a program traced, nor where deterministic algorithms are asked for: then the estimates decide.
+"""
+
+import contextlib
+import functools
+import statistics
+import threading
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import build, candidates, choice, composite, dispatch, estimates
+from .dispatch import is_transformed
+from .rungs import BACKWARD, rungs
+
+# Of those ranked first so many are tried, and none that is expected to take so many times as long as the first.
+_MOST, _FACTOR = 3, 2.0
+_ROUNDS = 7
+# A tie, and a difference that noise makes, goes to what is ranked first.
+_GAIN = 0.98
+# The GPU waits for so many cycles before each call: the processor is ahead then, and its time is not measured.
+_HEAD_START = 200_000
+
+# Tells whether PyTorch's setting asks for trials.
+are_asked_for = torch._C._get_cudnn_benchmark
+
+
+def settle(decision, args, winners):
+    """Give a decision with what was fastest in place of what was estimated to be.
+
+    Parameters
+    ----------
+    decision : Decision
+    args : tuple
+        Input, weight, bias, scale.
+    winners : bool
+        Whether each pixel's winner is asked for; it is as well where a gradient will be needed.
+    """
+    if decision.tried is None or not _may_try(args, decision.problem):
+        return decision
+    wanted = tuple(bool(tensor is not None and tensor.requires_grad and torch.is_grad_enabled()) for tensor in args[:3])
+    key = wanted if winners or any(wanted) else None
+    with _lock:
+        if key not in decision.tried:
+            decision.tried[key] = _settle_forward(decision, args, key)
+        return decision.tried[key]
+
+
+def settle_gradient(kind, problem, args):
+    """Name the operator that makes a gradient fastest; ``kind``: "grad_input" or "grad_weight", of which ``args`` are."""
+    choose = choice.choose_grad_input if kind == "grad_input" else choice.choose_grad_weight
+    hardware = choice.read_hardware(problem.device)
+    names = candidates.legal(_NAMES[kind], problem, hardware)
+    if len(names) == 1 or not _may_try(args, problem):
+        return choose(problem, hardware)
+    with _lock:
+        if (kind, problem) not in _gradients:
+            names = shortlist(estimates.backward(problem, hardware, names), problem.dtype, False)
+            # The precision that "auto" means is known by now.
+            place = _PRECISION_AT[kind]
+            args = (*args[:place], problem.precision, *args[place + 1 :])
+            calls = {name: functools.partial(dispatch.operator(name, problem.dtype), *args) for name in names}
+            best, _ = fastest(calls, problem.device)
+            _gradients[kind, problem] = best or choose(problem, hardware)
+        return _gradients[kind, problem]
+
+
+_lock = threading.RLock()
+_gradients = {}
+_NAMES = {"grad_input": candidates.GRAD_INPUT, "grad_weight": candidates.GRAD_WEIGHT}
+_PRECISION_AT = {"grad_input": 9, "grad_weight": 10}
+
+
+def _may_try(args, problem):
+    """Tell whether a trial may run now, on these tensors."""
+    if problem.device.type != "cuda" or torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed():
+        return False
+    if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    plain = all(type(arg) in (torch.Tensor, torch.nn.Parameter) for arg in args if isinstance(arg, torch.Tensor))
+    # The last question is asked of the driver.
+    return plain and problem.pixels > 0 and problem.input_elements > 0 and not torch.cuda.is_current_stream_capturing()
+
+
+def _settle_forward(decision, args, wanted):
+    problem = decision.problem
+    if not composite.has_scale_min(problem.device):
+        return decision
+    suffix = "_winners" if wanted else ""
+    names = shortlist(decision.seconds, problem.dtype, bool(wanted))
+    with torch.no_grad():
+        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        calls = composite.candidate_calls(problem, names, args, suffix)
+        best, times = fastest(calls, problem.device)
+        if best is None:
+            return decision
+        if len(times) > 1:
+            said = ", ".join(f"{name} {1e6 * times[name]:.3g} us" for name in sorted(times, key=times.get))
+            decision = decision._replace(**choice.kept(problem, best), why=f"timed on its first call: {said}")
+        if wanted and any(wanted):
+            decision = decision._replace(backward=_settle_backward(decision, args, wanted, calls[best]))
+    return decision
+
+
+def _settle_backward(decision, args, wanted, call):
+    """Time the gradients' kernels before a backward pass asks for them."""
+    input, weight, _, scale = args
+    problem, (by_input, by_weight, by_bias) = decision.problem, decision.backward
+    output, winners = call()
+    grad = torch.ones_like(output)
+    if wanted[0]:
+        of_input = grad, winners, weight, scale, input.shape[2:], *problem.conv, problem.is_channels_last
+        by_input = settle_gradient("grad_input", problem, of_input)
+    if wanted[1]:
+        of_weight = grad, winners, input, scale, len(weight), weight.shape[2:], *problem.conv
+        by_weight = settle_gradient("grad_weight", problem, of_weight)
+    return by_input, by_weight, by_bias
+
+
+def shortlist(seconds, dtype, winners):
+    """Name what to try, the best guess first; what is built already costs no compiler's time, and may be slower by estimate.
+
+    Parameters
+    ----------
+    seconds : dict
+        Name -> estimate.
+    dtype : torch.dtype
+    winners : bool
+        Whether what gives each pixel's winner is tried.
+    """
+    ranked = sorted(seconds, key=seconds.get)
+    least = seconds[ranked[0]]
+    close = [name for name in ranked[:_MOST] if seconds[name] <= _FACTOR * least]
+    others = [name for name in ranked if name not in close and seconds[name] <= _FACTOR**2 * least]
+    return close + [name for name in others if _is_built(name, dtype, winners)]
+
+
+_backward = {rung.name: rung for rung in BACKWARD}
+
+
+def _is_built(name, dtype, winners):
+    rung = rungs.get(name) or _backward.get(name)
+    if rung is None or rung.device is None:
+        return True
+    return build.find(**rung.library(dispatch.OVERLOADS[dtype], winners and rung.winners)).exists()
+
+
+# ---- timing ----
+
+
+@torch.no_grad()
+def fastest(calls, device):
+    """Time calls in turns; name the fastest, or None where none ran, and give the medians in seconds of those that were timed.
+
+    What lacks memory is left out, and what can't be built, unless nothing else is there.
+
+    Parameters
+    ----------
+    calls : dict
+        Name -> callable without arguments, the best guess first.
+    device : torch.device
+    """
+    ready, medians, error = [], {}, None
+    with torch.cuda.device(device), _disable_current_modes(), torch._C._DisableAutocast():
+        for name, call in calls.items():
+            try:
+                call()
+                ready.append(name)
+            except torch.OutOfMemoryError:
+                continue
+            except torch.AcceleratorError:
+                raise
+            except RuntimeError as found:
+                error = found
+        if error and not ready:
+            raise error
+        if len(ready) > 1:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                medians = _time({name: calls[name] for name in ready}, device)
+    best = ready[0] if ready else None
+    for name in medians:
+        if medians[name] < _GAIN * medians[best]:
+            best = name
+    return best, medians
+
+
+def _time(calls, device):
+    # Twice the L2 cache, written before each call: what a call reads comes from memory, as in a network that is larger.
+    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    events = {name: [] for name in calls}
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_HEAD_START)
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            events[name].append((start, end))
+    end.synchronize()
+    return {name: statistics.median(start.elapsed_time(end) / 1e3 for start, end in pairs) for name, pairs in events.items()}
