@@ -41,6 +41,10 @@ class Toolkit:
     architectures: frozenset[int]
 
 
+class NoPlaceError(RuntimeError):
+    """The folder of the built libraries can't be written."""
+
+
 def cache_dir():
     """Give the folder of the built libraries: ``$FUSED_KERNELS_CACHE``, else ``fused_kernels`` in the user's cache."""
     if chosen := os.environ.get("FUSED_KERNELS_CACHE"):
@@ -172,7 +176,7 @@ def make(name, source, *, device, namespace=NAMESPACE, arch=None, winners=False,
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(f"{directory}.lock").acquire()
     except OSError as error:
-        raise RuntimeError(_no_place(directory.parent)) from error
+        raise NoPlaceError(_no_place(directory.parent)) from error
     with lock:
         if not library.exists():
             # A killed build leaves half its files.

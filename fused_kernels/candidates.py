@@ -63,7 +63,7 @@ def why_not(name, problem, hardware):
     if check and (reason := check(name, problem, hardware)):
         return reason
     if hardware is not None and name in FUSED["cuda"] and plans.plan_costs(problem, hardware)[name] is None:
-        return f"{name} has no plan for such a shape"
+        return plans.why_unavailable() or f"{name} has no plan for such a shape"
     return None
 
 

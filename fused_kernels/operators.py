@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from . import arguments, build, choice, composite, dispatch, gradients, jobs
+from . import arguments, build, choice, composite, dispatch, gradients, jobs, plans
 from .rungs import BACKWARD, COPY, LADDER, rungs
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
@@ -89,6 +89,8 @@ def load():
         A compiler failed; the message holds what it said.
     """
     ready = [rung for rung in (*LADDER, COPY) if not rung.why_unavailable()]
+    if any(rung.device == "cuda" for rung in ready):
+        plans.why_unavailable()  # the choice asks it, and this builds it
     libraries = [(rung, overload) for rung in ready if rung.device for overload in rung.overloads]
     # Those that take longest first, and whole: there are more libraries than cores.
     libraries.sort(key=lambda library: library[0].only_capability is None)

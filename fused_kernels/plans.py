@@ -92,6 +92,18 @@ def library():
     return NAME, (build.CSRC / "cpu" / f"{NAME}.cpp").read_text()
 
 
+@functools.cache
+def why_unavailable():
+    """Say in one sentence why the planning can't be asked here, or None."""
+    if reason := build.why_no_compiler():
+        return reason
+    try:
+        _plan_kernels()
+    except build.NoPlaceError as error:
+        return str(error)
+    return None
+
+
 # Whether a kernel can take a problem, and what it would cost, are asked one after the other.
 @functools.lru_cache(16)
 def plan_costs(problem, hardware):
@@ -108,14 +120,16 @@ def plan_costs(problem, hardware):
     Returns
     -------
     dict
-        For each kernel's name its plan; None where it has none, or cannot take such a convolution. The precision and the GPU's
-        compute capability are not looked at.
+        For each kernel's name its plan; None where it has none, or cannot take such a convolution, or where the planning can't
+        be asked. The precision and the GPU's compute capability are not looked at.
 
     Raises
     ------
     RuntimeError
-        The planning cannot be built here; the message says why.
+        The compiler failed; the message holds what it said.
     """
+    if why_unavailable():
+        return dict.fromkeys(_KINDS)
     images, _, height, width = problem.input_shape
     out_channels, in_channels, kernel_h, kernel_w = problem.weight_shape
     top, _, left, _ = problem.padding

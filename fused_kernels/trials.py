@@ -6,6 +6,7 @@ a graph is captured or a program traced, nor where deterministic algorithms are 
 
 import contextlib
 import functools
+import os
 import statistics
 import threading
 
@@ -68,8 +69,18 @@ def settle_gradient(kind, problem, args):
         return _gradients[kind, problem]
 
 
-_lock = threading.RLock()
 _gradients = {}
+
+
+def _make_lock():
+    """Make the lock, anew in a forked process: the thread that held it is not there."""
+    global _lock
+    _lock = threading.RLock()
+
+
+_make_lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_make_lock)
 _NAMES = {"grad_input": candidates.GRAD_INPUT, "grad_weight": candidates.GRAD_WEIGHT}
 _PRECISION_AT = {"grad_input": 9, "grad_weight": 10}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_kernels import candidates, choice, estimates, measured
+from fused_kernels import candidates, choice, estimates, measured, plans
 from fused_kernels.bench import regret
 from fused_kernels.bench.workloads import problem_of
 from fused_kernels.candidates import Hardware
@@ -89,6 +89,15 @@ def test_an_empty_batch_and_an_immense_image_are_the_librarys(precision):
         assert decision.rung == "composite"
         assert decision.backward[0] in candidates.GRAD_INPUT["cuda"]
         assert decision.backward[1] in candidates.GRAD_WEIGHT["cuda"]
+
+
+def test_where_the_planning_cannot_be_asked_the_library_runs(monkeypatch):
+    plans.plan_costs.cache_clear()
+    monkeypatch.setattr(plans, "why_unavailable", lambda: "no place for built kernels")
+    decision = choice.choose(problem(), H200)
+    plans.plan_costs.cache_clear()
+    assert (decision.rung, decision.why) == ("composite", "no place for built kernels")
+    assert decision.backward == ("grad_input_gather", "grad_weight_gather", "grad_bias_private")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -57,7 +57,8 @@ def test_layer_is_initialised_as_conv2d(options):
 
 @ON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_layer_in_every_dtype(device, dtype):
+def test_layer_in_every_dtype(device, dtype, set_conv_precision):
+    set_conv_precision("ieee")
     layer = fk.Conv2dScaleMin(3, 6, 3, 2, device=device, dtype=dtype)
     moved = fk.Conv2dScaleMin(3, 6, 3, 2).to(device, dtype)
     moved.load_state_dict(layer.state_dict())
