@@ -61,6 +61,8 @@ def run_bench(options):
     """Check and time every rung that runs here beside its peers."""
     if options.choices:
         return run_choices(options)
+    if options.draw is not None or options.fit or options.folds:
+        raise SystemExit("--draw, --fit, --folds: expected --choices beside them")
     dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
     # Apart, for the newest run of a machine's file is what all figures show.
     apart = "-".join(name for name in ("training", "layers") if getattr(options, name))
@@ -86,8 +88,12 @@ def run_choices(options):
                 whole = [row for row in rows if row.key in chosen and any(name in row.times for name in FUSED["cuda"])]
                 print(regret.summary(regret.judge(whole, hardware, lambda row, chosen=chosen: chosen[row.key])))
         return
+    if not torch.cuda.is_available():
+        raise SystemExit("bench --choices: expected a CUDA GPU, torch sees none on this machine")
     rows = choices.run(options.draw, options.count, options.record)
-    if options.draw is not None:
+    if not rows:
+        print("nothing was timed that was not recorded before")
+    elif options.draw is not None:
         print(regret.summary(regret.judge(rows, read_hardware(torch.device("cuda", torch.cuda.current_device())))))
 
 

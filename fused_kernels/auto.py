@@ -153,11 +153,15 @@ _CHOOSE = {
 
 def _conv2d_scale_min(input, weight, bias, scale, *conv):
     decision = _decide(input, weight, bias, scale, conv, False)
+    if decision.rung != "composite" and not is_transformed():
+        return run(decision.rung, input, weight, bias, scale, *decision.problem.conv)
     return composite.compute_output(decision, input, weight, bias, scale)
 
 
 def _conv2d_scale_min_winners(input, weight, bias, scale, *conv):
     decision = _decide(input, weight, bias, scale, conv, True)
+    if decision.rung != "composite" and not is_transformed():
+        return run(f"{decision.rung}_winners", input, weight, bias, scale, *decision.problem.conv)
     return composite.compute_winners(decision, input, weight, bias, scale)
 
 
@@ -194,6 +198,9 @@ def _choose_for_dispatcher(kind):
     def implementation(*args):
         name, precision = _CHOOSE[kind](*args)
         steps, suffix = (), _suffix(kind)
+        if kind in _IN_PYTHON and len(args) > 2 and trials.are_pending(args[0].device):
+            # What Python answers by itself is asked again.
+            return f"{kind}_{IN_PYTHON}", precision, steps
         if name == IN_PYTHON:
             if len(args) == 2 or not has_scale_min(args[0].device):
                 return f"{kind}_{IN_PYTHON}", precision, steps

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from . import plans
-from .rungs import BACKWARD, rungs
+from .rungs import rungs, steps
 
 # The fused kernels of each device, and the kernels of the backward pass that there is a choice of.
 FUSED = {
@@ -17,7 +17,6 @@ FUSED = {
 }
 GRAD_INPUT = {"cpu": ("grad_input",), "cuda": ("grad_input_gather", "grad_input_mma")}
 GRAD_WEIGHT = {"cpu": ("grad_weight",), "cuda": ("grad_weight_gather", "grad_weight_private", "grad_weight_sorted")}
-_backward = {rung.name: rung for rung in BACKWARD}
 
 
 class Hardware(NamedTuple):
@@ -44,6 +43,8 @@ def _hardware(device_index):
         shared_bytes = found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
         # In kHz and bits; memory moves two bits a clock.
         rates = found.clock_rate * 1e3, found.memory_clock_rate * 1e3 * 2 * found.memory_bus_width / 8
+        # Some virtual and integrated GPUs do not tell.
+        rates = rates[0] or 1.5e9, rates[1] or 5e11
         facts = found.name, (found.major, found.minor), found.multi_processor_count
         _hardware_of[device_index] = Hardware(*facts, *shared_bytes, *rates)
     return _hardware_of[device_index]
@@ -54,7 +55,7 @@ _hardware_of = {}
 
 def why_not(name, problem, hardware):
     """Say in one sentence why a kernel can't take a problem on such a GPU (None: a CPU), or None."""
-    rung = rungs.get(name) or _backward[name]
+    rung = rungs.get(name) or steps[name]
     if reason := rung.why_not(problem.dtype, problem.precision, problem.stride, problem.groups):
         return reason
     if hardware is not None and not rung.runs_on(hardware.capability):

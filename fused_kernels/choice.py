@@ -31,7 +31,6 @@ class Decision(NamedTuple):
     backward: tuple[str, ...] | None = None  # operators of the backward pass
     copies: tuple[Copy | None, Copy | None] | None = None  # the composite's, without and with to_channels_last
     seconds: dict[str, float] | None = None  # estimated, by candidate
-    tried: dict | None = None  # what trials made of it
 
 
 # Decisions made, by all that they depend on: to make one takes as long as a small kernel.
@@ -90,19 +89,25 @@ def _decide(problem):
     device = problem.device
     if device.type not in candidates.FUSED:
         return Decision(problem, "composite", f"no fused kernel for {device.type} tensors")
+    if problem.is_symbolic:
+        return Decision(problem, "composite", "its sizes are not known yet", _always_legal(problem), (None, None))
     hardware = read_hardware(device)
-    if hardware is not None and not estimates.is_recorded(hardware):
+    decision = choose(problem, hardware, lambda name: why_unavailable(name, device.index))
+    if decision.seconds and not estimates.is_recorded(hardware.name):
         _hint(hardware.name)
-    return choose(problem, hardware, lambda name: why_unavailable(name, device.index))
+    return decision
 
 
-@functools.cache
 def _hint(name):
     """Say once what is best on a GPU whose times were not recorded."""
-    if not torch.backends.cudnn.benchmark:
-        text = f"no times were recorded on an {name}, so the choice between kernels is a careful guess there; with "
+    if name not in _hinted and not torch.backends.cudnn.benchmark:
+        _hinted.add(name)
+        text = f"no times were recorded on this GPU ({name}), so the choice between kernels is a careful guess; with "
         text += "torch.backends.cudnn.benchmark = True the first call of each problem times them instead"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=6)
+
+
+_hinted = set()
 
 
 def _is_exact(values):
@@ -140,8 +145,8 @@ def choose(problem, hardware, missing=lambda name: None):
         return Decision(problem, *_choose_cpu(problem, missing), backward, (None, None))
     refused = why_not_fused(problem, hardware, missing)
     seconds = estimates.forward(problem, hardware, [name for name, reason in refused.items() if not reason])
-    rung, why = _fastest(seconds, refused, estimates.margin(hardware))
-    return Decision(problem, rung, why, backward, choose_copies(problem, seconds), seconds, {})
+    rung, why = _fastest(seconds, refused, estimates.margin(hardware.name))
+    return Decision(problem, rung, why, backward, choose_copies(problem, hardware, seconds), seconds)
 
 
 def why_not_fused(problem, hardware, missing):
@@ -154,7 +159,7 @@ def _fastest(seconds, refused, margin):
     """Name the candidate with the shortest time, and say what it was compared with."""
     fused = [name for name in seconds if name in refused]
     if not fused:
-        return "composite", next(iter(refused.values()))
+        return "composite", "; ".join(dict.fromkeys(filter(None, refused.values()))) or "there is no plan for such sizes"
     library = min(seconds[name] for name in ("composite", "copied") if name in seconds)
     best = min(fused, key=seconds.get)
     times = f"{best} {_microseconds(seconds[best])}, the library's convolution and scale_min {_microseconds(library)}"
@@ -189,7 +194,7 @@ def kept(problem, name):
     return {"rung": "composite", "copies": tuple(copies) if name == "copied" else (None, None)}
 
 
-def choose_copies(problem, seconds):
+def choose_copies(problem, hardware, seconds):
     """Choose the composite's copy where to_channels_last may not run, and where it may: only where it was measured to gain."""
     if not ("copied" in seconds and seconds["copied"] < seconds["composite"]):
         return None, None
@@ -197,7 +202,7 @@ def choose_copies(problem, seconds):
     if kernel is None or not kernel.by_kernel:
         return torchs, torchs
     # PyTorch's own copy is slower, by as much as it moves once more.
-    gains = seconds["copied"] + 2 * estimates.copy_seconds(problem) < seconds["composite"]
+    gains = seconds["copied"] + 2 * estimates.copy_seconds(problem, hardware) < seconds["composite"]
     return torchs if gains else None, kernel
 
 
@@ -208,17 +213,34 @@ def choose_backward(problem, hardware):
 
 def choose_grad_input(problem, hardware):
     """Choose the operator that makes the gradient of the input."""
-    return _choose_gradient(candidates.GRAD_INPUT, problem, hardware)
+    return choose_gradient("grad_input", problem, hardware)
 
 
 def choose_grad_weight(problem, hardware):
     """Choose the operator that makes the gradients of weights and bias."""
-    return _choose_gradient(candidates.GRAD_WEIGHT, problem, hardware)
+    return choose_gradient("grad_weight", problem, hardware)
 
 
-def _choose_gradient(names, problem, hardware):
+def choose_gradient(kind, problem, hardware):
+    """Choose an operator of the backward pass; ``kind``: "grad_input" or "grad_weight"."""
+    if problem.is_symbolic:
+        return _always_legal(problem)[kind == "grad_weight"]
+    return _choose_gradient(kind, problem, hardware)
+
+
+# Python's rules ask at every call.
+@functools.lru_cache(4096)
+def _choose_gradient(kind, problem, hardware):
+    names = candidates.GRAD_INPUT if kind == "grad_input" else candidates.GRAD_WEIGHT
     legal = candidates.legal(names, problem, hardware)
-    if len(legal) == 1:
-        return legal[0]
+    if len(legal) < 2:
+        # A GPU that is too old for all of them runs PyTorch's own operations, and none of these.
+        return next(iter(legal), names[problem.device.type][0])
     seconds = estimates.backward(problem, hardware, legal)
     return min(legal, key=seconds.get) if seconds else legal[0]
+
+
+def _always_legal(problem):
+    on_gpu = problem.device.type == "cuda"
+    names = ("grad_input_gather", "grad_weight_private") if on_gpu else ("grad_input", "grad_weight")
+    return *names, GRAD_BIAS[problem.device.type]

@@ -56,14 +56,15 @@ def backward(problem, hardware, names):
     return _estimate(problem, hardware, names)
 
 
-def margin(hardware):
-    """Give by what factor a fused kernel must be faster than the library to be chosen."""
-    return 1.0 if is_recorded(hardware) else _MARGIN
+def margin(name):
+    """Give by what factor a fused kernel must be faster than the library to be chosen, on a GPU of this name."""
+    return 1.0 if is_recorded(name) else _MARGIN
 
 
-def is_recorded(hardware):
+@functools.cache
+def is_recorded(name):
     """Tell whether there are networks that have learnt from a GPU of this name."""
-    return _file(hardware.name).stem == file_name(hardware.name)
+    return _file(name).stem == file_name(name)
 
 
 @functools.cache
@@ -100,9 +101,9 @@ _OF_BANDWIDTH, _OF_CLOCK = 0.77, 0.85
 _FMAS_PER_CYCLE = 110
 
 
-def copy_seconds(problem, bandwidth=4e12):
-    """Estimate what a copy of the input moves, in seconds."""
-    return 2 * problem.input_elements * problem.dtype.itemsize / bandwidth
+def copy_seconds(problem, hardware):
+    """Estimate what a copy of the input takes, in seconds."""
+    return 2 * problem.input_elements * problem.dtype.itemsize / (_OF_BANDWIDTH * hardware.bandwidth)
 
 
 def _floors(problem, hardware, planned):

@@ -216,8 +216,8 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     input, weight, bias = arguments.autocast(input, weight, bias)
     arguments.as_scale(scale)
     decision = choice.decide(input, weight, bias, stride, padding, dilation, groups, precision)
-    if trials.are_asked_for() and decision.tried:
-        decision = next(reversed(decision.tried.values()))
+    if trials.are_asked_for():
+        decision = trials.recall(decision, (input, weight, bias), False)
     name, why, device = decision.rung, decision.why, decision.problem.device
     if name != "composite" and is_transformed():
         name, why = "composite", f"{name} has no rule for torch.func's transforms and forward-mode gradients"

@@ -40,8 +40,6 @@ class Problem(NamedTuple):
         Of the output, all images together; of the input, all channels.
     is_contiguous, is_channels_last : bool
         How the input lies in memory, without gaps; an image of one pixel may be both. The input's gradient lies as the input.
-    allows_16_bit_operands : bool
-        Whether operands of 16 bits are as exact as is asked.
     """
 
     input_shape: tuple[int, int, int, int]
@@ -61,12 +59,16 @@ class Problem(NamedTuple):
     input_elements: int
     is_contiguous: bool
     is_channels_last: bool
-    allows_16_bit_operands: bool
 
     @property
     def conv(self):
         """The geometry and the precision, as the operators take them after the scale."""
         return self.stride, self.padding, self.dilation, self.groups, self.precision
+
+    @property
+    def is_symbolic(self):
+        """Whether a size is not known yet, as while shapes of any size are traced."""
+        return any(type(size) is not int for size in (*self.input_shape, *self.input_strides, *self.weight_shape))
 
 
 def check_problem(input, weight, bias, stride, padding, dilation, groups, precision):
@@ -108,7 +110,6 @@ def make_problem(shape, strides, dtype, device, weight_shape, geometry, output_s
         input_elements=images * channels * height * width,
         is_contiguous=_is_dense(shape, strides, (3, 2, 1, 0)) or 0 in shape,
         is_channels_last=is_channels_last(shape, strides),
-        allows_16_bit_operands=dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and resolved == "tf32"),
     )
 
 

@@ -294,6 +294,7 @@ BACKWARD = (
 )
 
 rungs = {rung.name: rung for rung in LADDER}
+steps = {rung.name: rung for rung in BACKWARD}
 
 
 def why_unavailable(name, device_index):

@@ -11,14 +11,14 @@ import statistics
 import threading
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from . import build, candidates, choice, composite, dispatch, estimates
 from .dispatch import is_transformed
-from .rungs import BACKWARD, rungs
+from .rungs import rungs, steps
 
 # Of those ranked first so many are tried, and none that is expected to take so many times as long as the first.
-_MOST, _FACTOR = 3, 2.0
+_MOST, _MOST_GRADIENTS, _FACTOR = 3, 2, 2.0
 _ROUNDS = 7
 # A tie, and a difference that noise makes, goes to what is ranked first.
 _GAIN = 0.98
@@ -27,6 +27,28 @@ _HEAD_START = 200_000
 
 # Tells whether PyTorch's setting asks for trials.
 are_asked_for = torch._C._get_cudnn_benchmark
+
+# What was fastest: decisions by what was wanted and the problem, and gradients' operators by their kind and the problem.
+_settled = {}
+_MOST_SETTLED = 4096
+_NAMES = {"grad_input": candidates.GRAD_INPUT, "grad_weight": candidates.GRAD_WEIGHT}
+_PRECISION_AT = {"grad_input": 9, "grad_weight": 10}
+
+
+def _make_lock():
+    """Make the lock, anew in a forked process: the thread that held it is not there."""
+    global _lock
+    _lock = threading.RLock()
+
+
+_make_lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_make_lock)
+
+
+def are_pending(device):
+    """Tell whether trials are asked for but may not run now, as a graph is being captured."""
+    return are_asked_for() and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def settle(decision, args, winners):
@@ -40,56 +62,66 @@ def settle(decision, args, winners):
     winners : bool
         Whether each pixel's winner is asked for; it is as well where a gradient will be needed.
     """
-    if decision.tried is None or not _may_try(args, decision.problem):
-        return decision
-    wanted = tuple(bool(tensor is not None and tensor.requires_grad and torch.is_grad_enabled()) for tensor in args[:3])
-    key = wanted if winners or any(wanted) else None
+    found = recall(decision, args, winners)
+    problem, wanted = decision.problem, _wanted(args, winners)
+    if found is not decision or not decision.seconds or not _may_try(args, problem):
+        return found
     with _lock:
-        if key not in decision.tried:
-            decision.tried[key] = _settle_forward(decision, args, key)
-        return decision.tried[key]
+        return _settled.get((wanted, problem)) or _keep((wanted, problem), _settle_forward(decision, args, wanted)) or decision
+
+
+def recall(decision, args, winners):
+    """Give what was settled before for the same, else the decision itself."""
+    if _is_deterministic():
+        return decision
+    return _settled.get((_wanted(args, winners), decision.problem), decision)
 
 
 def settle_gradient(kind, problem, args):
     """Name the operator that makes a gradient fastest; ``kind``: "grad_input" or "grad_weight", of which ``args`` are."""
-    choose = choice.choose_grad_input if kind == "grad_input" else choice.choose_grad_weight
-    hardware = choice.read_hardware(problem.device)
-    names = candidates.legal(_NAMES[kind], problem, hardware)
-    if len(names) == 1 or not _may_try(args, problem):
-        return choose(problem, hardware)
+    key = kind, problem
+    if not _is_deterministic() and key in _settled:
+        return _settled[key]
+    hardware = candidates.read_hardware(problem.device)
+    estimated = choice.choose_gradient(kind, problem, hardware)
+    seconds = hardware and estimates.backward(problem, hardware, candidates.legal(_NAMES[kind], problem, hardware))
+    if not seconds or not _may_try(args, problem):
+        return estimated
     with _lock:
-        if (kind, problem) not in _gradients:
-            names = shortlist(estimates.backward(problem, hardware, names), problem.dtype, False)
+        if key not in _settled:
+            names = shortlist(seconds, problem.dtype, False, _MOST_GRADIENTS)
             # The precision that "auto" means is known by now.
             place = _PRECISION_AT[kind]
             args = (*args[:place], problem.precision, *args[place + 1 :])
             calls = {name: functools.partial(dispatch.operator(name, problem.dtype), *args) for name in names}
             best, _ = fastest(calls, problem.device)
-            _gradients[kind, problem] = best or choose(problem, hardware)
-        return _gradients[kind, problem]
+            return _keep(key, best) or estimated
+        return _settled[key]
 
 
-_gradients = {}
+def _keep(key, found):
+    if found is not None:
+        if len(_settled) >= _MOST_SETTLED:
+            _settled.clear()
+        _settled[key] = found
+    return found
 
 
-def _make_lock():
-    """Make the lock, anew in a forked process: the thread that held it is not there."""
-    global _lock
-    _lock = threading.RLock()
+def _wanted(args, winners):
+    """Say which gradients will be needed, if winners are asked for or any is."""
+    wanted = tuple(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in args[:3])
+    return wanted if winners or any(wanted) else None
 
 
-_make_lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_make_lock)
-_NAMES = {"grad_input": candidates.GRAD_INPUT, "grad_weight": candidates.GRAD_WEIGHT}
-_PRECISION_AT = {"grad_input": 9, "grad_weight": 10}
+def _is_deterministic():
+    return torch._C._get_cudnn_deterministic() or torch._C._get_deterministic_algorithms()
 
 
 def _may_try(args, problem):
     """Tell whether a trial may run now, on these tensors."""
-    if problem.device.type != "cuda" or torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed():
+    if problem.device.type != "cuda" or _is_deterministic() or is_transformed():
         return False
-    if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or _get_current_dispatch_mode_stack():
         return False
     plain = all(type(arg) in (torch.Tensor, torch.nn.Parameter) for arg in args if isinstance(arg, torch.Tensor))
     # The last question is asked of the driver.
@@ -97,22 +129,28 @@ def _may_try(args, problem):
 
 
 def _settle_forward(decision, args, wanted):
+    """Time what is ranked first; give the decision for the fastest, or None where there was nothing to time."""
     problem = decision.problem
     if not composite.has_scale_min(problem.device):
-        return decision
+        return None
     suffix = "_winners" if wanted else ""
-    names = shortlist(decision.seconds, problem.dtype, bool(wanted))
+    names = shortlist(decision.seconds, problem.dtype, bool(wanted), _MOST)
     with torch.no_grad():
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         calls = composite.candidate_calls(problem, names, args, suffix)
+        if len(calls) > 1:
+            # Compiled together, where they are not built.
+            for name in names:
+                dispatch.start(name + suffix, problem.dtype)
         best, times = fastest(calls, problem.device)
         if best is None:
-            return decision
-        if len(times) > 1:
-            said = ", ".join(f"{name} {1e6 * times[name]:.3g} us" for name in sorted(times, key=times.get))
-            decision = decision._replace(**choice.kept(problem, best), why=f"timed on its first call: {said}")
+            return None
+        said = ", ".join(f"{name} {1e6 * times[name]:.3g} us" for name in sorted(times, key=times.get))
+        why = f"timed on its first call: {said}" if times else "of those tried on its first call, it alone could run"
+        decision = decision._replace(**choice.kept(problem, best), why=why)
         if wanted and any(wanted):
-            decision = decision._replace(backward=_settle_backward(decision, args, wanted, calls[best]))
+            with contextlib.suppress(torch.OutOfMemoryError):
+                decision = decision._replace(backward=_settle_backward(decision, args, wanted, calls[best]))
     return decision
 
 
@@ -131,7 +169,7 @@ def _settle_backward(decision, args, wanted, call):
     return by_input, by_weight, by_bias
 
 
-def shortlist(seconds, dtype, winners):
+def shortlist(seconds, dtype, winners, most=_MOST):
     """Name what to try, the best guess first; what is built already costs no compiler's time, and may be slower by estimate.
 
     Parameters
@@ -141,19 +179,18 @@ def shortlist(seconds, dtype, winners):
     dtype : torch.dtype
     winners : bool
         Whether what gives each pixel's winner is tried.
+    most : int
+        Of those that may have to be built.
     """
     ranked = sorted(seconds, key=seconds.get)
     least = seconds[ranked[0]]
-    close = [name for name in ranked[:_MOST] if seconds[name] <= _FACTOR * least]
+    close = [name for name in ranked[:most] if seconds[name] <= _FACTOR * least]
     others = [name for name in ranked if name not in close and seconds[name] <= _FACTOR**2 * least]
     return close + [name for name in others if _is_built(name, dtype, winners)]
 
 
-_backward = {rung.name: rung for rung in BACKWARD}
-
-
 def _is_built(name, dtype, winners):
-    rung = rungs.get(name) or _backward.get(name)
+    rung = rungs.get(name) or steps.get(name)
     if rung is None or rung.device is None:
         return True
     return build.find(**rung.library(dispatch.OVERLOADS[dtype], winners and rung.winners)).exists()
@@ -174,7 +211,7 @@ def fastest(calls, device):
         Name -> callable without arguments, the best guess first.
     device : torch.device
     """
-    ready, medians, error = [], {}, None
+    ready, medians, failed = [], {}, None
     with torch.cuda.device(device), _disable_current_modes(), torch._C._DisableAutocast():
         for name, call in calls.items():
             try:
@@ -184,10 +221,10 @@ def fastest(calls, device):
                 continue
             except torch.AcceleratorError:
                 raise
-            except RuntimeError as found:
-                error = found
-        if error and not ready:
-            raise error
+            except RuntimeError:
+                failed = name
+        if failed and not ready:
+            calls[failed]()  # and says why
         if len(ready) > 1:
             with contextlib.suppress(torch.OutOfMemoryError):
                 medians = _time({name: calls[name] for name in ready}, device)

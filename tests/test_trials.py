@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_kernels as fk
 from fused_kernels import auto, choice, dispatch, trials
@@ -15,7 +16,7 @@ def benchmark(monkeypatch):
     """Ask for trials, of new decisions."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(choice, "_decisions", {})
-    monkeypatch.setattr(trials, "_gradients", {})
+    monkeypatch.setattr(trials, "_settled", {})
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def clock(monkeypatch, benchmark):
     """Let trials run on a CPU, with a clock that says what the test wants; gives the list of what was tried."""
     tried = []
     monkeypatch.setattr(trials, "_may_try", lambda args, problem: problem.pixels > 0)
-    monkeypatch.setattr(choice, "_decide", lambda problem: choice.choose(problem, None)._replace(seconds=SECONDS, tried={}))
+    monkeypatch.setattr(choice, "_decide", lambda problem: choice.choose(problem, None)._replace(seconds=SECONDS))
 
     def fastest(calls, device):
         results = [call() for call in calls.values()]
@@ -55,6 +56,45 @@ def test_the_first_call_tries_and_the_next_one_recalls(clock):
     found = fk.explain(*args, 2.0)
     assert found.rung == "composite"
     assert "timed on its first call: composite 1e+06 us, conv2d_scale_min 2e+06 us" in found.why
+
+
+def test_what_was_kept_is_recalled_where_nothing_may_be_tried(clock, monkeypatch):
+    """As while a graph is captured; but not where deterministic algorithms are asked for."""
+    args = tensors()
+    decision = choice.decide(*args, 1, 0, 1, 1, "auto")
+    assert trials.settle(decision, (*args, 2.0), False).rung == "composite"
+    monkeypatch.setattr(trials, "_may_try", lambda args, problem: False)
+    assert trials.settle(decision, (*args, 2.0), False).rung == "composite"
+    assert trials.settle(decision, (*args, 2.0), True).rung == "conv2d_scale_min"
+    monkeypatch.setattr(trials, "_is_deterministic", lambda: True)
+    assert trials.settle(decision, (*args, 2.0), False).rung == "conv2d_scale_min"
+
+
+def test_what_alone_could_run_is_kept(clock, monkeypatch):
+    monkeypatch.setattr(trials, "fastest", lambda calls, device: ("composite", {}))
+    assert fk.conv2d_scale_min(*tensors(), 2.0).shape == (2, 1, 7, 6)
+    assert fk.explain(*tensors(), 2.0).rung == "composite"
+
+
+def test_where_memory_lacked_it_is_tried_again(clock, monkeypatch):
+    monkeypatch.setattr(trials, "fastest", lambda calls, device: (None, {}))
+    fk.conv2d_scale_min(*tensors(), 2.0)
+    assert trials._settled == {}
+
+
+def test_what_is_kept_takes_a_bounded_place(clock, monkeypatch):
+    monkeypatch.setattr(trials, "_MOST_SETTLED", 2)
+    input, *rest = tensors()
+    for width in range(4, 9):
+        fk.conv2d_scale_min(input[..., :width], *rest, 2.0)
+        assert 0 < len(trials._settled) <= 2
+
+
+def test_without_estimates_there_is_nothing_to_try(clock, monkeypatch):
+    """As for float64 on a GPU."""
+    monkeypatch.setattr(choice, "_decide", lambda problem: choice.choose(problem, None)._replace(seconds={}))
+    fk.conv2d_scale_min(*tensors(), 2.0)
+    assert clock == []
 
 
 def test_another_shape_is_another_problem(clock):
@@ -102,7 +142,9 @@ def test_a_compiled_program_tries_when_it_is_called(clock, monkeypatch):
     assert len(clock) == 1
 
 
-@pytest.mark.parametrize("why", ["deterministic", "use_deterministic_algorithms", "a subclass", "a CPU"])
+@pytest.mark.parametrize(
+    "why", ["deterministic", "use_deterministic_algorithms", "a subclass", "a mode of torch's dispatcher", "a CPU"]
+)
 def test_where_nothing_may_be_tried(why, monkeypatch, benchmark):
     args = tensors()
     problem = choice.decide(*args, 1, 0, 1, 1, "auto").problem
@@ -113,7 +155,11 @@ def test_where_nothing_may_be_tried(why, monkeypatch, benchmark):
     if why == "deterministic":
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     elif why == "use_deterministic_algorithms":
-        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        monkeypatch.setattr(torch._C, "_get_deterministic_algorithms", lambda: True)
+    elif why == "a mode of torch's dispatcher":
+        with FlopCounterMode(display=False):
+            assert not trials._may_try(args, problem)
+        return
     elif why == "a subclass":
         args[0] = args[0].as_subclass(type("Special", (torch.Tensor,), {}))
     assert not trials._may_try(args, problem)
@@ -192,6 +238,7 @@ def test_a_graph_is_captured_with_the_setting_on(benchmark):
         output = fk.conv2d_scale_min(*other, 2.0)
     graph.replay()
     torch.testing.assert_close(output, expected(*other), rtol=1e-2, atol=1e-2)
+    assert len(trials._settled) == 1
 
 
 @pytest.mark.gpu
@@ -200,7 +247,7 @@ def test_a_compiled_step_tries_forward_and_backward(benchmark):
     compiled = torch.compile(lambda *t: fk.conv2d_scale_min(*t, 2.0).sum(), fullgraph=True)
     for _ in range(2):
         compiled(*args).backward()
-    assert {kind for kind, _ in trials._gradients} == {"grad_input", "grad_weight"}
+    assert {kind for kind, _ in trials._settled} >= {"grad_input", "grad_weight"}
     wanted = tensors("cuda", requires_grad=True)
     expected(*wanted).sum().backward()
     for a, b in zip(args, wanted, strict=True):

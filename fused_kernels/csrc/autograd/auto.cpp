@@ -54,7 +54,8 @@ class Key {
     // What precision "auto" means.
     put(static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV)));
     // Whether the first call of a problem times candidates.
-    put(int64_t{at::globalContext().benchmarkCuDNN()});
+    const auto& context = at::globalContext();
+    put(int64_t{context.benchmarkCuDNN() && !context.deterministicCuDNN() && !context.deterministicAlgorithms()});
     for (const IValue& argument : arguments) put(argument);
   }
 
