@@ -22,15 +22,24 @@ SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized
 GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
 
 
-class Decision(NamedTuple):
-    """All that follows from a problem on one device; what stands after ``why`` may be left open."""
-
+class _Decided(NamedTuple):
     problem: Problem
     rung: str
     why: str
-    backward: tuple[str, ...] | None = None  # operators of the backward pass
     copies: tuple[Copy | None, Copy | None] | None = None  # the composite's, without and with to_channels_last
     seconds: dict[str, float] | None = None  # estimated, by candidate
+    timed_backward: tuple[str, ...] | None = None  # operators of the backward pass, where a trial has found them
+
+
+class Decision(_Decided):
+    """All that follows from a problem on one device."""
+
+    @functools.cached_property
+    def backward(self):
+        """The operators of the backward pass; None where there are none for the device. Chosen when first asked for."""
+        if self.problem.device.type not in GRAD_BIAS:
+            return None
+        return self.timed_backward or choose_backward(self.problem, read_hardware(self.problem.device))
 
 
 # Decisions made, by all that they depend on: to make one takes as long as a small kernel.
@@ -90,7 +99,7 @@ def _decide(problem):
     if device.type not in candidates.FUSED:
         return Decision(problem, "composite", f"no fused kernel for {device.type} tensors")
     if problem.is_symbolic:
-        return Decision(problem, "composite", "its sizes are not known yet", _always_legal(problem), (None, None))
+        return Decision(problem, "composite", "its sizes are not known yet", (None, None))
     hardware = read_hardware(device)
     decision = choose(problem, hardware, lambda name: why_unavailable(name, device.index))
     if decision.seconds and not estimates.is_recorded(hardware.name):
@@ -140,13 +149,12 @@ def choose(problem, hardware, missing=lambda name: None):
     -------
     Decision
     """
-    backward = choose_backward(problem, hardware)
     if hardware is None:
-        return Decision(problem, *_choose_cpu(problem, missing), backward, (None, None))
+        return Decision(problem, *_choose_cpu(problem, missing), (None, None))
     refused = why_not_fused(problem, hardware, missing)
     seconds = estimates.forward(problem, hardware, [name for name, reason in refused.items() if not reason])
     rung, why = _fastest(seconds, refused, estimates.margin(hardware.name))
-    return Decision(problem, rung, why, backward, choose_copies(problem, hardware, seconds), seconds)
+    return Decision(problem, rung, why, choose_copies(problem, hardware, seconds), seconds)
 
 
 def why_not_fused(problem, hardware, missing):

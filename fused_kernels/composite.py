@@ -39,7 +39,7 @@ def compute(decision, input, weight, bias, scale, return_indices=False):
         return _convolve_then_minimum(decision, *args)
     backward = None
     if wanted and not torch.compiler.is_compiling():
-        backward = decision.backward or choice.choose_backward(problem, choice.read_hardware(problem.device))
+        backward = decision.backward
     if torch.compiler.is_compiling() or (wanted and rules_without_python(input, backward) is None):
         output, winners = run("composite_winners", *args, *problem.conv)
     else:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import arguments, auto, candidates, choice, composite, estimates, trials
@@ -132,7 +133,9 @@ def conv2d_scale_min(
     if decision.rung == "composite" or is_transformed():
         return composite.compute(decision, input, weight, bias, scale, return_indices)
     args = input, weight, bias, scale, *decision.problem.conv
-    return run_forward(decision.rung, args, decision.backward, return_indices)
+    # Chosen when first asked for: not where no gradient can be wanted.
+    backward = decision.backward if torch.is_grad_enabled() else None
+    return run_forward(decision.rung, args, backward, return_indices)
 
 
 def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dilation, groups, precision):

@@ -85,11 +85,10 @@ class Rung:
 
     def why_not(self, dtype, precision="ieee", stride=1, groups=1):
         """Say in one sentence why this rung doesn't take such an input, or None; ``precision`` matters for float32 alone."""
-        name = str(dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
-            return f"{self.name} does not take {name}"
+            return f"{self.name} does not take {str(dtype).removeprefix('torch.')}"
         if dtype == torch.float32 and precision not in self.float32_precisions:
-            return f"{self.name} computes {name} at the precision {' or '.join(self.float32_precisions)}, not {precision}"
+            return f"{self.name} computes float32 at the precision {' or '.join(self.float32_precisions)}, not {precision}"
         if not self.strides_and_groups and (groups != 1 or stride not in (1, (1, 1))):
             return f"{self.name} takes a stride of 1 and one group, not a stride of {stride} and {groups} groups"
         return None

@@ -150,7 +150,7 @@ def _settle_forward(decision, args, wanted):
         decision = decision._replace(**choice.kept(problem, best), why=why)
         if wanted and any(wanted):
             with contextlib.suppress(torch.OutOfMemoryError):
-                decision = decision._replace(backward=_settle_backward(decision, args, wanted, calls[best]))
+                decision = decision._replace(timed_backward=_settle_backward(decision, args, wanted, calls[best]))
     return decision
 
 

@@ -88,10 +88,11 @@ def test_no_fused_kernel_takes_float64():
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_empty_batch_and_an_immense_image_are_the_librarys(precision):
     for changes in ({"images": 0}, {"height": 2**28}):
-        decision = choice.choose(problem(precision=precision, **changes), H200)
-        assert decision.rung == "composite"
-        assert decision.backward[0] in candidates.GRAD_INPUT["cuda"]
-        assert decision.backward[1] in candidates.GRAD_WEIGHT["cuda"]
+        found = problem(precision=precision, **changes)
+        assert choice.choose(found, H200).rung == "composite"
+        by_input, by_weight, _ = choice.choose_backward(found, H200)
+        assert by_input in candidates.GRAD_INPUT["cuda"]
+        assert by_weight in candidates.GRAD_WEIGHT["cuda"]
 
 
 def test_where_the_planning_cannot_be_asked_the_library_runs(monkeypatch):
@@ -99,12 +100,12 @@ def test_where_the_planning_cannot_be_asked_the_library_runs(monkeypatch):
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(plans, "why_unavailable", lambda: "no place for built kernels")
-    decision = choice.choose(problem(), H200)
+    decision, backward = choice.choose(problem(), H200), choice.choose_backward(problem(), H200)
     for cache in caches:
         cache.cache_clear()
     assert decision.rung == "composite"
     assert "no place for built kernels" in decision.why
-    assert decision.backward == ("grad_input_gather", "grad_weight_gather", "grad_bias_private")
+    assert backward == ("grad_input_gather", "grad_weight_gather", "grad_bias_private")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,9 +142,10 @@ def test_a_choice_can_run(capability, precision):
             found = problem(precision=precision, in_channels=number, out_channels=number, **changes)
             decision = choice.choose(found, hardware)
             assert decision.rung in {"composite", *candidates.legal(candidates.FUSED, found, hardware)}
+            by_input, by_weight, _ = choice.choose_backward(found, hardware)
             if capability >= (8, 0):
-                assert decision.backward[0] in candidates.legal(candidates.GRAD_INPUT, found, hardware)
-                assert decision.backward[1] in candidates.legal(candidates.GRAD_WEIGHT, found, hardware)
+                assert by_input in candidates.legal(candidates.GRAD_INPUT, found, hardware)
+                assert by_weight in candidates.legal(candidates.GRAD_WEIGHT, found, hardware)
             assert all(0 < seconds < 10 for seconds in decision.seconds.values())
 
 
@@ -153,11 +155,11 @@ def test_sizes_that_are_not_known_yet_are_the_librarys():
     def function(input):
         found = describe_problem(input, (4, 5, 3, 3), (1, 1), (0,) * 4, (1, 1), 1, "ieee")
         decision = choice._decide(found._replace(device=torch.device("cuda", 0)))
-        seen.append((found.is_symbolic, decision.rung, decision.backward[1], choice.choose_grad_weight(decision.problem, H200)))
+        seen.append((found.is_symbolic, decision.rung, choice.choose_grad_weight(decision.problem, H200)))
         return input
 
     make_fx(function, tracing_mode="symbolic")(torch.empty(3, 5, 9, 11))
-    assert seen == [(True, "composite", "grad_weight_private", "grad_weight_private")]
+    assert seen == [(True, "composite", "grad_weight_private")]
     assert not problem().is_symbolic
 
 
