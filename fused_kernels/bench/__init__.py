@@ -3,7 +3,8 @@
 Measuring: :mod:`.workloads` are timed by :mod:`.clock` on the machine that :mod:`.environment` describes, against
 :mod:`.peers` and :mod:`.limits`; :mod:`.comparison` checks results before their times count; :mod:`.forward` and
 :mod:`.training` say what is measured, and :mod:`.suite` runs it. Recording: :mod:`.records` keeps what was measured in
-figures/data, and :mod:`.report` prints it. Drawing is not here: :mod:`fused_kernels.plots` reads the records.
+figures/data, and :mod:`.report` prints it. Drawing is not here: :mod:`fused_kernels.plots` reads the records. The choice
+between kernels: :mod:`.choices` times all on many layers, :mod:`.fit` learns from that, :mod:`.regret` says what is lost.
 """
 
 import importlib

@@ -50,7 +50,7 @@ def of_networks():
         yield Layer(images, channels, height, width, out_channels, kernel, kernel, stride, padding, 1, 1)
 
 
-# What people take, between which the other half of the draws lies.
+# What people take; the other draws lie between.
 _CHANNELS = (1, 3, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 _SIZES = (7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 224, 256, 384, 512, 1024)
 _KERNELS = ((1, 25), (3, 38), (5, 17), (7, 14), (2, 2), (4, 2), (6, 1))
