@@ -108,19 +108,18 @@ def _choose_grad_input(grad, winners, weight, scale, input_size, *args):
     shape = (grad.shape[0], weight.shape[1] * conv[3], *input_size)
     problem = _problem(weight, shape, _strides(shape, channels_last), weight.shape, *conv)
     if trials.are_asked_for():
-        return trials.settle_gradient(
-            "grad_input", problem, (grad, winners, weight, scale, input_size, *args)
-        ), problem.precision
-    return choice.choose_grad_input(problem, choice.read_hardware(weight.device)), problem.precision
+        given = grad, winners, weight, scale, input_size, *conv[:-1], problem.precision, channels_last
+        return trials.settle_gradient("grad_input", problem, given), problem.precision
+    return choice.choose_gradient("grad_input", problem, choice.read_hardware(weight.device)), problem.precision
 
 
 def _choose_grad_weight(grad, winners, input, scale, out_channels, kernel_size, *conv):
     weight_shape = (out_channels, input.shape[1] // conv[3], *kernel_size)
     problem = _problem(input, input.shape, input.stride(), weight_shape, *conv)
     if trials.are_asked_for():
-        given = grad, winners, input, scale, out_channels, kernel_size, *conv
+        given = grad, winners, input, scale, out_channels, kernel_size, *conv[:-1], problem.precision
         return trials.settle_gradient("grad_weight", problem, given), problem.precision
-    return choice.choose_grad_weight(problem, choice.read_hardware(input.device)), problem.precision
+    return choice.choose_gradient("grad_weight", problem, choice.read_hardware(input.device)), problem.precision
 
 
 def _problem(like, shape, strides, weight_shape, stride, padding, dilation, groups, precision):

@@ -143,6 +143,14 @@ _CHECKS = {
 }
 
 
+def gradient_args(problem, grad, winners, input, weight, scale):
+    """Give what the operators of each kind of gradient take, from a forward pass and the gradient that comes in."""
+    return {
+        "grad_input": (grad, winners, weight, scale, input.shape[2:], *problem.conv, problem.is_channels_last),
+        "grad_weight": (grad, winners, input, scale, len(weight), weight.shape[2:], *problem.conv),
+    }
+
+
 # ---- the composite's copy ----
 
 

@@ -216,17 +216,8 @@ def choose_copies(problem, hardware, seconds):
 
 def choose_backward(problem, hardware):
     """Choose the operators that make the gradients of input, of weights and bias, and of a bias alone."""
-    return choose_grad_input(problem, hardware), choose_grad_weight(problem, hardware), GRAD_BIAS[problem.device.type]
-
-
-def choose_grad_input(problem, hardware):
-    """Choose the operator that makes the gradient of the input."""
-    return choose_gradient("grad_input", problem, hardware)
-
-
-def choose_grad_weight(problem, hardware):
-    """Choose the operator that makes the gradients of weights and bias."""
-    return choose_gradient("grad_weight", problem, hardware)
+    by_input, by_weight = (choose_gradient(kind, problem, hardware) for kind in ("grad_input", "grad_weight"))
+    return by_input, by_weight, GRAD_BIAS[problem.device.type]
 
 
 def choose_gradient(kind, problem, hardware):

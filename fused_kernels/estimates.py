@@ -2,8 +2,8 @@
 
 The floor is counted: operations over the rate of the units that do them, rounded up to whole tiles on whole waves of
 multiprocessors; bytes over the memory's bandwidth; launches. A fused kernel's operations are the cycles of its own plan. So a
-floor is known for any GPU. What the networks have learnt, on one, is by how much each candidate misses its floor: the fused
-kernels' times follow from their plans to some seven per cent, those of the library, which has hundreds of kernels, to thirteen.
+floor is known for any GPU. What the networks have learnt, on one, is by how much each candidate misses its floor: less surely
+for the library, which has hundreds of kernels, than for the fused kernels, whose times follow from their plans.
 
 The times lie in ``choices/`` as text, the networks beside them; ``python -m fused_kernels bench --choices --fit`` makes the
 networks from the times.

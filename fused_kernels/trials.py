@@ -32,7 +32,6 @@ are_asked_for = torch._C._get_cudnn_benchmark
 _settled = {}
 _MOST_SETTLED = 4096
 _NAMES = {"grad_input": candidates.GRAD_INPUT, "grad_weight": candidates.GRAD_WEIGHT}
-_PRECISION_AT = {"grad_input": 9, "grad_weight": 10}
 
 
 def _make_lock():
@@ -78,7 +77,16 @@ def recall(decision, args, winners):
 
 
 def settle_gradient(kind, problem, args):
-    """Name the operator that makes a gradient fastest; ``kind``: "grad_input" or "grad_weight", of which ``args`` are."""
+    """Name the operator that makes a gradient fastest.
+
+    Parameters
+    ----------
+    kind : str
+        "grad_input" or "grad_weight".
+    problem : Problem
+    args : tuple
+        Such an operator's, with the problem's precision, not "auto".
+    """
     key = kind, problem
     if not _is_deterministic() and key in _settled:
         return _settled[key]
@@ -90,9 +98,6 @@ def settle_gradient(kind, problem, args):
     with _lock:
         if key not in _settled:
             names = shortlist(seconds, problem.dtype, False, _MOST_GRADIENTS)
-            # The precision that "auto" means is known by now.
-            place = _PRECISION_AT[kind]
-            args = (*args[:place], problem.precision, *args[place + 1 :])
             calls = {name: functools.partial(dispatch.operator(name, problem.dtype), *args) for name in names}
             best, _ = fastest(calls, problem.device)
             return _keep(key, best) or estimated
@@ -160,12 +165,11 @@ def _settle_backward(decision, args, wanted, call):
     problem, (by_input, by_weight, by_bias) = decision.problem, decision.backward
     output, winners = call()
     grad = torch.ones_like(output)
+    args = candidates.gradient_args(problem, grad, winners, input, weight, scale)
     if wanted[0]:
-        of_input = grad, winners, weight, scale, input.shape[2:], *problem.conv, problem.is_channels_last
-        by_input = settle_gradient("grad_input", problem, of_input)
+        by_input = settle_gradient("grad_input", problem, args["grad_input"])
     if wanted[1]:
-        of_weight = grad, winners, input, scale, len(weight), weight.shape[2:], *problem.conv
-        by_weight = settle_gradient("grad_weight", problem, of_weight)
+        by_weight = settle_gradient("grad_weight", problem, args["grad_weight"])
     return by_input, by_weight, by_bias
 
 

@@ -155,7 +155,7 @@ def test_sizes_that_are_not_known_yet_are_the_librarys():
     def function(input):
         found = describe_problem(input, (4, 5, 3, 3), (1, 1), (0,) * 4, (1, 1), 1, "ieee")
         decision = choice._decide(found._replace(device=torch.device("cuda", 0)))
-        seen.append((found.is_symbolic, decision.rung, choice.choose_grad_weight(decision.problem, H200)))
+        seen.append((found.is_symbolic, decision.rung, choice.choose_gradient("grad_weight", decision.problem, H200)))
         return input
 
     make_fx(function, tracing_mode="symbolic")(torch.empty(3, 5, 9, 11))

@@ -117,6 +117,25 @@ def test_explain_names_the_rung_that_runs(device):
 
 
 @ON
+def test_explain_lists_the_candidates(device):
+    """Each with its estimate, the fastest first, or why it can't run; on a GPU beside the nearest layer that was measured."""
+    input, weight = torch.ones(2, 3, 8, 8, device=device), torch.ones(7, 3, 3, 3, device=device)
+    found = fk.explain(input, weight, precision="ieee")
+    names = [candidate.name for candidate in found.candidates]
+    assert found.rung in names
+    if device == "cpu":
+        assert str(found.candidates[0]) == "conv2d_scale_min: no estimate"
+        assert not found.nearest
+        return
+    estimates = [candidate.microseconds for candidate in found.candidates if candidate.microseconds]
+    assert estimates == sorted(estimates)
+    assert {"composite", "copied", "conv_direct"} <= set(names[: len(estimates)])
+    (refused,) = (candidate for candidate in found.candidates if candidate.name == "conv_mma")
+    assert "conv_mma computes float32 at the precision tf32" in str(refused)
+    assert "ieee, NCHW, on an" in found.nearest
+
+
+@ON
 def test_explain_names_the_operators_of_the_backward_pass(device):
     """Those that a profiler sees; where PyTorch's own operations run, none."""
     layer, input = fk.Conv2dScaleMin(16, 40, 3, 2.0, device=device), torch.randn(1, 16, 8, 8, device=device)

@@ -117,11 +117,10 @@ def _training(work, problem, hardware):
     functions = _candidates(work, problem, hardware, "_winners")
     _, winners = functions["composite"]()
     grad = torch.randn(winners.shape, device=winners.device).to(work.input.dtype)
-    of_input = grad, winners, work.weight, work.scale, work.input.shape[2:], *problem.conv, problem.is_channels_last
-    of_weight = grad, winners, work.input, work.scale, len(work.weight), work.weight.shape[2:], *problem.conv
-    for names, given in ((GRAD_INPUT, of_input), (GRAD_WEIGHT, of_weight)):
+    args = candidates.gradient_args(problem, grad, winners, work.input, work.weight, work.scale)
+    for kind, names in (("grad_input", GRAD_INPUT), ("grad_weight", GRAD_WEIGHT)):
         for name in candidates.legal(names, problem, hardware):
-            functions[name] = functools.partial(dispatch.run, name, *given)
+            functions[name] = functools.partial(dispatch.run, name, *args[kind])
     return functions
 
 
@@ -190,7 +189,7 @@ def setting(precision):
         conv.fp32_precision = before
 
 
-# Half a per cent of the largest absolute result is far beyond rounding; a kernel that is wrong is further off.
+# Shares of the largest absolute result, far beyond what rounding makes; a kernel that is wrong is further off.
 _ROUGHLY = {"ieee": 1e-4, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 3e-2}
 
 

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from .. import dispatch, ops, progress
-from ..choice import choose_backward, read_hardware
+from ..candidates import gradient_args, read_hardware
+from ..choice import choose_backward
 from ..rungs import rungs
 from . import peers, workloads
 from .clock import compare, per_call, replay, steady, unwaited
@@ -180,13 +181,8 @@ def _ours(work, operator, input, winners, grad):
     """Give the name of the kernel that is chosen for a gradient, and its call."""
     problem = work.problem()
     by_input, by_weight, _ = choose_backward(problem, read_hardware(problem.device))
-    out_channels, _, *kernel_size = work.weight.shape
-    if operator == "grad_input":
-        name = by_input
-        args = grad, winners, work.weight, work.scale, input.shape[2:], *problem.conv, problem.is_channels_last
-    else:
-        name = by_weight
-        args = grad, winners, input, work.scale, out_channels, kernel_size, *problem.conv
+    name = by_input if operator == "grad_input" else by_weight
+    args = gradient_args(problem, grad, winners, input, work.weight, work.scale)[operator]
     return name, functools.partial(dispatch.operator(name, grad.dtype), *args)
 
 
