@@ -107,7 +107,7 @@ def read(file):
     if not Path(file).exists():
         return []
     with Path(file).open(newline="") as lines:
-        return [_parse(line) for line in csv.DictReader(line for line in lines if not line.startswith("#"))]
+        return [_parse(line) for line in csv.DictReader((line for line in lines if not line.startswith("#")), restval="")]
 
 
 def hardware_facts(file):
@@ -135,7 +135,8 @@ def append(file, facts, rows, spread=False):
         lines.write("# " + " ".join(f"{name}={value!r}" for name, value in facts.items()) + "\n")
         for row in rows:
             times = (_words(row.times[name], spread) if name in row.times else "" for name in TIMED)
-            lines.write(",".join((*map(str, row.layer), row.precision, row.layout, row.direction, *times, row.trial)) + "\n")
+            words = *map(str, row.layer), row.precision, row.layout, row.direction, *times, row.trial
+            lines.write(",".join(words).rstrip(",") + "\n")
             lines.flush()
             yield row
 

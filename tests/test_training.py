@@ -6,7 +6,7 @@ from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_take
 from torch.nn import functional as F
 
 import fused_kernels as fk
-from fused_kernels import arguments, build, choice, composite, gradients
+from fused_kernels import arguments, build, candidates, choice, composite, gradients
 from fused_kernels.problem import check_problem, describe_problem
 from fused_kernels.rungs import BACKWARD, LADDER
 
@@ -223,6 +223,12 @@ def precisions(rung, dtype):
     return rung.float32_precisions if dtype == torch.float32 and rung.device == "cuda" else ("ieee",)
 
 
+def skip_refused(name, problem):
+    """Skip what a kernel says that it can't take."""
+    if reason := candidates.why_not(name, problem, candidates.read_hardware(problem.device)):
+        pytest.skip(reason)
+
+
 @backward_of("grad_input")
 @DTYPE
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -232,8 +238,7 @@ def test_grad_input(rung, device, dtype, layout, shape, out_channels, kernel, co
         set_conv_precision(precision)
         input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, shape, out_channels, kernel, conv)
         described = describe_problem(input, weight.shape, *geometry, precision)
-        if rung.name == "grad_input_mma" and not choice.grad_input_mma_is_legal(described, choice.read_hardware(input.device)):
-            pytest.skip("does not take this")
+        skip_refused(rung.name, described)
         is_channels_last = layout == "channels_last"
         result = operator(rung.name)(grad, winners, weight, -1.5, shape[2:], *geometry, precision, is_channels_last)
         assert_no_less_accurate((result, None, None), dense, dtype, precision)
@@ -251,10 +256,7 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
         layer, skewed = (shape, out_channels, kernel, conv), layout in ("channels_last", "cropped")
         input, weight, grad, winners, geometry, dense = problem(device, dtype, layout, *layer, skewed)
         described = describe_problem(input, weight.shape, *geometry, precision)
-        if rung.name == "grad_weight_sorted" and not choice.grad_weight_sorted_is_legal(
-            described, choice.read_hardware(input.device)
-        ):
-            pytest.skip("does not take this")
+        skip_refused(rung.name, described)
         args = grad, winners, input, -1.5, out_channels, weight.shape[2:], *geometry, precision
         results = operator(rung.name)(*args)
         assert_no_less_accurate((None, *results), dense, dtype, precision)

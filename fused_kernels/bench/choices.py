@@ -101,7 +101,7 @@ def draw(layer, precision, layout, device="cuda"):
 
 def _forward(work, problem, hardware, library):
     """Name what can run: name -> function."""
-    functions = {"eager": functools.partial(peers.eager(work), *work.arguments)}
+    functions = {} if library else {"eager": functools.partial(peers.eager(work), *work.arguments)}
     return functions | _candidates(work, problem, hardware, "", library)
 
 
@@ -228,7 +228,7 @@ def cells(layers, precisions=PRECISIONS, training=True):
                     yield layer, precision, layout, "training"
 
 
-def broad(count=860, library=2400):
+def broad(count=1260, library=2050):
     """Give the cells of the record, and whether only the library's ways are timed.
 
     Of the first layers, many of which have sizes that no tile divides, everything is timed. What the fused kernels take follows
