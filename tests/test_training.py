@@ -150,6 +150,7 @@ GEOMETRIES = [
     ((1, 8, 5, 5), 4, 5, {}),
     ((1, 5, 1, 4), 6, (1, 2), {}),
     ((3, 128, 7, 7), 513, 1, {}),
+    ((2, 4, 11, 9), 4474, 1, {"groups": 2}),
     ((2, 64, 14, 14), 96, 1, {"stride": 2}),
     ((2, 128, 46, 40), 512, 3, {"padding": 1}),
 ]
@@ -266,9 +267,10 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
 
 @ON
 @DTYPE
-def test_grad_bias_alone(device, dtype, poisoned):
-    _, _, grad, winners, _, dense = problem(device, dtype, "nchw", (3, 4, 20, 30), 40, 3, {}, skewed=True)
-    result = operator(choice.GRAD_BIAS[device])(grad, winners, -1.5, 40)
+@pytest.mark.parametrize("out_channels", [40, 2237])
+def test_grad_bias_alone(device, dtype, out_channels, poisoned):
+    _, _, grad, winners, _, dense = problem(device, dtype, "nchw", (3, 4, 20, 30), out_channels, 3, {}, skewed=True)
+    result = operator(choice.GRAD_BIAS[device])(grad, winners, -1.5, out_channels)
     assert_no_less_accurate((None, None, result), dense, dtype)
 
 

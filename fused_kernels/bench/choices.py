@@ -100,9 +100,9 @@ def draw(layer, precision, layout, device="cuda"):
 
 
 def _forward(work, problem, hardware, library):
-    """Name what can run: name -> function."""
+    """Name what can run: name -> function; one dictionary of all that compute the same."""
     functions = {} if library else {"eager": functools.partial(peers.eager(work), *work.arguments)}
-    return functions | _candidates(work, problem, hardware, "", library)
+    return [functions | _candidates(work, problem, hardware, "", library)]
 
 
 def _candidates(work, problem, hardware, suffix, library=False):
@@ -113,15 +113,17 @@ def _candidates(work, problem, hardware, suffix, library=False):
 
 
 def _training(work, problem, hardware):
-    """Name what a training step can call: forward with winners, and the gradients' kernels."""
-    functions = _candidates(work, problem, hardware, "_winners")
-    _, winners = functions["composite"]()
+    """Name what a training step can call: forward with winners, and the kernels of each gradient."""
+    forward = _candidates(work, problem, hardware, "_winners")
+    _, winners = forward["composite"]()
     grad = torch.randn(winners.shape, device=winners.device).to(work.input.dtype)
     args = candidates.gradient_args(problem, grad, winners, work.input, work.weight, work.scale)
-    for kind, names in (("grad_input", GRAD_INPUT), ("grad_weight", GRAD_WEIGHT)):
-        for name in candidates.legal(names, problem, hardware):
-            functions[name] = functools.partial(dispatch.run, name, *args[kind])
-    return functions
+    by_kind = {"grad_input": GRAD_INPUT, "grad_weight": GRAD_WEIGHT}
+    gradients = (
+        {name: functools.partial(dispatch.run, name, *args[kind]) for name in candidates.legal(names, problem, hardware)}
+        for kind, names in by_kind.items()
+    )
+    return [forward, *gradients]
 
 
 # ---- timing ----
@@ -194,11 +196,15 @@ _ROUGHLY = {"ieee": 1e-4, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 3e-2}
 
 
 def _right(functions, precision, label):
-    """Leave out what can't run or differs from the first: a time of a wrong result is worth nothing."""
+    """Leave out what can't run or differs from the first: a time of a wrong result is worth nothing.
+
+    ``functions``: name -> function; of several results the first is compared.
+    """
     expected, right = None, {}
     for name, function in functions.items():
         try:
-            found = function().float()
+            found = function()
+            found = (found[0] if isinstance(found, tuple) else found).float()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
@@ -276,12 +282,13 @@ def measure(cells, drawn=False, seconds=2e-3):
                 work = draw(layer, precision, layout, device)
                 problem = work.problem()
                 if direction == "forward":
-                    functions = _right(_forward(work, problem, hardware, library), precision, label)
-                    if drawn:
-                        trial = _trial(work, problem, hardware)
-                        functions["compile"] = peers.compiled(peers.eager(work), "default", *work.arguments)
+                    kinds = _forward(work, problem, hardware, library)
                 else:
-                    functions = _training(work, problem, hardware)
+                    kinds = _training(work, problem, hardware)
+                functions = {n: function for kind in kinds for n, function in _right(kind, precision, label).items()}
+                if drawn:
+                    trial = _trial(work, problem, hardware)
+                    functions["compile"] = peers.compiled(peers.eager(work), "default", *work.arguments)
                 timings = time_cell(graphs, functions, work, seconds)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()

@@ -171,9 +171,10 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
   dispatch(grad.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Sum<T>;
-    // As many output channels as leave room for the columns of a few warps.
-    const int64_t fit = kSharedBytes / sizeof(A);
-    plan.outputs_per_block = static_cast<int>(std::min(shape.out_channels, fit / std::min<int64_t>(columns, 2 * kWarpSize)));
+    // As many output channels as leave room for the columns of two warps, or of all that there are; a warp's sums have room
+    // for 32 columns, however few it has.
+    const int64_t fit = kSharedBytes / sizeof(A), least = columns > kWarpSize ? 2 * kWarpSize : kWarpSize;
+    plan.outputs_per_block = static_cast<int>(std::min(shape.out_channels, fit / least));
     plan.output_blocks = static_cast<int>(ceil_div(shape.out_channels, plan.outputs_per_block));
     plan.outputs_per_block = static_cast<int>(ceil_div(shape.out_channels, plan.output_blocks));
     const int64_t most = std::min<int64_t>(fit / plan.outputs_per_block, kMostColumns);
