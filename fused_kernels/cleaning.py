@@ -49,7 +49,7 @@ def clean():
 
 def loadable():
     """List the libraries that this version would load on this machine, built or not."""
-    sources = (dispatch.from_winners.library, dispatch.auto.library, plans.library())
+    sources = (dispatch.from_winners.library, dispatch.auto.library, plans.source())
     libraries = [build.find(*source, device="cpu") for source in sources]
     for rung in (*LADDER, COPY, *BACKWARD):
         if rung.device and not rung.why_unavailable():

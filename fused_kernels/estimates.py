@@ -9,6 +9,8 @@ The times lie in ``choices/`` as text, the networks beside them; ``python -m fus
 networks from the times.
 """
 
+import array
+import ctypes
 import functools
 import json
 import math
@@ -87,7 +89,7 @@ def _estimate(problem, hardware, names):
 @functools.lru_cache(16)
 def _estimate_all(problem, hardware):
     described, floors = describe(problem, hardware)
-    factors = ask(described, networks(hardware.name)[0]).tolist()
+    factors = networks(hardware.name)[0].ask(described)
     return {name: floors[name] * math.exp(factor) for name, factor in zip(TARGETS, factors, strict=True) if name in floors}
 
 
@@ -228,24 +230,57 @@ def _twos(number):
 # ---- the networks ----
 
 
+class _Networks(ctypes.Structure):
+    """As networks.h has them."""
+
+    _fields_ = (
+        *(("count", ctypes.c_int64), ("widths", ctypes.c_int64 * 4)),
+        *((name, ctypes.c_void_p) for name in ("mean", "deviation", "offset")),
+        *(("weights", ctypes.c_void_p * 3), ("biases", ctypes.c_void_p * 3)),
+    )
+
+
+class Networks:
+    """Small networks, whose answers are averaged.
+
+    Parameters
+    ----------
+    arrays : dict
+        Name -> array: of each layer the weights and biases of all networks together, and how inputs and outputs are scaled.
+    """
+
+    def __init__(self, arrays):
+        # The C++ reads them where they lie.
+        self._arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+        layers = [[self._arrays[f"{kind}{i}"] for i in range(3)] for kind in ("weight", "bias")]
+        count, self._inputs, _ = layers[0][0].shape
+        *_, self._outputs = widths = self._inputs, *(weights.shape[2] for weights in layers[0])
+        self._struct = _Networks(count, widths)
+        for name in ("mean", "deviation", "offset"):
+            setattr(self._struct, name, self._arrays[name].ctypes.data)
+        for name, of_layers in zip(("weights", "biases"), layers, strict=True):
+            setattr(self._struct, name, tuple(array.ctypes.data for array in of_layers))
+
+    def ask(self, described):
+        """Give what they say on average, for each of the ``TARGETS``: log of time over floor."""
+        told, answer = array.array("f", described), array.array("f", bytes(4 * self._outputs))
+        if len(told) != self._inputs:
+            raise ValueError(
+                f"described: expected {self._inputs} numbers, as many as the networks have learnt, got {len(told)}"
+            )
+        plans.library().ask_networks(ctypes.byref(self._struct), _address(told), _address(answer))
+        return answer.tolist()
+
+
+def _address(values):
+    return ctypes.c_void_p(values.buffer_info()[0])
+
+
 @functools.cache
 def networks(name):
-    """Load a GPU's networks: layers of weights and biases, of all networks together, and how inputs and outputs are scaled."""
+    """Load a GPU's networks, and the facts of what they have learnt."""
     with np.load(_file(name)) as stored:
-        found = {name: stored[name].astype(np.float32) for name in stored if name != "facts"}
-        return found, json.loads(str(stored["facts"]))
-
-
-def ask(described, found):
-    """Give the mean of what networks say, for each of the ``TARGETS``: log of time over floor."""
-    x = (np.asarray(described, np.float32) - found["mean"]) / found["deviation"]
-    # NOTE: numpy's clip and mean take as long as all the products.
-    x = np.minimum(np.maximum(x, -4), 4)[None]
-    for i in range(3):
-        x = np.matmul(x, found[f"weight{i}"]) + found[f"bias{i}"]
-        if i < 2:
-            x /= 1 + np.exp(-x)
-    return np.add.reduce(x)[0] / len(x) + found["offset"]
+        return Networks({name: stored[name] for name in stored if name != "facts"}), json.loads(str(stored["facts"]))
 
 
 # ---- what was measured ----

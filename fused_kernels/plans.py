@@ -87,7 +87,7 @@ _PLACES = [(name, kind, end - len(kind._fields), end) for (name, kind), end in z
 _Question, _Answer = ctypes.c_int64 * 25, ctypes.c_int64 * _ENDS[-1]
 
 
-def library():
+def source():
     """Give the name and the source of the library that plans."""
     return NAME, (build.CSRC / "cpu" / f"{NAME}.cpp").read_text()
 
@@ -98,7 +98,7 @@ def why_unavailable():
     if reason := build.why_no_compiler():
         return reason
     try:
-        _plan_kernels()
+        library()
     except build.NoPlaceError as error:
         return str(error)
     return None
@@ -140,11 +140,12 @@ def plan_costs(problem, hardware):
         *(problem.dtype.itemsize, hardware.multiprocessors, hardware.shared_bytes_per_multiprocessor),
     )
     answer = _Answer()
-    _plan_kernels()(question, answer)
+    library().plan_kernels(question, answer)
     values = answer[:]
     return {name: kind._make(values[first:end]) if values[first] >= 0 else None for name, kind, first, end in _PLACES}
 
 
 @functools.cache
-def _plan_kernels():
-    return ctypes.CDLL(str(build.make(*library(), device="cpu", quiet=True))).plan_kernels
+def library():
+    """Load the library that plans, built where it is not yet; for callers that have asked ``why_unavailable``."""
+    return ctypes.CDLL(str(build.make(*source(), device="cpu", quiet=True)))

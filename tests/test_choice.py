@@ -1,5 +1,7 @@
 """Which candidates there are, which of them is chosen, and how good the choice is on layers that it was not made from."""
 
+import itertools
+import time
 import warnings
 from pathlib import Path
 
@@ -226,6 +228,39 @@ def test_larger_batches_do_not_go_back_and_forth():
 
 
 # ---- how good it is ----
+
+
+def test_networks_compute_what_they_should():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    widths = 7, 5, 6, 3
+    arrays = {"mean": draw(7), "deviation": draw(7).abs() + 0.1, "offset": draw(3)}
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        arrays |= {f"weight{i}": draw(2, inputs, outputs), f"bias{i}": draw(2, 1, outputs)}
+    described = 3 * draw(7)
+    x = ((described - arrays["mean"]) / arrays["deviation"]).clamp(-4, 4)[None]
+    for i in range(3):
+        x = x @ arrays[f"weight{i}"] + arrays[f"bias{i}"]
+        x = torch.nn.functional.silu(x) if i < 2 else x
+    networks = estimates.Networks({name: tensor.numpy() for name, tensor in arrays.items()})
+    torch.testing.assert_close(torch.tensor(networks.ask(described.tolist())), x.mean(0)[0] + arrays["offset"])
+    with pytest.raises(ValueError, match="described: expected 7 numbers"):
+        networks.ask(described[1:].tolist())
+
+
+def test_a_shape_not_seen_before_is_decided_in_microseconds():
+    def seconds(first):
+        problems = [problem(images=first + i) for i in range(50)]
+        start = time.perf_counter()
+        for new in problems:
+            choice.choose(new, H200)
+        return (time.perf_counter() - start) / len(problems)
+
+    # 75 us on a quiet machine.
+    assert min(seconds(1000 + 50 * turn) for turn in range(8)) < 3e-4
 
 
 def test_the_estimates_have_learnt_the_record():

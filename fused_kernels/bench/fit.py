@@ -13,8 +13,11 @@ from ..measured import FORWARD
 from .workloads import problem_of
 
 # Networks, whose mean is taken; their layers; steps of training.
-_NETWORKS, _HIDDEN, _STEPS = 4, (128, 128), 3000
-_BATCH, _RATE, _DECAY, _DROPOUT, _HUBER = 256, 3e-3, 0.5, 0.1, 0.3
+_NETWORKS, _HIDDEN, _STEPS = 2, (128, 128), 4000
+_BATCH, _RATE, _DECAY, _DROPOUT, _HUBER = 1024, 3e-3, 0.5, 0.1, 0.3
+# Beside each time's error counts what would be lost by a choice that takes the shortest with a probability that falls by e for
+# so much of its logarithm; from when the times are roughly learnt; no single layer counts for more than a factor e^1.5.
+_LOST, _SOFTNESS, _FROM, _MOST_LOST = 2.0, 0.07, 0.3, 1.5
 
 
 class Samples:
@@ -77,13 +80,22 @@ def cross_validate(rows, hardware, folds=8):
     of_row = np.array([fold[tuple(row.layer)] for row in samples.rows])
     chosen = {}
     for i, found in enumerate(_train(samples, [np.flatnonzero(of_row != i) for i in range(folds)])):
+        networks = estimates.Networks(found)
         for row in np.flatnonzero(of_row == i):
             key, times = samples.rows[row].key, samples.rows[row].times
-            seconds = samples.floors[row] + estimates.ask(samples.described[row], found)
+            seconds = samples.floors[row] + networks.ask(samples.described[row])
             names = [name for name in FORWARD if name in times]
             if samples.rows[row].direction == "forward" and len(names) > 1:
                 chosen[key] = min(names, key=lambda name, seconds=seconds: seconds[TARGETS.index(name)])
     return chosen
+
+
+def _losses(samples, offset):
+    """Give the forward candidates' floors, immense where one was not timed, and by what each is slower than the fastest."""
+    known, times = (array[:, : len(FORWARD)] for array in (samples.known, samples.times))
+    floors = np.where(known, (samples.floors + offset)[:, : len(FORWARD)], 1e4)
+    fastest = np.where(known, times, np.inf).min(1, keepdims=True)
+    return floors, np.where(known, np.minimum(times - fastest, _MOST_LOST), 0)
 
 
 def _train(samples, folds):
@@ -95,6 +107,7 @@ def _train(samples, folds):
     offset = np.nanmean(wanted, 0)
     targets = torch.from_numpy(np.nan_to_num(wanted - offset).astype(np.float32))
     weights_of = torch.from_numpy(samples.known.astype(np.float32))
+    floors, lost = (torch.from_numpy(array.astype(np.float32)) for array in _losses(samples, offset))
     many = len(folds) * _NETWORKS
     widths = inputs.shape[1], *_HIDDEN, len(TARGETS)
     last = len(widths) - 2
@@ -108,7 +121,7 @@ def _train(samples, folds):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS, pct_start=0.1)
     rows = [torch.from_numpy(folds[i % len(folds)]) for i in range(many)]
     with progress.task(f"fitting {many} networks to {len(samples.rows)} rows"):
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
             batch = torch.stack([r[torch.randint(len(r), (_BATCH,))] for r in rows])
             x = inputs[batch]
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -118,6 +131,9 @@ def _train(samples, folds):
             apart, known = (x - targets[batch]).abs(), weights_of[batch]
             loss = torch.where(apart < _HUBER, apart**2 / (2 * _HUBER), apart - _HUBER / 2)
             loss = ((loss * known).sum((1, 2)) / known.sum((1, 2))).sum()
+            if step > _FROM * _STEPS:
+                chosen = torch.softmax(-(x[..., : len(FORWARD)] + floors[batch]) / _SOFTNESS, -1)
+                loss = loss + _LOST * (chosen * lost[batch]).sum(-1).mean(1).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

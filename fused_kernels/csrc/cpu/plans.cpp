@@ -1,8 +1,10 @@
-// What the fused kernels would cost on a GPU by their own plans. For the choice between them: no kernel, no CUDA, no PyTorch.
+// For the choice between the fused kernels: what they would cost on a GPU by their own plans, and what the networks make of a
+// problem. No kernel, no CUDA, no PyTorch.
 
 #include "conv_direct_plan.h"
 #include "conv_mma_plan.h"
 #include "conv_wgmma_plan.h"
+#include "networks.h"
 
 namespace fused_kernels {
 namespace {
@@ -95,4 +97,8 @@ extern "C" void plan_kernels(const fused_kernels::Question* question, fused_kern
   if (size <= 4) answer->mma = ask_mma(s, size, device);
   if (size <= 4 && plain) answer->wgmma = ask_wgmma(wgmma::Tiles(), s, size, device);
   if (size == 4 && plain) answer->wgmma_ieee = ask_wgmma(wgmma::SplitTiles(), s, size, device);
+}
+
+extern "C" void ask_networks(const fused_kernels::Networks* networks, const float* described, float* answer) {
+  fused_kernels::ask(*networks, described, answer);
 }
