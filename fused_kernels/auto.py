@@ -192,22 +192,25 @@ def _call_chosen(kind):
 
 
 def _choose_for_dispatcher(kind):
-    """Make what csrc/autograd/auto.cpp asks: an operator's overload, the precision, and if it is the composite, its steps."""
+    """Make what csrc/autograd/auto.cpp asks.
+
+    It answers an operator's overload; the precision; of the composite its steps; and whether that holds for the same arguments
+    from now on.
+    """
 
     def implementation(*args):
         name, precision = _CHOOSE[kind](*args)
-        steps, suffix = (), _suffix(kind)
-        if kind in _IN_PYTHON and len(args) > 2 and trials.are_pending(args[0].device):
-            # What Python answers by itself is asked again.
-            return f"{kind}_{IN_PYTHON}", precision, steps
+        steps, suffix, holds = (), _suffix(kind), not trials.are_pending(args[0].device)
         if name == IN_PYTHON:
             if len(args) == 2 or not has_scale_min(args[0].device):
-                return f"{kind}_{IN_PYTHON}", precision, steps
+                # Python itself is the answer for as long as something else lasts, such as a transform.
+                return f"{kind}_{IN_PYTHON}", precision, steps, False
             input, weight, bias, _, *conv = args
             decision = _decide(input, weight, bias, args[3], conv, kind.endswith("_winners"))
             steps, name = composite.steps(decision, input, weight, bias)
         overload = operator(name + suffix, args[0].dtype)._overloadname
-        return name + suffix + ("" if overload == "default" else f".{overload}"), precision, [int(step) for step in steps]
+        name += suffix + ("" if overload == "default" else f".{overload}")
+        return name, precision, [int(step) for step in steps], holds
 
     return implementation
 
@@ -345,7 +348,7 @@ def _define_all():
             for key in ("AutocastCPU", "AutocastCUDA", *_COMPOSITE):
                 library.impl(f"{kind}_autocast", _cast_first(kind), key)
         # What csrc/autograd/auto.cpp asks and calls.
-        library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[])")
+        library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[], bool)")
         library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")
         library.define(f"{name}_with_gradient{schema}")
         for key in _COMPOSITE:

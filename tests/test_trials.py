@@ -173,6 +173,23 @@ def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
         assert trials._may_try(args, problem) != capturing
 
 
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("kind", ["conv2d_scale_min", "grad_input", "grad_weight"])
+def test_without_python_no_choice_is_kept_that_was_made_while_a_graph_was_captured(monkeypatch, kind, captures):
+    input, weight, bias = tensors()
+    output, winners = fk.scale_min(F.conv2d(input, weight, bias), 2.0, return_indices=True)
+    conv = [1, 1], [0, 0, 0, 0], [1, 1], 1, "ieee"
+    args = {
+        "conv2d_scale_min": (input, weight, bias, 2.0, *conv),
+        "grad_input": (output, winners.byte(), weight, 2.0, input.shape[2:], *conv, False),
+        "grad_weight": (output, winners.byte(), input, 2.0, len(weight), weight.shape[2:], *conv),
+    }
+    monkeypatch.setattr(trials, "are_pending", lambda device: captures)
+    name, _, _, holds = getattr(torch.ops.fused_kernels, f"{kind}_auto_choice")(*args[kind])
+    assert kind in name
+    assert holds != captures
+
+
 def test_only_what_is_close_or_built_is_tried(monkeypatch):
     seconds = {"conv_mma": 1.0, "composite": 1.9, "conv_wgmma": 2.1, "copied": 3.0, "conv_direct": 5.0}
     monkeypatch.setattr(trials, "_is_built", lambda name, dtype, winners: False)

@@ -117,9 +117,7 @@ Choice choose(const OperatorHandle& op, c10::ArrayRef<IValue> arguments) {
   if (const auto steps = asked[2].toIntVector(); !steps.empty()) {
     choice.steps = {steps[0], steps[1], steps[2], steps[3], steps[4], steps[5], steps[6]};
   }
-  // Python itself may be the answer for as long as something else lasts, such as a transform.
-  const std::string& name = choice.op.operator_name().name;
-  if (name.size() >= 10 && name.compare(name.size() - 10, 10, "_in_python") == 0) return choice;
+  if (const bool holds = asked[3].toBool(); !holds) return choice;
   const std::lock_guard lock(mutex);
   if (choices.size() >= kMostChoices) choices.clear();
   choices.emplace(key.bytes, choice);
