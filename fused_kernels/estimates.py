@@ -6,7 +6,7 @@ floor is known for any GPU. What the networks have learnt, on one, is by how muc
 for the library, which has hundreds of kernels, than for the fused kernels, whose times follow from their plans.
 
 The times lie in ``choices/`` as text, the networks beside them; ``python -m fused_kernels bench --choices --fit`` makes the
-networks from the times.
+networks from the times. A problem that was timed itself has its own times.
 """
 
 import array
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from . import measured, plans
-from .measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT
+from .measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT, Index
 
 # Of a GPU on which no times were recorded these are a careful guess.
 NETWORKS = measured.FOLDER / "nvidia-h200.npz"
@@ -90,7 +90,9 @@ def _estimate(problem, hardware, names):
 def _estimate_all(problem, hardware):
     described, floors = describe(problem, hardware)
     factors = networks(hardware.name)[0].ask(described)
-    return {name: floors[name] * math.exp(factor) for name, factor in zip(TARGETS, factors, strict=True) if name in floors}
+    said = {name: floors[name] * math.exp(factor) for name, factor in zip(TARGETS, factors, strict=True) if name in floors}
+    # What was timed need not be estimated.
+    return said | recorded(problem, hardware)
 
 
 # ---- the floors ----
@@ -286,6 +288,32 @@ def networks(name):
 # ---- what was measured ----
 
 
+def recorded(problem, hardware):
+    """Look up what was timed of this very problem on this GPU: name -> seconds."""
+    (stride, other_stride), (dilation, other_dilation), padding = problem.stride, problem.dilation, problem.padding
+    is_square = stride == other_stride and dilation == other_dilation and padding.count(padding[0]) == 4
+    if not is_square or not (problem.is_contiguous or problem.is_channels_last) or not is_recorded(hardware.name):
+        return {}
+    out_channels, _, *kernel = problem.weight_shape
+    key = *problem.input_shape, out_channels, *kernel, stride, padding[0], dilation, problem.groups, *_how(problem)
+    find = _index(hardware.name).find
+    times = {name: time for name, time in find(*key, "forward").items() if name in FORWARD}
+    # With winners the forward kernels are slower; the choice between them is the same.
+    times |= {name: time for name, time in find(*key, "training").items() if name not in FORWARD}
+    return {name: 1e-6 * time for name, time in times.items()}
+
+
+def _how(problem):
+    """Name a problem's precision and layout as the records do."""
+    precision = problem.precision if problem.dtype == torch.float32 else str(problem.dtype).removeprefix("torch.")
+    return precision, "channels_last" if problem.is_channels_last and not problem.is_contiguous else "NCHW"
+
+
+@functools.cache
+def _index(name):
+    return Index(_file(name).with_suffix(".csv"))
+
+
 @functools.cache
 def _rows(name):
     return [row for row in measured.read(_file(name).with_suffix(".csv")) if row.direction == "forward"]
@@ -293,8 +321,7 @@ def _rows(name):
 
 def nearest(problem, hardware):
     """Describe the recorded layer that is most like a problem, and what its candidates took."""
-    precision = problem.precision if problem.dtype == torch.float32 else "bfloat16"
-    layout = "channels_last" if problem.is_channels_last and not problem.is_contiguous else "NCHW"
+    how = _how(problem)
     wanted = _place(problem.weight_shape, problem.pixels, problem.input_shape[2:], max(problem.stride), problem.groups)
 
     def distance(row):
@@ -303,9 +330,7 @@ def nearest(problem, hardware):
         found = _place(layer.weight_shape, layer.pixels, size, layer.stride, layer.groups)
         return sum((a - b) ** 2 for a, b in zip(wanted, found, strict=True))
 
-    row = min(
-        (row for row in _rows(hardware.name) if (row.precision, row.layout) == (precision, layout)), key=distance, default=None
-    )
+    row = min((row for row in _rows(hardware.name) if (row.precision, row.layout) == how), key=distance, default=None)
     if row is None:
         return ""
     times = sorted((time.p50, name) for name, time in row.times.items() if name in FORWARD)

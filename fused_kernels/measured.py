@@ -99,7 +99,8 @@ class Row(NamedTuple):
         return self[:4]
 
 
-_COLUMNS = (*Layer._fields, "precision", "layout", "direction", *TIMED, "trial")
+_KEY = (*Layer._fields, "precision", "layout", "direction")
+_COLUMNS = (*_KEY, *TIMED, "trial")
 
 
 def read(file):
@@ -108,6 +109,19 @@ def read(file):
         return []
     with Path(file).open(newline="") as lines:
         return [_parse(line) for line in csv.DictReader((line for line in lines if not line.startswith("#")), restval="")]
+
+
+class Index:
+    """A file's times, to be looked up by a row's key: to parse all lines would take longer than the other first calls do."""
+
+    def __init__(self, file):
+        lines = (line.split(",", len(_KEY)) for line in Path(file).read_text().splitlines() if not line.startswith("#"))
+        self._rest = {",".join(words[:-1]): words[-1] for words in lines}
+
+    def find(self, *key):
+        """Give the medians in microseconds by name; none of what was not timed; ``key``: all its numbers and words."""
+        words = self._rest.get(",".join(map(str, key)))
+        return {name: _time(word).p50 for name, word in zip(TIMED, words.split(","), strict=False) if word} if words else {}
 
 
 def hardware_facts(file):

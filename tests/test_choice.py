@@ -1,6 +1,7 @@
 """Which candidates there are, which of them is chosen, and how good the choice is on layers that it was not made from."""
 
 import itertools
+import math
 import time
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from fused_kernels import candidates, choice, estimates, measured, plans
 from fused_kernels.bench import regret
 from fused_kernels.bench.workloads import problem_of
 from fused_kernels.candidates import Hardware
-from fused_kernels.measured import Layer, Row, Time
+from fused_kernels.measured import FORWARD, Layer, Row, Time
 from fused_kernels.problem import describe_problem
 
 H200 = Hardware(*measured.hardware_facts(estimates.NETWORKS.with_suffix(".csv")))
@@ -263,14 +264,44 @@ def test_a_shape_not_seen_before_is_decided_in_microseconds():
     assert min(seconds(1000 + 50 * turn) for turn in range(8)) < 3e-4
 
 
-def test_the_estimates_have_learnt_the_record():
+def test_the_networks_have_learnt_the_record():
     rows = [row for row in measured.read(estimates.NETWORKS.with_suffix(".csv")) if "conv_mma" in row.times][::29]
-    rows = [row for row in rows if row.direction == "forward"]
-    errors = sorted(
-        abs(choice.choose(problem_of(row), H200).seconds["conv_mma"] * 1e6 / row.times["conv_mma"].p50 - 1) for row in rows
-    )
+    networks, place, errors = estimates.networks(H200.name)[0], estimates.TARGETS.index("conv_mma"), []
+    for row in rows:
+        if row.direction == "forward":
+            described, floors = estimates.describe(problem_of(row), H200)
+            seconds = floors["conv_mma"] * math.exp(networks.ask(described)[place])
+            errors.append(abs(seconds * 1e6 / row.times["conv_mma"].p50 - 1))
     assert len(errors) > 50
-    assert errors[len(errors) // 2] < 0.1
+    assert sorted(errors)[len(errors) // 2] < 0.1
+
+
+def test_what_was_timed_is_not_estimated():
+    # An image of one channel lies in both layouts.
+    rows = [row for row in measured.read(estimates.NETWORKS.with_suffix(".csv")) if row.layer.in_channels > 1][::97]
+    assert {row.direction for row in rows} == {"forward", "training"}
+    for row in rows:
+        recorded = {
+            n: 1e-6 * t.p50 for n, t in row.times.items() if n != "eager" and (row.direction == "forward") == (n in FORWARD)
+        }
+        assert estimates.recorded(problem_of(row), H200).items() >= recorded.items()
+        if row.direction == "forward":
+            seconds = choice.choose(problem_of(row), H200).seconds
+            assert {name: seconds[name] for name in recorded if name in seconds}.items() <= recorded.items()
+
+
+def test_a_record_says_nothing_of_other_layers():
+    recorded = problem()
+    assert estimates.recorded(recorded, H200)
+    others = [
+        recorded._replace(is_contiguous=False),
+        recorded._replace(stride=(1, 2)),
+        recorded._replace(padding=(0, 1, 0, 0)),
+        recorded._replace(dilation=(2, 1)),
+        problem(images=63),
+    ]
+    assert not any(estimates.recorded(other, H200) for other in others)
+    assert not estimates.recorded(recorded, GPUS[8, 0])
 
 
 def test_the_record_is_broad():
