@@ -36,7 +36,7 @@ def layers(seed, usual=0.85):
     draws = random.Random(seed)
     while True:
         layer = _draw(draws, usual)
-        if not layer or layer.flops > _MOST_FLOPS or layer.bytes > _MOST_BYTES:
+        if not layer or not _is_capped(layer):
             continue
         # Of those so small that launches are most of their time, half are enough.
         if layer.flops > 2**28 or draws.random() < 0.5:
@@ -48,6 +48,18 @@ def of_networks():
     yield Layer(64, 64, 256, 256, 128, 3, 3, 1, 0, 1, 1)
     for (images, channels, height, width), out_channels, kernel, stride, padding in LAYERS:
         yield Layer(images, channels, height, width, out_channels, kernel, kernel, stride, padding, 1, 1)
+
+
+def with_other_images():
+    """Give the layers of usual networks with every power of two of images, where they are not among the former."""
+    known = {*of_networks()}
+    for layer in dict.fromkeys(layer._replace(images=1) for layer in of_networks()):
+        batches = (layer._replace(images=2**i) for i in range(9))
+        yield from (layer for layer in batches if layer not in known and _is_capped(layer))
+
+
+def _is_capped(layer):
+    return layer.flops <= _MOST_FLOPS and layer.bytes <= _MOST_BYTES
 
 
 # What people take; the other draws lie between.
@@ -245,6 +257,9 @@ def broad(count=1260, library=2050):
         yield cell, False
     for cell in cells(itertools.islice(layers("library"), library), PRECISIONS[:3], training=False):
         yield cell, True
+    # What is looked up most often need not be estimated.
+    for cell in cells(with_other_images(), PRECISIONS[:3], training=False):
+        yield cell, False
 
 
 def drawn(seed, count):
