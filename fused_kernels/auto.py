@@ -67,7 +67,7 @@ is_exporting._dynamo_marked_constant = True
 is_jit_tracing._dynamo_marked_constant = True
 
 
-# ---- choices: an operator's name, and the precision that "auto" means ----
+# ---- choices: an operator's name, the precision that "auto" means, and whether that holds from now on ----
 
 # A forward operator that is PyTorch's own, at least in part, and Python: not a rung's.
 IN_PYTHON = "in_python"
@@ -75,7 +75,7 @@ IN_PYTHON = "in_python"
 
 def _choose_scale_min(input, scale):
     arguments.check_input(input)
-    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else IN_PYTHON, ""
+    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else IN_PYTHON, "", True
 
 
 def _decide(input, weight, bias, scale, conv, winners):
@@ -83,43 +83,52 @@ def _decide(input, weight, bias, scale, conv, winners):
     return trials.settle(decision, (input, weight, bias, scale), winners) if trials.are_asked_for() else decision
 
 
-def _choose_conv2d_scale_min(input, weight, bias, scale, *conv):
-    return _name_forward(_decide(input, weight, bias, scale, conv, False))
+def _choose_conv2d_scale_min(*args):
+    return _choose_forward(False, *args)
 
 
-def _choose_conv2d_scale_min_winners(input, weight, bias, scale, *conv):
-    return _name_forward(_decide(input, weight, bias, scale, conv, True))
+def _choose_conv2d_scale_min_winners(*args):
+    return _choose_forward(True, *args)
 
 
-def _name_forward(decision):
-    return IN_PYTHON if decision.rung == "composite" else decision.rung, decision.problem.precision
+def _choose_forward(winners, *args):
+    *tensors, scale = args[:4]
+    decision = _decide(*tensors, scale, args[4:], winners)
+    name = IN_PYTHON if decision.rung == "composite" else decision.rung
+    return name, decision.problem.precision, not trials.is_open(decision, args[:4], winners)
 
 
 def _choose_scale_min_backward(grad, *args):
-    return choice.SCALE_MIN_BACKWARD[grad.device.type], ""
+    return choice.SCALE_MIN_BACKWARD[grad.device.type], "", True
 
 
 def _choose_grad_bias(grad, *args):
-    return choice.GRAD_BIAS[grad.device.type], ""
+    return choice.GRAD_BIAS[grad.device.type], "", True
 
 
 def _choose_grad_input(grad, winners, weight, scale, input_size, *args):
     *conv, channels_last = args
     shape = (grad.shape[0], weight.shape[1] * conv[3], *input_size)
     problem = _problem(weight, shape, _strides(shape, channels_last), weight.shape, *conv)
-    if trials.are_asked_for():
-        given = grad, winners, weight, scale, input_size, *conv[:-1], problem.precision, channels_last
-        return trials.settle_gradient("grad_input", problem, given), problem.precision
-    return choice.choose_gradient("grad_input", problem, choice.read_hardware(weight.device)), problem.precision
+    return _choose_gradient(
+        "grad_input", problem, (grad, winners, weight, scale, input_size, *conv[:-1], problem.precision, channels_last)
+    )
 
 
 def _choose_grad_weight(grad, winners, input, scale, out_channels, kernel_size, *conv):
     weight_shape = (out_channels, input.shape[1] // conv[3], *kernel_size)
     problem = _problem(input, input.shape, input.stride(), weight_shape, *conv)
+    return _choose_gradient(
+        "grad_weight", problem, (grad, winners, input, scale, out_channels, kernel_size, *conv[:-1], problem.precision)
+    )
+
+
+def _choose_gradient(kind, problem, args):
     if trials.are_asked_for():
-        given = grad, winners, input, scale, out_channels, kernel_size, *conv[:-1], problem.precision
-        return trials.settle_gradient("grad_weight", problem, given), problem.precision
-    return choice.choose_gradient("grad_weight", problem, choice.read_hardware(input.device)), problem.precision
+        name = trials.settle_gradient(kind, problem, args)
+    else:
+        name = choice.choose_gradient(kind, problem, choice.read_hardware(problem.device))
+    return name, problem.precision, not trials.is_gradient_open(kind, problem)
 
 
 def _problem(like, shape, strides, weight_shape, stride, padding, dilation, groups, precision):
@@ -152,15 +161,11 @@ _CHOOSE = {
 
 def _conv2d_scale_min(input, weight, bias, scale, *conv):
     decision = _decide(input, weight, bias, scale, conv, False)
-    if decision.rung != "composite" and not is_transformed():
-        return run(decision.rung, input, weight, bias, scale, *decision.problem.conv)
     return composite.compute_output(decision, input, weight, bias, scale)
 
 
 def _conv2d_scale_min_winners(input, weight, bias, scale, *conv):
     decision = _decide(input, weight, bias, scale, conv, True)
-    if decision.rung != "composite" and not is_transformed():
-        return run(f"{decision.rung}_winners", input, weight, bias, scale, *decision.problem.conv)
     return composite.compute_winners(decision, input, weight, bias, scale)
 
 
@@ -179,7 +184,7 @@ def _call_chosen(kind):
     def implementation(*args):
         # Takes over from the next call on, on a CPU and a GPU.
         dispatch.auto.is_loaded()
-        name, precision = _CHOOSE[kind](*args)
+        name, precision, _ = _CHOOSE[kind](*args)
         # Arguments are of the dtype that is wanted by now.
         with torch._C._DisableAutocast():
             if name == IN_PYTHON:
@@ -199,8 +204,8 @@ def _choose_for_dispatcher(kind):
     """
 
     def implementation(*args):
-        name, precision = _CHOOSE[kind](*args)
-        steps, suffix, holds = (), _suffix(kind), not trials.are_pending(args[0].device)
+        name, precision, holds = _CHOOSE[kind](*args)
+        steps, suffix = (), _suffix(kind)
         if name == IN_PYTHON:
             if len(args) == 2 or not has_scale_min(args[0].device):
                 # Python itself is the answer for as long as something else lasts, such as a transform.

@@ -96,6 +96,8 @@ def _check_grad_input_mma(name, problem, hardware):
     out_channels, _, kernel_h, kernel_w = problem.weight_shape
     if problem.taps > 49:
         return f"{name} takes filters of at most 49 taps, not {problem.taps}"
+    if problem.input_shape[1] >= 2**21 or max(*problem.input_shape, *problem.padding, *problem.dilation) >= 2**28:
+        return f"{name} counts rows and columns in 32 bits, chunks of channels in 16"
     # The weights of 32 input channels, and what each of 20 warps works on.
     tile = (4 + (kernel_h - 1) * problem.dilation[0]) * (32 + (kernel_w - 1) * problem.dilation[1])
     if out_channels * problem.taps * 64 + 20 * tile * 8 + 128 > hardware.shared_bytes:
@@ -104,6 +106,8 @@ def _check_grad_input_mma(name, problem, hardware):
 
 
 def _check_grad_weight_gather(name, problem, hardware):
+    if problem.groups >= 2**16:
+        return f"{name} takes fewer than 65536 groups, not {problem.groups}"
     # The kernel counts rows and columns in 16 bits, elements in 32, of a copy as well.
     images, channels, *size = problem.input_shape
     reach = max(size) + sum(problem.padding) + max(problem.weight_shape[2:]) * max(problem.dilation)
@@ -127,7 +131,8 @@ def _check_grad_weight_sorted(name, problem, hardware):
         return f"{name} has no room in shared memory for two tiles of {tile} pixels and {out_channels} channels"
     # The kernel counts offsets within a tile in 32 bits.
     _, channel, row, column = problem.input_strides
-    if max(row, column) >= 2**24 or max(*problem.input_shape, channel) >= 2**28:
+    _, _, height, width = problem.input_shape
+    if height * row + width * column >= 2**31 or max(row, column) >= 2**24 or max(*problem.input_shape, channel) >= 2**28:
         return f"{name} counts offsets within a tile in 32 bits"
     return None
 

@@ -105,17 +105,20 @@ _COLUMNS = (*_KEY, *TIMED, "trial")
 
 def read(file):
     """Read a file's rows; none if it is not there."""
-    if not Path(file).exists():
-        return []
-    with Path(file).open(newline="") as lines:
-        return [_parse(line) for line in csv.DictReader((line for line in lines if not line.startswith("#")), restval="")]
+    return [_parse(line) for line in csv.DictReader(_lines(file), restval="")]
+
+
+def _lines(file):
+    """Give a file's lines without the facts, and without what a run that was killed had written of its last one."""
+    text = Path(file).read_text() if Path(file).exists() else ""
+    return [line for line in text[: text.rfind("\n") + 1].splitlines() if not line.startswith("#")]
 
 
 class Index:
-    """A file's times, to be looked up by a row's key: to parse all lines would take longer than the other first calls do."""
+    """A file's times, none if it is not there, to be looked up by a row's key: to parse all lines would take too long."""
 
     def __init__(self, file):
-        lines = (line.split(",", len(_KEY)) for line in Path(file).read_text().splitlines() if not line.startswith("#"))
+        lines = (line.split(",", len(_KEY)) for line in _lines(file))
         self._rest = {",".join(words[:-1]): words[-1] for words in lines}
 
     def find(self, *key):
@@ -142,7 +145,8 @@ def append(file, facts, rows, spread=False):
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    is_fresh = not file.exists()
+    _end_in_a_whole_line(file)
+    is_fresh = not file.exists() or not file.stat().st_size
     with file.open("a") as lines:
         if is_fresh:
             lines.write(",".join(_COLUMNS) + "\n")
@@ -153,6 +157,12 @@ def append(file, facts, rows, spread=False):
             lines.write(",".join(words).rstrip(",") + "\n")
             lines.flush()
             yield row
+
+
+def _end_in_a_whole_line(file):
+    """Take away what a run that was killed had written of a line."""
+    if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def _words(time, spread):

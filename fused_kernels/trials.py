@@ -47,9 +47,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_make_lock)
 
 
-def are_pending(device):
-    """Tell whether trials are asked for but may not run now, as a graph is being captured."""
-    return are_asked_for() and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def is_open(decision, args, winners):
+    """Tell whether a trial is asked for that has not run yet: it could not, for now, as while a graph is captured."""
+    return _is_asked_for() and bool(decision.seconds) and (_wanted(args, winners), decision.problem) not in _settled
+
+
+def is_gradient_open(kind, problem):
+    """Tell the same of an operator of the backward pass."""
+    return _is_asked_for() and problem.device.type == "cuda" and (kind, problem) not in _settled
+
+
+def _is_asked_for():
+    return are_asked_for() and not _is_deterministic()
 
 
 def settle(decision, args, winners):

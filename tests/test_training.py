@@ -265,6 +265,20 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
             assert one.equal(other)
 
 
+@pytest.mark.gpu
+def test_any_number_of_groups():
+    input, weight, grad, winners, geometry, dense = problem(
+        "cuda", torch.float32, "nchw", (1, 65536, 3, 4), 65536, 3, {"groups": 65536}
+    )
+    described = describe_problem(input, weight.shape, *geometry, "ieee")
+    assert candidates.legal(candidates.GRAD_WEIGHT, described, candidates.read_hardware(input.device)) == [
+        "grad_weight_private"
+    ]
+    args = grad, winners, input, -1.5, len(weight), weight.shape[2:], *geometry, "ieee"
+    results = operator("grad_weight_private")(*args)
+    assert_no_less_accurate((None, *results), dense, torch.float32, "ieee")
+
+
 @ON
 @DTYPE
 @pytest.mark.parametrize("out_channels", [40, 2237])

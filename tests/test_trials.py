@@ -173,21 +173,46 @@ def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
         assert trials._may_try(args, problem) != capturing
 
 
-@pytest.mark.parametrize("captures", [False, True])
-@pytest.mark.parametrize("kind", ["conv2d_scale_min", "grad_input", "grad_weight"])
-def test_without_python_no_choice_is_kept_that_was_made_while_a_graph_was_captured(monkeypatch, kind, captures):
-    input, weight, bias = tensors()
-    output, winners = fk.scale_min(F.conv2d(input, weight, bias), 2.0, return_indices=True)
-    conv = [1, 1], [0, 0, 0, 0], [1, 1], 1, "ieee"
-    args = {
-        "conv2d_scale_min": (input, weight, bias, 2.0, *conv),
-        "grad_input": (output, winners.byte(), weight, 2.0, input.shape[2:], *conv, False),
-        "grad_weight": (output, winners.byte(), input, 2.0, len(weight), weight.shape[2:], *conv),
-    }
-    monkeypatch.setattr(trials, "are_pending", lambda device: captures)
-    name, _, _, holds = getattr(torch.ops.fused_kernels, f"{kind}_auto_choice")(*args[kind])
-    assert kind in name
-    assert holds != captures
+@pytest.fixture
+def without_python():
+    """Have the library that calls what was chosen without Python."""
+    dispatch.auto.is_loaded()
+    dispatch.finish_builds()
+    assert dispatch.auto.is_loaded()
+
+
+@pytest.mark.parametrize("why", ["not now", "no memory"])
+def test_without_python_what_could_not_be_tried_is_asked_again(why, clock, without_python, monkeypatch):
+    call, args = torch.ops.fused_kernels.conv2d_scale_min_auto, (*tensors(), 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee")
+    # A size of its own: the library remembers what other tests chose.
+    args = (args[0][:, :, : 5 + (why == "not now"), :7].clone(), *args[1:])
+    fastest, asked = trials.fastest, []
+    choose = auto._CHOOSE["conv2d_scale_min"]
+    monkeypatch.setitem(auto._CHOOSE, "conv2d_scale_min", lambda *args: asked.append(args) or choose(*args))
+    if why == "not now":
+        monkeypatch.setattr(trials, "_may_try", lambda args, problem: False)
+    else:
+        monkeypatch.setattr(trials, "fastest", lambda calls, device: (None, {}))
+    for times in (1, 2):
+        call(*args)
+        assert len(asked) == times
+    assert clock == []
+    monkeypatch.setattr(trials, "_may_try", lambda args, problem: True)
+    monkeypatch.setattr(trials, "fastest", fastest)
+    for _ in range(3):
+        call(*args)
+        assert len(asked) == 3
+    assert clock == [["conv2d_scale_min", "composite"]]
+
+
+@pytest.mark.parametrize("kind", ["grad_input", "grad_weight"])
+def test_a_gradients_operator_holds_once_it_was_tried(kind, benchmark):
+    problem = choice.decide(*tensors(), 1, 0, 1, 1, "auto").problem
+    assert not trials.is_gradient_open(kind, problem)
+    problem = problem._replace(device=torch.device("cuda", 0))
+    assert trials.is_gradient_open(kind, problem)
+    trials._settled[kind, problem] = f"{kind}_gather"
+    assert not trials.is_gradient_open(kind, problem)
 
 
 def test_only_what_is_close_or_built_is_tried(monkeypatch):

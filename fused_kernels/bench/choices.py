@@ -318,7 +318,7 @@ def _trial(work, problem, hardware):
     """Name what a trial finds fastest, then all that it tries."""
     names = trials.shortlist(choice.choose(problem, hardware).seconds, problem.dtype, False)
     best, _ = trials.fastest(composite.candidate_calls(problem, names, work.arguments), problem.device)
-    return " ".join((best, *names))
+    return " ".join((best, *names)) if best else ""
 
 
 def _compile_beforehand(todo, workers=12):
@@ -368,8 +368,11 @@ def run(draw=None, count=34, record=True, file=None, each=None):
     folder = measured.FOLDER if draw is None else regret.data_dir()
     file = file or folder / f"{estimates.file_name(hardware.name)}.csv"
     done = {row.key for row in measured.read(file)} if record else set()
-    cells = broad() if draw is None else ((key, False) for key in drawn(draw, count))
-    rows = measure([cell for cell in cells if cell[0] not in done], drawn=draw is not None)
+    todo = {}
+    for key, library in broad() if draw is None else ((key, False) for key in drawn(draw, count)):
+        if key not in done:
+            todo.setdefault(key, library)
+    rows = measure(todo.items(), drawn=draw is not None)
     info = run_info(torch.device("cuda"))
     facts = {name: getattr(info, name) for name in ("date", "commit", "driver", "cuda", "torch", "run")}
     facts |= {"cudnn": torch.backends.cudnn.version(), "hardware": tuple(hardware)} | ({} if draw is None else {"draw": draw})

@@ -45,11 +45,13 @@ __global__ void __launch_bounds__(kMostColumns, 1)
   extern __shared__ double dynamic_shared[];
   Sum<T>* const sums = reinterpret_cast<Sum<T>*>(dynamic_shared);
   const ConvShape& s = plan.shape;
-  const int group = blockIdx.y / plan.output_blocks, first_output = blockIdx.y % plan.output_blocks * plan.outputs_per_block;
+  // One dimension of blocks, for the others end at 65535: groups, their output channels, slices, columns.
+  const int64_t rest = blockIdx.x / plan.column_blocks, slice = rest % plan.slices;
+  const int of_outputs = static_cast<int>(rest / plan.slices);
+  const int group = of_outputs / plan.output_blocks, first_output = of_outputs % plan.output_blocks * plan.outputs_per_block;
   const int outputs = min(plan.outputs_per_block, static_cast<int>(s.out_channels) - first_output);
   const int first_winner = group * static_cast<int>(s.out_channels) + first_output;
   const int column = blockIdx.x % plan.column_blocks * plan.columns_per_block + threadIdx.x;
-  const int64_t slice = blockIdx.x / plan.column_blocks;
   const int64_t begin = plan.pixels * slice / plan.slices, end = plan.pixels * (slice + 1) / plan.slices;
   Sum<T>* const mine = sums + threadIdx.x;
   for (int i = 0; i < outputs; ++i) mine[i * blockDim.x] = 0;
@@ -177,12 +179,11 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
     plan.outputs_per_block = static_cast<int>(std::min(shape.out_channels, fit / least));
     plan.output_blocks = static_cast<int>(ceil_div(shape.out_channels, plan.outputs_per_block));
     plan.outputs_per_block = static_cast<int>(ceil_div(shape.out_channels, plan.output_blocks));
-    const int64_t most = std::min<int64_t>(fit / plan.outputs_per_block, kMostColumns);
-    plan.column_blocks = static_cast<int>(ceil_div(columns, most));
-    const int64_t even = ceil_div(columns, plan.column_blocks), threads = ceil_div(even, kWarpSize) * kWarpSize;
-    plan.columns_per_block = static_cast<int>(threads <= most ? threads : even);
-    plan.column_blocks = static_cast<int>(ceil_div(columns, plan.columns_per_block));
-    const int block = static_cast<int>(ceil_div(plan.columns_per_block, kWarpSize)) * kWarpSize;
+    const int64_t most = std::min<int64_t>(fit / plan.outputs_per_block / kWarpSize * kWarpSize, kMostColumns);
+    const int64_t even = ceil_div(columns, ceil_div(columns, most));
+    const int block = static_cast<int>(ceil_div(even, kWarpSize)) * kWarpSize;
+    plan.columns_per_block = block;
+    plan.column_blocks = static_cast<int>(ceil_div(columns, block));
     const int shared = static_cast<int>(plan.outputs_per_block * block * sizeof(A));
     // Slices: enough to fill the chip a few times, but with so many pixels each that adding the slices' sums is little work.
     const int64_t blocks = static_cast<int64_t>(plan.column_blocks) * plan.output_blocks * shape.groups;
@@ -192,12 +193,11 @@ std::tuple<Tensor, Tensor> sum_gradients(const Tensor& grad, const Tensor& winne
     const Tensor memory = torch::stable::new_empty(grad, {plan.slices * out_channels * columns * static_cast<int64_t>(sizeof(A))},
                                                    torch::headeronly::ScalarType::Byte);
     A* const partial = static_cast<A*>(memory.data_ptr());
-    STD_TORCH_CHECK(plan.output_blocks * shape.groups < 1 << 16, "groups: expected fewer than 2^16 blocks of output channels");
     const auto kernel = is_padded ? private_kernel<T, true> : private_kernel<T, false>;
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    const dim3 grid(grid_size(plan.column_blocks * plan.slices), static_cast<unsigned>(plan.output_blocks * shape.groups));
-    kernel<<<grid, block, shared, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners),
-                                            input ? static_cast<const T*>(input->data_ptr()) : nullptr, partial, plan);
+    kernel<<<grid_size(blocks * plan.slices), block, shared, stream>>>(
+        static_cast<const T*>(grad.data_ptr()), winners_in(winners), input ? static_cast<const T*>(input->data_ptr()) : nullptr,
+        partial, plan);
     reduce_kernel<T><<<grid_size(ceil_div(out_channels * columns, 256)), 256, 0, stream>>>(
         partial, static_cast<A>(scale), static_cast<T*>(grad_weight.data_ptr()), static_cast<T*>(grad_bias.data_ptr()), plan);
   });
