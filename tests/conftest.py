@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import fused_kernels as fk
+from fused_kernels import dispatch
 from fused_kernels.rungs import LADDER, Rung
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -186,3 +187,11 @@ def run_python(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, 9)
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def without_python():
+    """Have the library that calls what was chosen without Python."""
+    dispatch.auto.is_loaded()
+    dispatch.finish_builds()
+    assert dispatch.auto.is_loaded()

@@ -320,14 +320,6 @@ def test_vmap_of_a_program_runs_in_no_loop(how, device, capfd):
     assert "There is a performance drop" not in capfd.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def without_python():
-    """Have the library that calls what was chosen without Python."""
-    dispatch.auto.is_loaded()
-    dispatch.finish_builds()
-    assert dispatch.auto.is_loaded()
-
-
 # Of each device some that a rung takes and some that the library's convolution does, with each kind of copy before it.
 GEOMETRIES = [
     ((2, 4, 9, 11), 6, 3, {}),

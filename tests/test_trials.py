@@ -173,14 +173,6 @@ def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
         assert trials._may_try(args, problem) != capturing
 
 
-@pytest.fixture
-def without_python():
-    """Have the library that calls what was chosen without Python."""
-    dispatch.auto.is_loaded()
-    dispatch.finish_builds()
-    assert dispatch.auto.is_loaded()
-
-
 @pytest.mark.parametrize("why", ["not now", "no memory"])
 def test_without_python_what_could_not_be_tried_is_asked_again(why, clock, without_python, monkeypatch):
     call, args = torch.ops.fused_kernels.conv2d_scale_min_auto, (*tensors(), 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee")
