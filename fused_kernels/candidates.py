@@ -96,7 +96,7 @@ def _check_grad_input_mma(name, problem, hardware):
     out_channels, _, kernel_h, kernel_w = problem.weight_shape
     if problem.taps > 49:
         return f"{name} takes filters of at most 49 taps, not {problem.taps}"
-    if problem.input_shape[1] >= 2**21 or max(*problem.input_shape, *problem.padding, *problem.dilation) >= 2**28:
+    if problem.input_shape[1] > 65535 * 32 or max(*problem.input_shape, *problem.padding, *problem.dilation) >= 2**28:
         return f"{name} counts rows and columns in 32 bits, chunks of channels in 16"
     # The weights of 32 input channels, and what each of 20 warps works on.
     tile = (4 + (kernel_h - 1) * problem.dilation[0]) * (32 + (kernel_w - 1) * problem.dilation[1])

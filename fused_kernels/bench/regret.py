@@ -118,20 +118,27 @@ def sentences(folder=None):
         text = (
             f"On {layers} layers drawn at random ({len(cells)} cases: float32 at TF32 and bfloat16, NCHW and channels_last; "
             f"{hardware.name}) the kernel that is chosen by recorded times is {chosen:.2f} times as fast as the better of "
-            f"eager and torch.compile (geometric mean, by the GPU's time alone); the best candidate is {best:.2f} times. The "
-            f"choice is behind that better one by more than 2 % in {behind} cases, and takes at worst "
-            f"{max(c.regret for c in cells):.2f} times as long as the best candidate."
+            f"eager and torch.compile (geometric mean, by the GPU's time alone), and behind that by more than 2 % in {behind} "
+            f"cases; the best candidate is {best:.2f} times as fast. {_losses(cells)}"
         )
         tried = [row for row in rows if row.trial]
         if tried:
             cells = judge(tried, hardware, lambda row: row.trial.split()[0])
             text += (
-                f" With `torch.backends.cudnn.benchmark = True`, which times the candidates on a layer's first call, that is "
-                f"{geometric_mean([c.gain for c in cells]):.2f} times, {sum(c.gain < 0.98 for c in cells)} cases and "
-                f"{max(c.regret for c in cells):.2f} times."
+                f" With `torch.backends.cudnn.benchmark = True`, which times the candidates on a layer's first call, it is "
+                f"{geometric_mean([c.gain for c in cells]):.2f} times as fast, and behind in "
+                f"{sum(c.gain < 0.98 for c in cells)} cases. {_losses(cells)}"
             )
         parts.append(text)
     return "\n\n".join(parts)
+
+
+def _losses(cells):
+    regrets = [cell.regret for cell in cells]
+    return (
+        f"It takes {geometric_mean(regrets):.3f} times as long as the best candidate (geometric mean), in 95 of 100 cases at "
+        f"most {quantile(regrets, 0.95):.2f} times, at worst {max(regrets):.2f} times."
+    )
 
 
 def _classes(cells):
