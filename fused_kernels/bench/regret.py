@@ -136,8 +136,8 @@ def sentences(folder=None):
 def _losses(what, cells):
     regrets = [cell.regret for cell in cells]
     return (
-        f"{what} takes {geometric_mean(regrets):.3f} times as long as the best candidate (geometric mean), in 95 of 100 cases at "
-        f"most {quantile(regrets, 0.95):.2f} times, at worst {max(regrets):.2f} times."
+        f"{what} takes {geometric_mean(regrets):.3f} times as long as the best candidate (geometric mean), in 95 of 100 cases "
+        f"at most {quantile(regrets, 0.95):.2f} times, at worst {max(regrets):.2f} times."
     )
 
 
