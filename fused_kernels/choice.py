@@ -153,7 +153,7 @@ def choose(problem, hardware, missing=lambda name: None):
         return Decision(problem, *_choose_cpu(problem, missing), (None, None))
     refused = why_not_fused(problem, hardware, missing)
     seconds = estimates.forward(problem, hardware, [name for name, reason in refused.items() if not reason])
-    rung, why = _fastest(seconds, refused, estimates.margin(hardware.name))
+    rung, why = _fastest(seconds, refused, estimates.margin(problem, hardware) if seconds else 1.0)
     return Decision(problem, rung, why, choose_copies(problem, hardware, seconds), seconds)
 
 
@@ -164,7 +164,10 @@ def why_not_fused(problem, hardware, missing):
 
 
 def _fastest(seconds, refused, margin):
-    """Name the candidate with the shortest time, and say what it was compared with."""
+    """Name the candidate with the shortest time, and say what it was compared with.
+
+    ``margin``: by what factor a fused kernel must be faster than the library; below one where the library's time is not sure.
+    """
     fused = [name for name in seconds if name in refused]
     if not fused:
         return "composite", "; ".join(dict.fromkeys(filter(None, refused.values()))) or "there is no plan for such sizes"
@@ -173,7 +176,8 @@ def _fastest(seconds, refused, margin):
     times = f"{best} {_microseconds(seconds[best])}, the library's convolution and scale_min {_microseconds(library)}"
     if seconds[best] * margin > library:
         return "composite", f"estimated from recorded times: {times}"
-    return best, f"all in one kernel; estimated from recorded times: {times}"
+    doubt = ", which is less sure" if seconds[best] > library else ""
+    return best, f"all in one kernel; estimated from recorded times: {times}{doubt}"
 
 
 def _microseconds(seconds):

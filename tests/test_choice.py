@@ -290,6 +290,20 @@ def test_what_was_timed_is_not_estimated():
             assert {name: seconds[name] for name in recorded if name in seconds}.items() <= recorded.items()
 
 
+def test_where_the_library_is_erratic_it_must_be_expected_to_win_clearly(monkeypatch):
+    large = problem(precision="bfloat16", kernel_h=7, kernel_w=7)
+    seconds = {"composite": 1.0, "copied": 1.5, "conv_mma": 1.2, "conv_wgmma": 1.5}
+    monkeypatch.setattr(estimates, "forward", lambda *args: seconds)
+    assert choice.choose(large, H200).rung == "conv_mma"
+    assert choice.choose(large, H200).why.endswith(
+        "conv_mma 1.2e+06 us, the library's convolution and scale_min 1e+06 us, which is less sure"
+    )
+    for other in (problem(precision="bfloat16"), problem(kernel_h=7, kernel_w=7)):
+        assert choice.choose(other, H200).rung == "composite"
+    monkeypatch.setattr(estimates, "recorded", lambda *args: seconds)
+    assert choice.choose(large, H200).rung == "composite"
+
+
 def test_a_record_says_nothing_of_other_layers():
     recorded = problem()
     assert estimates.recorded(recorded, H200)
@@ -335,7 +349,7 @@ def tried():
 def test_the_choice_loses_little_on_layers_that_it_was_not_made_from(drawn):
     regrets = [cell.regret for cell in drawn]
     assert len(drawn) >= 4 * 136
-    assert regret.geometric_mean(regrets) <= 1.035
+    assert regret.geometric_mean(regrets) <= 1.03
     assert regret.quantile(regrets, 0.95) <= 1.2
     # The library falls to a tenth of its speed on some large filters, which follows from nothing that an estimate is told.
     assert sum(r > 1.35 for r in regrets) <= len(regrets) // 33
