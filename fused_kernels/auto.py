@@ -128,7 +128,7 @@ def _choose_gradient(kind, problem, args):
         name = trials.settle_gradient(kind, problem, args)
     else:
         name = choice.choose_gradient(kind, problem, choice.read_hardware(problem.device))
-    return name, problem.precision, not trials.is_gradient_open(kind, problem)
+    return name, problem.precision, not trials.is_gradient_open(kind, problem, args, name)
 
 
 def _problem(like, shape, strides, weight_shape, stride, padding, dilation, groups, precision):

@@ -129,8 +129,8 @@ class Index:
 
 def hardware_facts(file):
     """Give the facts of the GPU on which a file was recorded, as its last run wrote them."""
-    lines = [line for line in Path(file).read_text().splitlines() if line.startswith("#")]
-    return ast.literal_eval(re.search(r"hardware=(\(.*?\))(?: \w+=|$)", lines[-1])[1])
+    found = re.findall(r"^# .*?\bhardware=(\(.*?\))(?= \w+=|$).*\n", Path(file).read_text(), re.MULTILINE)
+    return ast.literal_eval(found[-1])
 
 
 def append(file, facts, rows, spread=False):

@@ -48,17 +48,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_open(decision, args, winners):
-    """Tell whether a trial is asked for that has not run yet: it could not, for now, as while a graph is captured."""
-    return _is_asked_for() and bool(decision.seconds) and (_wanted(args, winners), decision.problem) not in _settled
+    """Tell whether a trial that is asked for could still say otherwise than a decision; arguments: as of ``settle``."""
+    problem = decision.problem
+    if not _are_wanted() or not decision.seconds or not composite.has_scale_min(problem.device):
+        return False
+    return _settled.get((_wanted(args, winners), problem)) is not decision and _can_be_tried(args, problem)
 
 
-def is_gradient_open(kind, problem):
-    """Tell the same of an operator of the backward pass."""
-    return _is_asked_for() and problem.device.type == "cuda" and (kind, problem) not in _settled
-
-
-def _is_asked_for():
-    return are_asked_for() and not _is_deterministic()
+def is_gradient_open(kind, problem, args, name):
+    """Tell the same of what ``settle_gradient`` named."""
+    if not _are_wanted() or _settled.get((kind, problem)) == name:
+        return False
+    return bool(_gradient_seconds(kind, problem)) and _can_be_tried(args, problem)
 
 
 def settle(decision, args, winners):
@@ -101,9 +102,8 @@ def settle_gradient(kind, problem, args):
     key = kind, problem
     if not _is_deterministic() and key in _settled:
         return _settled[key]
-    hardware = candidates.read_hardware(problem.device)
-    estimated = choice.choose_gradient(kind, problem, hardware)
-    seconds = hardware and estimates.backward(problem, hardware, candidates.legal(_NAMES[kind], problem, hardware))
+    estimated = choice.choose_gradient(kind, problem, candidates.read_hardware(problem.device))
+    seconds = _gradient_seconds(kind, problem)
     if not seconds or not _may_try(args, problem):
         return estimated
     with _lock:
@@ -113,6 +113,15 @@ def settle_gradient(kind, problem, args):
             best, _ = fastest(calls, problem.device)
             return _keep(key, best) or estimated
         return _settled[key]
+
+
+def _are_wanted():
+    return are_asked_for() and not _is_deterministic()
+
+
+def _gradient_seconds(kind, problem):
+    hardware = candidates.read_hardware(problem.device)
+    return hardware and estimates.backward(problem, hardware, candidates.legal(_NAMES[kind], problem, hardware))
 
 
 def _keep(key, found):
@@ -139,9 +148,14 @@ def _may_try(args, problem):
         return False
     if torch.compiler.is_compiling() or torch._C._is_tracing() or _get_current_dispatch_mode_stack():
         return False
-    plain = all(type(arg) in (torch.Tensor, torch.nn.Parameter) for arg in args if isinstance(arg, torch.Tensor))
     # The last question is asked of the driver.
-    return plain and problem.pixels > 0 and problem.input_elements > 0 and not torch.cuda.is_current_stream_capturing()
+    return _can_be_tried(args, problem) and not torch.cuda.is_current_stream_capturing()
+
+
+def _can_be_tried(args, problem):
+    """Tell whether there is something to time, of tensors that are nothing but tensors."""
+    plain = all(type(arg) in (torch.Tensor, torch.nn.Parameter) for arg in args if isinstance(arg, torch.Tensor))
+    return plain and problem.pixels > 0 and problem.input_elements > 0
 
 
 def _settle_forward(decision, args, wanted):

@@ -298,7 +298,8 @@ def test_where_the_library_is_erratic_it_must_be_expected_to_win_clearly(monkeyp
     assert choice.choose(large, H200).why.endswith(
         "conv_mma 1.2e+06 us, the library's convolution and scale_min 1e+06 us, which is less sure"
     )
-    for other in (problem(precision="bfloat16"), problem(kernel_h=7, kernel_w=7)):
+    others = {"precision": "tf32"}, {"kernel_w": 1}, {"in_channels": 8}, {"groups": 2}
+    for other in (problem(**{"precision": "bfloat16", "kernel_h": 7, "kernel_w": 7} | changes) for changes in others):
         assert choice.choose(other, H200).rung == "composite"
     monkeypatch.setattr(estimates, "recorded", lambda *args: seconds)
     assert choice.choose(large, H200).rung == "composite"
@@ -411,10 +412,14 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path):
     list(measured.append(file, facts, rows))
     file.write_text(file.read_text()[:-3])
     assert measured.read(file) == rows[:1]
+    assert measured.hardware_facts(file) == tuple(H200)
     assert not measured.Index(file).find(*rows[1].layer, "tf32", "NCHW", "forward")
     list(measured.append(file, facts, rows[1:]))
     assert measured.read(file) == rows
     assert measured.Index(file).find(*rows[1].layer, "tf32", "NCHW", "forward") == {"composite": 2.5}
+    file.write_text(file.read_text()[:20])
+    list(measured.append(file, facts, rows))
+    assert measured.read(file) == rows
 
 
 def test_without_a_record_all_is_estimated(tmp_path):

@@ -268,7 +268,7 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
 @pytest.mark.gpu
 def test_any_number_of_groups():
     input, weight, grad, winners, geometry, dense = problem(
-        "cuda", torch.float32, "nchw", (1, 65536, 3, 4), 65536, 3, {"groups": 65536}
+        "cuda", torch.float32, "nchw", (8, 65536, 4, 5), 65536, 3, {"groups": 65536}
     )
     described = describe_problem(input, weight.shape, *geometry, "ieee")
     assert candidates.legal(candidates.GRAD_WEIGHT, described, candidates.read_hardware(input.device)) == [

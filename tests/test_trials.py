@@ -197,14 +197,61 @@ def test_without_python_what_could_not_be_tried_is_asked_again(why, clock, witho
     assert clock == [["conv2d_scale_min", "composite"]]
 
 
+def ask(kind, *args):
+    """Give what a program is told: an operator's name, and whether that holds from now on."""
+    name, *_, holds = getattr(torch.ops.fused_kernels, f"{kind}_auto_choice")(*args)
+    return name, holds
+
+
+CONV = [1, 1], [0, 0, 0, 0], [1, 1], 1, "ieee"
+
+
+def test_a_choice_holds_once_its_own_trial_has_run(clock, monkeypatch):
+    args = *tensors(), 2.0, *CONV
+    may_try = trials._may_try
+    monkeypatch.setattr(trials, "_may_try", lambda args, problem: False)
+    assert not ask("conv2d_scale_min_winners", *args)[1]
+    monkeypatch.setattr(trials, "_may_try", may_try)
+    assert ask("conv2d_scale_min_winners", *args)[1]
+    monkeypatch.setattr(trials, "_may_try", lambda args, problem: False)
+    # Without winners it is another trial.
+    assert ask("conv2d_scale_min_winners", *args)[1]
+    assert not ask("conv2d_scale_min", *args)[1]
+    assert len(clock) == 1
+
+
+@pytest.mark.parametrize("why", ["deterministic", "no estimate", "a subclass", "the setting is off"])
+def test_a_choice_holds_where_no_trial_will_ever_run(why, clock, monkeypatch):
+    monkeypatch.setattr(trials, "_may_try", lambda args, problem: False)
+    args = [*tensors(), 2.0, *CONV]
+    if why == "deterministic":
+        monkeypatch.setattr(trials, "_is_deterministic", lambda: True)
+    elif why == "no estimate":
+        monkeypatch.setattr(choice, "_decide", lambda problem: choice.choose(problem, None))
+    elif why == "a subclass":
+        args[0] = args[0].as_subclass(type("Special", (torch.Tensor,), {}))
+    else:
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert ask("conv2d_scale_min", *args)[1]
+
+
 @pytest.mark.parametrize("kind", ["grad_input", "grad_weight"])
-def test_a_gradients_operator_holds_once_it_was_tried(kind, benchmark):
-    problem = choice.decide(*tensors(), 1, 0, 1, 1, "auto").problem
-    assert not trials.is_gradient_open(kind, problem)
-    problem = problem._replace(device=torch.device("cuda", 0))
-    assert trials.is_gradient_open(kind, problem)
-    trials._settled[kind, problem] = f"{kind}_gather"
-    assert not trials.is_gradient_open(kind, problem)
+def test_a_gradients_operator_holds_once_its_trial_has_run(kind, benchmark, monkeypatch):
+    input, weight, bias = tensors()
+    output, winners = fk.scale_min(F.conv2d(input, weight, bias), 2.0, return_indices=True)
+    args = {
+        "grad_input": (output, winners.byte(), weight, 2.0, input.shape[2:], *CONV, False),
+        "grad_weight": (output, winners.byte(), input, 2.0, len(weight), weight.shape[2:], *CONV),
+    }[kind]
+    # Nothing is estimated on a CPU.
+    assert ask(kind, *args) == (f"{kind}.float32", True)
+    monkeypatch.setattr(trials, "_gradient_seconds", lambda kind, problem: {kind: 1.0})
+    monkeypatch.setattr(trials, "fastest", lambda calls, device: (next(iter(calls)), {}))
+    assert ask(kind, *args) == (f"{kind}.float32", False)
+    monkeypatch.setattr(trials, "_may_try", lambda args, problem: True)
+    assert ask(kind, *args) == (f"{kind}.float32", True)
+    monkeypatch.setattr(trials, "_may_try", lambda args, problem: False)
+    assert ask(kind, *args) == (f"{kind}.float32", True)
 
 
 def test_only_what_is_close_or_built_is_tried(monkeypatch):

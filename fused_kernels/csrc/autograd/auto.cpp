@@ -2,7 +2,8 @@
 //
 // auto.py has them in Python, which takes longer to call than a small layer's kernels. Where this library is loaded, a call
 // looks up by its arguments' sizes, strides and dtypes which operator was chosen for the same ones before, and hands its
-// arguments on. Only what is new is asked of Python. What wants a gradient, and is not compiled, goes to Python as well.
+// arguments on. Only what is new is asked of Python, or may still be tried. What wants a gradient, and is not compiled, goes to
+// Python as well.
 // NOTE: PyTorch's stable ABI has neither keys nor boxed calls; so this source uses the headers of libtorch.
 
 #include <ATen/Context.h>
