@@ -153,7 +153,7 @@ def choose(problem, hardware, missing=lambda name: None):
         return Decision(problem, *_choose_cpu(problem, missing), (None, None))
     refused = why_not_fused(problem, hardware, missing)
     seconds = estimates.forward(problem, hardware, [name for name, reason in refused.items() if not reason])
-    rung, why = _fastest(seconds, refused, estimates.margin(problem, hardware) if seconds else 1.0)
+    rung, why = _fastest(seconds, refused, estimates.margin(problem, hardware))
     return Decision(problem, rung, why, choose_copies(problem, hardware, seconds), seconds)
 
 

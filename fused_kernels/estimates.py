@@ -26,9 +26,9 @@ from .measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT, Index
 NETWORKS = measured.FOLDER / "nvidia-h200.npz"
 # There a fused kernel must be faster by so much: the library is tuned on all of them.
 _MARGIN = 1.15
-# NOTE: with large filters over 16 channels or more, in 16 bits, the library takes ten times as long on one layer in five as on
-# others like it (cuDNN 9.19 on an H200), which follows from nothing that an estimate is told. There a fused kernel may be
-# slower by so much, by estimate: on layers left out of the fit that took the loss from 13 % to 4 %.
+# NOTE: with large filters over 16 channels or more, in 16 bits, the library takes eight times as long on one layer in six as on
+# the others (cuDNN 9.19 on an H200; 16 % of 582 such rows in choices/), which follows from nothing that an estimate is told.
+# There a fused kernel may be slower by so much, by estimate.
 _ERRATIC = 1.3
 # What the networks tell: log of time over floor.
 TARGETS = (*FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)

@@ -36,7 +36,7 @@ def layers(seed, usual=0.85):
     draws = random.Random(seed)
     while True:
         layer = _draw(draws, usual)
-        if not layer or not _is_capped(layer):
+        if not layer or not _is_within_caps(layer):
             continue
         # Of those so small that launches are most of their time, half are enough.
         if layer.flops > 2**28 or draws.random() < 0.5:
@@ -55,10 +55,10 @@ def with_other_images():
     known = {*of_networks()}
     for layer in dict.fromkeys(layer._replace(images=1) for layer in of_networks()):
         batches = (layer._replace(images=2**i) for i in range(9))
-        yield from (layer for layer in batches if layer not in known and _is_capped(layer))
+        yield from (layer for layer in batches if layer not in known and _is_within_caps(layer))
 
 
-def _is_capped(layer):
+def _is_within_caps(layer):
     return layer.flops <= _MOST_FLOPS and layer.bytes <= _MOST_BYTES
 
 
