@@ -9,8 +9,12 @@ import torch
 
 from .. import estimates, measured, progress
 from ..estimates import TARGETS
-from ..measured import FORWARD
+from ..measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT
 from .workloads import problem_of
+
+# Of each kind of computation one candidate is chosen.
+GRADIENTS = {"grad_input": GRAD_INPUT, "grad_weight": GRAD_WEIGHT}
+KINDS = {"forward": FORWARD} | GRADIENTS
 
 # Networks, whose mean is taken; their layers; steps of training.
 _NETWORKS, _HIDDEN, _STEPS = 2, (128, 128), 4000
@@ -71,31 +75,35 @@ def cross_validate(rows, hardware, folds=8):
     Returns
     -------
     dict
-        A forward row's key -> the candidate with the least estimate. Rows in which one candidate alone was timed have none.
+        For each of :data:`KINDS`: a row's key -> the candidate with the least estimate. Rows in which fewer than two candidates
+        were timed have none.
     """
     samples = Samples(rows, hardware)
     layers = sorted({row.layer for row in samples.rows})
     np.random.default_rng(0).shuffle(layers)
     fold = {tuple(layer): i % folds for i, layer in enumerate(layers)}
     of_row = np.array([fold[tuple(row.layer)] for row in samples.rows])
-    chosen = {}
+    chosen = {kind: {} for kind in KINDS}
     for i, found in enumerate(_train(samples, [np.flatnonzero(of_row != i) for i in range(folds)])):
         networks = estimates.Networks(found)
         for row in np.flatnonzero(of_row == i):
-            key, times = samples.rows[row].key, samples.rows[row].times
             seconds = samples.floors[row] + networks.ask(samples.described[row])
-            names = [name for name in FORWARD if name in times]
-            if samples.rows[row].direction == "forward" and len(names) > 1:
-                chosen[key] = min(names, key=lambda name, seconds=seconds: seconds[TARGETS.index(name)])
+            for kind, names in KINDS.items():
+                timed = [i for i in map(TARGETS.index, names) if samples.known[row, i]]
+                if len(timed) > 1:
+                    chosen[kind][samples.rows[row].key] = TARGETS[min(timed, key=lambda i, seconds=seconds: seconds[i])]
     return chosen
 
 
 def _losses(samples, offset):
-    """Give the forward candidates' floors, immense where one was not timed, and by what each is slower than the fastest."""
-    known, times = (array[:, : len(FORWARD)] for array in (samples.known, samples.times))
-    floors = np.where(known, (samples.floors + offset)[:, : len(FORWARD)], 1e4)
-    fastest = np.where(known, times, np.inf).min(1, keepdims=True)
-    return floors, np.where(known, np.minimum(times - fastest, _MOST_LOST), 0)
+    """Give for each of KINDS: its columns; their floors, immense where one was not timed; by what each misses the fastest."""
+    for names in KINDS.values():
+        columns = slice(TARGETS.index(names[0]), TARGETS.index(names[-1]) + 1)
+        known, times = samples.known[:, columns], samples.times[:, columns]
+        floors = np.where(known, (samples.floors + offset)[:, columns], 1e4)
+        fastest = np.where(known, times, np.inf).min(1, keepdims=True)
+        lost = np.where(known, np.minimum(times - fastest, _MOST_LOST), 0)
+        yield columns, *(torch.from_numpy(array.astype(np.float32)) for array in (floors, lost))
 
 
 def _train(samples, folds):
@@ -107,7 +115,7 @@ def _train(samples, folds):
     offset = np.nanmean(wanted, 0)
     targets = torch.from_numpy(np.nan_to_num(wanted - offset).astype(np.float32))
     weights_of = torch.from_numpy(samples.known.astype(np.float32))
-    floors, lost = (torch.from_numpy(array.astype(np.float32)) for array in _losses(samples, offset))
+    kinds = [*_losses(samples, offset)]
     many = len(folds) * _NETWORKS
     widths = inputs.shape[1], *_HIDDEN, len(TARGETS)
     last = len(widths) - 2
@@ -132,8 +140,9 @@ def _train(samples, folds):
             loss = torch.where(apart < _HUBER, apart**2 / (2 * _HUBER), apart - _HUBER / 2)
             loss = ((loss * known).sum((1, 2)) / known.sum((1, 2))).sum()
             if step > _FROM * _STEPS:
-                chosen = torch.softmax(-(x[..., : len(FORWARD)] + floors[batch]) / _SOFTNESS, -1)
-                loss = loss + _LOST * (chosen * lost[batch]).sum(-1).mean(1).sum()
+                for columns, floors, lost in kinds:
+                    chosen = torch.softmax(-(x[..., columns] + floors[batch]) / _SOFTNESS, -1)
+                    loss = loss + _LOST * (chosen * lost[batch]).sum(-1).mean(1).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

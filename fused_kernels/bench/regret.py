@@ -119,7 +119,7 @@ def sentences(folder=None):
             f"On {layers} layers drawn at random ({len(cells)} cases: float32 at TF32 and bfloat16, NCHW and channels_last; "
             f"{hardware.name}) the kernel that is chosen by recorded times is {chosen:.2f} times as fast as the better of "
             f"eager and torch.compile (geometric mean, by the GPU's time alone), and behind that by more than 2 % in {behind} "
-            f"cases; the best candidate is {best:.2f} times as fast. {_losses('The choice', cells)}"
+            f"cases; the best candidate is {best:.2f} times as fast. {losses('The choice', [cell.regret for cell in cells])}"
         )
         tried = [row for row in rows if row.trial]
         if tried:
@@ -127,14 +127,14 @@ def sentences(folder=None):
             text += (
                 f" With `torch.backends.cudnn.benchmark = True`, which times the candidates on a layer's first call, it is "
                 f"{geometric_mean([c.gain for c in cells]):.2f} times as fast, and behind in "
-                f"{sum(c.gain < 0.98 for c in cells)} cases. {_losses('What it keeps', cells)}"
+                f"{sum(c.gain < 0.98 for c in cells)} cases. {losses('What it keeps', [cell.regret for cell in cells])}"
             )
         parts.append(text)
     return "\n\n".join(parts)
 
 
-def _losses(what, cells):
-    regrets = [cell.regret for cell in cells]
+def losses(what, regrets):
+    """Say what is lost to the best candidate."""
     return (
         f"{what} takes {geometric_mean(regrets):.3f} times as long as the best candidate (geometric mean), in 95 of 100 cases "
         f"at most {quantile(regrets, 0.95):.2f} times, at worst {max(regrets):.2f} times."
