@@ -6,7 +6,7 @@ from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_take
 from torch.nn import functional as F
 
 import fused_kernels as fk
-from fused_kernels import arguments, build, candidates, choice, composite, gradients
+from fused_kernels import arguments, build, candidates, choice, composite, dispatch, gradients
 from fused_kernels.problem import check_problem, describe_problem
 from fused_kernels.rungs import BACKWARD, LADDER
 
@@ -263,6 +263,18 @@ def test_grad_weight(rung, device, dtype, layout, shape, out_channels, kernel, c
         assert_no_less_accurate((None, *results), dense, dtype, precision)
         for one, other in zip(results, operator(rung.name)(*args), strict=True):
             assert one.equal(other)
+
+
+@pytest.mark.gpu
+def test_a_copy_before_the_weights_gradient_runs_no_python():
+    """The operator that takes all dtypes is Python, which takes longer than the kernels."""
+    input, _, grad, winners, geometry, _ = problem("cuda", torch.bfloat16, "nchw", (2, 64, 14, 14), 96, 1, {})
+    args = grad, winners, input, -1.5, 96, (1, 1), *geometry, "ieee"
+    gather = dispatch.operator("grad_weight_gather", torch.bfloat16)
+    gather(*args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gather(*args)
+    assert [event.name for event in profile.events()].count("fused_kernels::to_channels_last") == 1
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import torch
 
@@ -126,6 +127,8 @@ def _candidates(work, problem, hardware, suffix, library=False):
 
 def _training(work, problem, hardware):
     """Name what a training step can call: forward with winners, and the kernels of each gradient."""
+    # What layers of networks read: nowhere negative, so that some channels win more pixels than others.
+    work = replace(work, input=work.input.relu())
     forward = _candidates(work, problem, hardware, "_winners")
     _, winners = forward["composite"]()
     grad = torch.randn(winners.shape, device=winners.device).to(work.input.dtype)
@@ -259,6 +262,8 @@ def broad(count=1260, library=2050):
         yield cell, True
     # What is looked up most often need not be estimated.
     for cell in cells(with_other_images(), PRECISIONS[:3], training=False):
+        yield cell, False
+    for cell in itertools.product(of_networks(), PRECISIONS[:3], LAYOUTS, ("training",)):
         yield cell, False
 
 

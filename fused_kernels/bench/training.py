@@ -83,6 +83,7 @@ def _layer_steps(info, work, seconds):
             timings = {"choice": compare(steps, device, seconds=seconds, warm_up=0.0)}
         else:
             repeats = max(5, math.ceil(seconds / 1e-2))
+            dispatch.finish_builds()
             timings = {"choice": _replayed(steps, device, seconds), "host": unwaited(steps, device, repeats, calls=20)}
     torch.compiler.reset()
     return [
