@@ -174,12 +174,14 @@ class WithoutPython:
         return self._loaded
 
     def _is_built(self):
+        # Every call asks meanwhile, and to look for the file takes longer than a small kernel.
+        if self._thread and self._thread.is_alive():
+            return False
         if build.find(*self.library, device="cpu").exists():
             return True
-        if self._thread is None:
-            self._thread = _in_background(self._make)
-        if not self._thread.is_alive():
+        if self._thread:
             raise self._error or RuntimeError(f"{self.name} was not built")
+        self._thread = _in_background(self._make)
         return False
 
     def forget(self):
