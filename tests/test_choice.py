@@ -292,13 +292,13 @@ def test_what_was_timed_is_not_estimated():
 
 def test_where_the_library_is_erratic_it_must_be_expected_to_win_clearly(monkeypatch):
     large = problem(precision="bfloat16", kernel_h=7, kernel_w=7)
-    seconds = {"composite": 1.0, "copied": 1.5, "conv_mma": 1.2, "conv_wgmma": 1.5}
+    seconds = {"composite": 1.0, "copied": 1.5, "conv_mma": 1.1, "conv_wgmma": 1.5}
     monkeypatch.setattr(estimates, "forward", lambda *args: seconds)
     assert choice.choose(large, H200).rung == "conv_mma"
     assert choice.choose(large, H200).why.endswith(
-        "conv_mma 1.2e+06 us, the library's convolution and scale_min 1e+06 us, which is less sure"
+        "conv_mma 1.1e+06 us, the library's convolution and scale_min 1e+06 us, which is less sure"
     )
-    others = {"precision": "tf32"}, {"kernel_w": 1}, {"in_channels": 8}, {"groups": 2}
+    others = {"precision": "tf32"}, {"kernel_w": 1}, {"in_channels": 8}, {"in_channels": 256}, {"groups": 2}
     for other in (problem(**{"precision": "bfloat16", "kernel_h": 7, "kernel_w": 7} | changes) for changes in others):
         assert choice.choose(other, H200).rung == "composite"
     monkeypatch.setattr(estimates, "recorded", lambda *args: seconds)
@@ -349,16 +349,16 @@ def tried():
 
 def test_the_choice_loses_little_on_layers_that_it_was_not_made_from(drawn):
     regrets = [cell.regret for cell in drawn]
-    assert len(drawn) >= 4 * 136
+    assert len(drawn) >= 1000
     assert regret.geometric_mean(regrets) <= 1.03
-    assert regret.quantile(regrets, 0.95) <= 1.2
+    assert regret.quantile(regrets, 0.95) <= 1.25
     # The library falls to a tenth of its speed on some large filters, which follows from nothing that an estimate is told.
     assert sum(r > 1.35 for r in regrets) <= len(regrets) // 33
 
 
 def test_a_trial_loses_next_to_nothing(tried):
     regrets = [cell.regret for cell in tried]
-    assert len(tried) >= 4 * 136
+    assert len(tried) >= 1000
     assert regret.geometric_mean(regrets) <= 1.01
     assert regret.quantile(regrets, 0.95) <= 1.05
     assert max(regrets) <= 1.35
