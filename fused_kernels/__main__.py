@@ -104,7 +104,8 @@ def _on_layers_left_out(rows, hardware, folds):
     for (kind, names), chosen in zip(fit.GRADIENTS.items(), gradients, strict=True):
         found = [row for row in rows if row.key in chosen]
         lost = [row.times[chosen[row.key]].p50 / min(row.times[n].p50 for n in names if n in row.times) for row in found]
-        lines.append(f"{kind}: {len(found)} cells. {regret.losses('The kernel that is chosen', lost)}")
+        if lost:
+            lines.append(f"{kind}: {len(found)} cells. {regret.losses('The kernel that is chosen', lost)}")
     return "\n".join(lines)
 
 

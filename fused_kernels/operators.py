@@ -203,17 +203,17 @@ def _define_built(rung, name, kind, winners=False):
 def _define_implementation(rung, name, kind, winners, overload):
     qualified = f"{name}.{overload}" if overload else name
     library = define_rules(rung.namespace, qualified, kind)
-    able = set()
+    available_on = set()
 
     def stand_in(*args):
         """Take the operator's place until it is called, then build; once loaded, its own key goes first."""
         if args[0].device.type != rung.device:
             raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
-        if args[0].device not in able:
+        if args[0].device not in available_on:
             # To find the compilers takes longer than a small kernel.
             if missing := rung.why_unavailable(args[0].device.index):
                 raise RuntimeError(f"{name} cannot run here: {missing}")
-            able.add(args[0].device)
+            available_on.add(args[0].device)
         wanted = overload
         if overload is None and rung.overloads != (None,):
             wanted = dispatch.OVERLOADS.get(args[0].dtype)

@@ -159,7 +159,7 @@ def training_layers(records):
     return (
         f"{text} The processor's time counts where the GPU waits for it. Of that, {_faster(compiled)} take less than "
         f"torch.compile's and {_faster(eager)} less than eager's; at worst {_worst(eager)} than eager's. The slower ones call "
-        "a copy, the library's convolution and more kernels after it from Python."
+        "the library's convolution, mostly a copy before it, and more kernels after it from Python."
     )
 
 

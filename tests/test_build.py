@@ -173,6 +173,21 @@ def test_the_process_ends_while_something_is_built(run_python, tmp_path):
     assert run_python(TRAIN + "step(); dispatch.finish_builds(); step(); print(rules())", CXX="c++").strip() == "True"
 
 
+def test_what_is_being_built_is_not_looked_for_at_every_step(run_python, tmp_path):
+    slow = script(tmp_path / "slow", 'case "$*" in *from_winners.cpp*) exec sleep 300;; esac\nexec c++ "$@"')
+    code = (
+        TRAIN
+        + """
+from fused_kernels import build
+step()
+def find(*args, **options): raise AssertionError("looked for a library")
+build.find = find
+step(); print(rules())
+"""
+    )
+    assert run_python(code, CXX=slow).strip() == "False"
+
+
 def test_a_failing_build_in_the_background_is_said_once(run_python, tmp_path):
     broken = script(tmp_path / "broken", 'case "$*" in *from_winners.cpp*) echo boom; exit 1;; esac\nexec c++ "$@"')
     code = (
@@ -389,6 +404,14 @@ def test_why_unavailable(gpu, capability, codes, words):
         return
     assert_one_sentence(reason)
     assert all(word in reason for word in words)
+
+
+def test_an_operator_asks_a_device_once(monkeypatch):
+    """To find the compilers takes longer than a small kernel."""
+    operator = torch.ops.fused_kernels.scale_min.default
+    expected = operator(torch.ones(1, 2, 3, 3), 2.0)
+    monkeypatch.setattr(type(fk.rungs["scale_min"]), "why_unavailable", lambda *_: "asked again")
+    assert operator(torch.ones(1, 2, 3, 3), 2.0).equal(expected)
 
 
 def test_why_unavailable_without_cuda(monkeypatch):

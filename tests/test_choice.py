@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import time
 import warnings
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_kernels import candidates, choice, estimates, measured, plans
-from fused_kernels.bench import regret
+from fused_kernels import __main__, candidates, choice, estimates, measured, plans
+from fused_kernels.bench import fit, regret
 from fused_kernels.bench.workloads import problem_of
 from fused_kernels.candidates import Hardware
 from fused_kernels.measured import FORWARD, Layer, Row, Time
@@ -362,6 +363,20 @@ def test_a_trial_loses_next_to_nothing(tried):
     assert regret.geometric_mean(regrets) <= 1.01
     assert regret.quantile(regrets, 0.95) <= 1.05
     assert max(regrets) <= 1.35
+
+
+def test_fitting_says_what_is_lost_on_layers_left_out(monkeypatch, tmp_path, capsys):
+    names, facts, *rows = estimates.NETWORKS.with_suffix(".csv").read_text().splitlines()
+    file = tmp_path / f"{estimates.NETWORKS.stem}.csv"
+    file.write_text("\n".join([names, facts, *(row for row in rows[::50] if not row.startswith("#"))]) + "\n")
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    monkeypatch.setattr(fit, "_STEPS", 20)
+    __main__.main(["bench", "--choices", "--fit", "--folds", "2"])
+    said = capsys.readouterr().out
+    assert file.with_suffix(".npz").exists()
+    assert re.search(r"\d+ cells. Regret: geometric mean \d\.\d+", said)
+    for kind in fit.GRADIENTS:
+        assert re.search(rf"{kind}: \d+ cells. The kernel that is chosen takes \d\.\d+ times as long as the best", said)
 
 
 def test_the_choice_is_faster_than_pytorch_and_its_compiler(drawn, tried):

@@ -89,9 +89,10 @@ def cross_validate(rows, hardware, folds=8):
         for row in np.flatnonzero(of_row == i):
             seconds = samples.floors[row] + networks.ask(samples.described[row])
             for kind, names in KINDS.items():
-                timed = [i for i in map(TARGETS.index, names) if samples.known[row, i]]
+                timed = [name for name in names if samples.known[row, TARGETS.index(name)]]
                 if len(timed) > 1:
-                    chosen[kind][samples.rows[row].key] = TARGETS[min(timed, key=lambda i, seconds=seconds: seconds[i])]
+                    least = min(timed, key=lambda name, seconds=seconds: seconds[TARGETS.index(name)])
+                    chosen[kind][samples.rows[row].key] = least
     return chosen
 
 

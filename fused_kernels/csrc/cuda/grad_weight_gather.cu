@@ -311,7 +311,7 @@ Tensor in_channels_last(const Tensor& input, ConvShape& shape) {
   }
   StableIValue arguments[] = {torch::stable::detail::from(read), torch::stable::detail::from(std::optional<Tensor>()),
                               torch::stable::detail::from(false)};
-  // The overload for this dtype, for the operator itself is Python; where this source takes all dtypes, it has to do.
+  // The overload for this dtype: the operator itself is Python. Only a source compiled for all dtypes calls that.
   const char* const overload = *OPERATOR("") ? OPERATOR("") + 1 : "";
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fused_kernels::to_channels_last", overload, arguments, TORCH_ABI_VERSION));
   const Tensor copy = torch::stable::detail::to<std::vector<Tensor>>(arguments[0])[0];
