@@ -9,7 +9,7 @@ import torch
 
 from . import __version__, bench, build, cleaning, export, measured
 from .bench import records
-from .candidates import FUSED, Hardware, read_hardware
+from .candidates import Hardware, read_hardware
 from .check import DTYPES
 from .rungs import LADDER
 
@@ -84,7 +84,7 @@ def run_choices(options):
             rows, hardware = measured.read(file), Hardware(*measured.hardware_facts(file))
             print(fit.fit(rows, hardware))
             if options.folds:
-                print(_on_layers_left_out(rows, hardware, options.folds))
+                print(fit.lost_on_layers_left_out(rows, hardware, options.folds))
         return
     if not torch.cuda.is_available():
         raise SystemExit("bench --choices: expected a CUDA GPU, torch sees none on this machine")
@@ -93,20 +93,6 @@ def run_choices(options):
         print("nothing was timed that was not recorded before")
     elif options.draw is not None:
         print(regret.summary(regret.judge(rows, read_hardware(torch.device("cuda", torch.cuda.current_device())))))
-
-
-def _on_layers_left_out(rows, hardware, folds):
-    from .bench import fit, regret
-
-    forward, *gradients = fit.cross_validate(rows, hardware, folds).values()
-    whole = [row for row in rows if row.key in forward and any(name in row.times for name in FUSED["cuda"])]
-    lines = [regret.summary(regret.judge(whole, hardware, lambda row: forward[row.key]))]
-    for (kind, names), chosen in zip(fit.GRADIENTS.items(), gradients, strict=True):
-        found = [row for row in rows if row.key in chosen]
-        lost = [row.times[chosen[row.key]].p50 / min(row.times[n].p50 for n in names if n in row.times) for row in found]
-        if lost:
-            lines.append(f"{kind}: {len(found)} cells. {regret.losses('The kernel that is chosen', lost)}")
-    return "\n".join(lines)
 
 
 def figures(options):

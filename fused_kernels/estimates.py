@@ -26,10 +26,10 @@ from .measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT, Index
 NETWORKS = measured.FOLDER / "nvidia-h200.npz"
 # There a fused kernel must be faster by so much: the library is tuned on all of them.
 _MARGIN = 1.15
-# NOTE: with large filters in 16 bits, the library takes more than three times what was estimated on one layer in seven (cuDNN
-# 9.19 on an H200; 13 % of 488 such rows in choices/, each left out of the fit; in the median seven times), which follows from
-# nothing that an estimate is told. There a fused kernel may be slower by so much, by estimate. A few layers decide by how much:
-# 1.1 to 1.5 do about as well. From 256 channels on it gained nothing on the few that were timed.
+# NOTE: with large filters over 16 channels or more, in 16 bits, the library takes more than three times what was estimated on
+# one layer in seven (cuDNN 9.19 on an H200; 14 % of 622 such rows in choices/, each left out of the fit; in the median seven
+# times), which follows from nothing that an estimate is told. There a fused kernel may be slower by so much, by estimate. A few
+# layers decide by how much: 1.1 to 1.5 do about as well. From 256 channels on it gained nothing on the few that were timed.
 _ERRATIC = 1.2
 # What the networks tell: log of time over floor.
 TARGETS = (*FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)
@@ -227,7 +227,7 @@ def describe(problem, hardware):
 
 
 def _log(number):
-    return math.log2(max(number, 1e-9))
+    return math.log2(number if number > 1e-9 else 1e-9)
 
 
 def _fill(number, tile):

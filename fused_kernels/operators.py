@@ -210,7 +210,7 @@ def _define_implementation(rung, name, kind, winners, overload):
         if args[0].device.type != rung.device:
             raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
         if args[0].device not in available_on:
-            # To find the compilers takes longer than a small kernel.
+            # To find the compilers takes longer than a small kernel; what is missing may be there at the next call.
             if missing := rung.why_unavailable(args[0].device.index):
                 raise RuntimeError(f"{name} cannot run here: {missing}")
             available_on.add(args[0].device)

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from .. import estimates, measured, progress
+from ..candidates import FUSED
 from ..estimates import TARGETS
 from ..measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT
+from . import regret
 from .workloads import problem_of
 
 # Of each kind of computation one candidate is chosen.
@@ -94,6 +96,19 @@ def cross_validate(rows, hardware, folds=8):
                     least = min(timed, key=lambda name, seconds=seconds: seconds[TARGETS.index(name)])
                     chosen[kind][samples.rows[row].key] = least
     return chosen
+
+
+def lost_on_layers_left_out(rows, hardware, folds):
+    """Say in lines what the choice by estimate loses on layers that were left out of the fit."""
+    forward, *gradients = cross_validate(rows, hardware, folds).values()
+    whole = [row for row in rows if row.key in forward and any(name in row.times for name in FUSED["cuda"])]
+    lines = [regret.summary(regret.judge(whole, hardware, lambda row: forward[row.key]))]
+    for (kind, names), chosen in zip(GRADIENTS.items(), gradients, strict=True):
+        found = [row for row in rows if row.key in chosen]
+        lost = [row.times[chosen[row.key]].p50 / min(row.times[n].p50 for n in names if n in row.times) for row in found]
+        if lost:
+            lines.append(f"{kind}: {len(found)} cells. {regret.losses('The kernel that is chosen', lost)}")
+    return "\n".join(lines)
 
 
 def _losses(samples, offset):
