@@ -6,6 +6,7 @@ Importing compiles nothing and needs no GPU; each kernel is built on its first c
 from .modules import Conv2dScaleMin, ModelNew
 from .operators import edit, load
 from .ops import conv2d_scale_min, explain, scale_min
+from .prebuilt import prebuild
 from .reference import Model, get_init_inputs, get_inputs
 from .rungs import rungs
 
@@ -21,6 +22,7 @@ __all__ = [
     "get_init_inputs",
     "get_inputs",
     "load",
+    "prebuild",
     "rungs",
     "scale_min",
 ]

@@ -1,13 +1,17 @@
 """``python -m fused_kernels doctor | bench | figures | export``."""
 
 import argparse
-import os
+import contextlib
+import importlib.util
 import platform
+import shlex
+import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
 
-from . import __version__, bench, build, cleaning, export, measured
+from . import __version__, bench, build, cleaning, export, measured, places, toolchain
 from .bench import records
 from .candidates import Hardware, read_hardware
 from .check import DTYPES
@@ -20,16 +24,18 @@ def clean(_):
         count, size = cleaning.clean()
     except (RuntimeError, OSError) as error:
         raise SystemExit(str(error)) from error
-    print(f"removed {count} old builds, {size / 1e6:.1f} MB, from {_in_home(build.cache_dir())}")
+    print(f"removed {count} old builds, {size / 1e6:.1f} MB, from {_in_home(places.cache_dir())}")
 
 
 def doctor(_):
     """Say what this machine has, and for each rung whether it runs here, else what is missing."""
+    broken = {"cpu": toolchain.why_no_compiler() or build.why_nothing_builds("cpu")}
     try:
-        toolkit = build.cuda_toolkit()
+        toolkit = toolchain.cuda_toolkit()
         found = f"{'.'.join(map(str, toolkit.version))} in {toolkit.home}" if toolkit else "none: nvcc was not found"
+        broken["cuda"] = broken["cpu"] or (build.why_nothing_builds("cuda") if toolkit else None)
     except RuntimeError as error:
-        found = error
+        found = broken["cuda"] = error
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
         "fused_kernels": __version__,
@@ -37,9 +43,10 @@ def doctor(_):
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda or "none: a build for CPUs",
         "GPU": ", ".join(gpus) or "none that torch sees",
-        "C++ compiler": build.why_no_compiler() or os.environ.get("CXX", "c++"),
+        "C++ compiler": _compiler(broken["cpu"]),
         "CUDA toolkit": found,
-        "built kernels": _in_home(build.cache_dir()),
+        "built kernels": places.why_none() or places.why_not_wanted() or _in_home(places.cache_dir()),
+        "torch.compile": _why_no_torch_compile(broken["cpu"]) or "ready",
     }
     for name, fact in facts.items():
         print(f"{name:<22}{fact}")
@@ -47,14 +54,42 @@ def doctor(_):
     for rung in LADDER:
         try:
             missing = rung.why_unavailable()
+            # What is built already needs no compiler.
+            if not missing and broken.get(rung.device) and not all(build.find(**rung.library(*one)) for one in rung.variants):
+                missing = broken[rung.device]
         except RuntimeError as error:
-            missing = error
+            missing = broken.get(rung.device) or error
         print(f"{rung.name:<22}{missing or 'ready'}")
 
 
+def _compiler(broken):
+    """Name the C++ compiler, and its version; or say what is wrong with it."""
+    command = toolchain.cxx()
+    path = shutil.which(command[0])
+    if not path:
+        return broken
+    with contextlib.suppress(RuntimeError):
+        version = next(iter(toolchain.compiler_version().splitlines()), "").strip()
+        return "; ".join(filter(None, [shlex.join([path, *command[1:]]), version, broken]))
+    return "; ".join(filter(None, [path, broken]))
+
+
+def _why_no_torch_compile(broken):
+    """Say in one sentence what torch.compile lacks here beside this package's needs, or None."""
+    if broken:
+        return broken
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"it lacks {header}; install Python's headers (Debian: apt install python3-dev)"
+    if torch.cuda.is_available() and not importlib.util.find_spec("triton"):
+        return "it lacks Triton for the GPU; pip install triton"
+    return None
+
+
 def _in_home(path):
-    home = Path.home()
-    return Path("~", path.relative_to(home)) if path.is_relative_to(home) else path
+    with contextlib.suppress(RuntimeError, ValueError):
+        return Path("~", path.relative_to(Path.home()))
+    return path
 
 
 def run_bench(options):

@@ -16,7 +16,8 @@ from . import arguments, build, choice, composite, dispatch, gradients, trials
 from .composite import has_scale_min
 from .dispatch import is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
-from .problem import describe_problem, make_problem
+from .problem import make_problem
+from .rungs import COPY
 
 _is_jit_tracing = torch._C._is_tracing
 
@@ -46,9 +47,9 @@ def trace(name, args, return_indices, suffix="_auto"):
     return _operator(name + suffix)(*args)
 
 
-def is_better_traced_by_library(device):
+def is_better_traced_by_library(device, dtype):
     """Tell whether to trace PyTorch's own operations: the compiler fuses them, where there is no kernel to call."""
-    return is_transformed() or not (is_exporting() or is_jit_tracing() or has_scale_min(device))
+    return is_transformed() or not (is_exporting() or is_jit_tracing() or has_scale_min(device, dtype))
 
 
 def is_exporting():
@@ -75,7 +76,7 @@ IN_PYTHON = "in_python"
 
 def _choose_scale_min(input, scale):
     arguments.check_input(input)
-    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device) else IN_PYTHON, "", True
+    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device, input.dtype) else IN_PYTHON, "", True
 
 
 def _decide(input, weight, bias, scale, conv, winners):
@@ -207,12 +208,15 @@ def _choose_for_dispatcher(kind):
         name, precision, holds = _CHOOSE[kind](*args)
         steps, suffix = (), _suffix(kind)
         if name == IN_PYTHON:
-            if len(args) == 2 or not has_scale_min(args[0].device):
+            if len(args) == 2 or not has_scale_min(args[0].device, args[0].dtype):
                 # Python itself is the answer for as long as something else lasts, such as a transform.
                 return f"{kind}_{IN_PYTHON}", precision, steps, False
             input, weight, bias, _, *conv = args
             decision = _decide(input, weight, bias, args[3], conv, kind.endswith("_winners"))
             steps, name = composite.steps(decision, input, weight, bias)
+        # What can't be had after all is not remembered: the next choice knows.
+        needed = [name + suffix, *([COPY.name] if steps and steps.copy == composite.COPY_BY_KERNEL else [])]
+        holds = holds and all(dispatch.is_had(one, args[0]) for one in needed)
         overload = operator(name + suffix, args[0].dtype)._overloadname
         name += suffix + ("" if overload == "default" else f".{overload}")
         return name, precision, [int(step) for step in steps], holds
@@ -232,22 +236,13 @@ def _place_of_precision(kind):
 # ---- with a gradient ----
 
 
-def _conv2d_scale_min_by_library(input, weight, bias, scale, *conv):
-    return composite.compute_by_library(describe_problem(input, weight.shape, *conv), input, weight, bias, scale)
-
-
-def _conv2d_scale_min_winners_by_library(input, weight, bias, scale, *conv):
-    convolved = composite.library_conv(describe_problem(input, weight.shape, *conv), input, weight, bias)
-    return composite.reference_winners(convolved, scale)
-
-
 # PyTorch's own operations, which have gradients of their own, and rules for transforms.
 _BY_LIBRARY = {
     **gradients.BY_LIBRARY,
     "scale_min": composite.reference_scale_min,
     "scale_min_winners": composite.reference_winners,
-    "conv2d_scale_min": _conv2d_scale_min_by_library,
-    "conv2d_scale_min_winners": _conv2d_scale_min_winners_by_library,
+    "conv2d_scale_min": composite.by_library,
+    "conv2d_scale_min_winners": composite.winners_by_library,
 }
 
 
@@ -279,7 +274,7 @@ def _with_gradient(kind):
     by_rule = _by_winners(kind) if f"{kind}_winners" in _CHOOSE else _by_rule(kind)
 
     def function(*args):
-        if is_transformed() or not has_scale_min(args[0].device):
+        if is_transformed() or not has_scale_min(args[0].device, args[0].dtype):
             with torch._C._DisableAutocast():
                 return _BY_LIBRARY[kind](*args)
         return by_rule(*args)

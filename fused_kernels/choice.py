@@ -14,7 +14,7 @@ import torch
 from . import arguments, candidates, estimates
 from .candidates import Copy, read_hardware
 from .problem import Problem, check_problem, cudnn_precision, describe_problem
-from .rungs import rungs, why_unavailable
+from .rungs import rungs, when_unavailable, why_unavailable
 
 # Where there is no choice.
 SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
@@ -45,6 +45,7 @@ class Decision(_Decided):
 # Decisions made, by all that they depend on: to make one takes as long as a small kernel.
 _decisions = {}
 _MOST_DECISIONS = 4096
+when_unavailable.append(_decisions.clear)
 
 
 def decide(input, weight, bias, stride, padding, dilation, groups, precision):
@@ -101,7 +102,7 @@ def _decide(problem):
     if problem.is_symbolic:
         return Decision(problem, "composite", "its sizes are not known yet", (None, None))
     hardware = read_hardware(device)
-    decision = choose(problem, hardware, lambda name: why_unavailable(name, device.index))
+    decision = choose(problem, hardware, lambda name: why_unavailable(name, device.index, problem.dtype))
     if decision.seconds and not estimates.is_recorded(hardware.name):
         _hint(hardware.name)
     return decision

@@ -1,4 +1,4 @@
-"""Remove from the folder of built kernels what this version of the package would not load on this machine."""
+"""Remove from the folders of built kernels what this version of the package would not load on this machine."""
 
 import os
 import re
@@ -6,12 +6,13 @@ import shutil
 
 import filelock
 
-from . import build, dispatch, plans
+from . import build, dispatch, places, plans, toolchain
 from .rungs import BACKWARD, COPY, LADDER
 
-# What a library's folder is called, and what has lain in one: now the library, once all that its build made as well.
-_FOLDER = re.compile(r"[a-z]\w*(\.\w+)?-[0-9a-f]{16}")
-_CONTENT = re.compile(r"build-\w+|lock|build\.ninja|\.ninja_\w+|[\w.]+\.(so|o|d|cu|cpp|txt)")
+# What a library's files begin with, and its builds' folders; before, all of them lay in a folder of that name.
+_STEM = re.compile(r"([a-z]\w*)(\.\w+)*-[0-9a-f]{16}")
+_FILE = re.compile(r"\.(so|sha256|lock|build-\w+)")
+_OLD_CONTENT = re.compile(r"build-\w+|lock|build\.ninja|\.ninja_\w+|[\w.]+\.(so|o|d|cu|cpp|txt)")
 
 
 def clean():
@@ -22,72 +23,88 @@ def clean():
     Returns
     -------
     int
-        How many folders were removed.
+        How many libraries, or remains of one, were removed.
     int
         How many bytes they had.
 
     Raises
     ------
     RuntimeError
-        The folder cannot be written, or no compiler is here, so that nothing tells which builds are old.
+        A folder cannot be written, or no compiler is here, so that nothing tells which builds are old.
     """
-    cache = build.cache_dir()
-    if not cache.exists():
+    found = {folder: _by_stem(folder) for folder in places.folders() if folder.is_dir() and places.is_trusted(folder)}
+    if not any(found.values()):
         return 0, 0
-    if not os.access(cache, os.W_OK):
-        raise RuntimeError(f"nothing was removed: {cache} cannot be written")
-    if missing := build.why_no_compiler():
+    for folder in found:
+        if not os.access(folder, os.W_OK):
+            raise RuntimeError(f"nothing was removed: {folder} cannot be written")
+    if missing := toolchain.why_no_compiler():
         raise RuntimeError(f"nothing was removed: {missing}")
-    needed = {library.parent for library in loadable()}
-    removed = [_remove(folder, folder in needed) for folder in sorted(cache.iterdir()) if _is_ours(folder)]
-    for lock in cache.glob("*.lock"):
-        folder = lock.with_suffix("")
-        if _is_our_name(folder.name) and folder not in needed and lock.is_file() and not folder.exists():
-            _remove(folder, is_needed=False)
+    needed, prebuilt = _loadable()
+    removed = []
+    for folder, stems in found.items():
+        for stem, paths in stems.items():
+            is_needed = stem in needed or _without_target(stem) in prebuilt
+            removed.append(_remove(folder / stem, paths, is_needed))
     return sum(count for count, _ in removed), sum(size for _, size in removed)
 
 
-def loadable():
-    """List the libraries that this version would load on this machine, built or not."""
-    sources = (dispatch.from_winners.library, dispatch.auto.library, plans.source())
-    libraries = [build.find(*source, device="cpu") for source in sources]
+def _loadable():
+    """Give the stems of the files that this version would load on this machine, and of prebuilt ones without their targets."""
+    libraries = [build.Library(*source, device="cpu") for source in (dispatch.from_winners.library, dispatch.auto.library)]
+    libraries.append(build.Library(*plans.source(), device="cpu"))
+    native = [*libraries]
     for rung in (*LADDER, COPY, *BACKWARD):
-        if rung.device and not rung.why_unavailable():
-            libraries += [
-                build.find(**rung.library(overload, winners))
-                for overload in rung.overloads
-                for winners in ((False, True) if rung.winners else (False,))
-            ]
-    return libraries
+        if rung.device:
+            of_rung = [build.Library(**rung.library(*variant)) for variant in rung.variants]
+            libraries += of_rung
+            native += [] if rung.why_unavailable() else of_rung
+    return (
+        {library.native_file().removesuffix(".so") for library in native},
+        {f"{library.label}-{library.prebuilt_key()}" for library in libraries},
+    )
 
 
-def _is_ours(folder):
-    if not _is_our_name(folder.name) or folder.is_symlink() or not folder.is_dir():
-        return False
-    return all(_CONTENT.fullmatch(path.name) and not path.is_symlink() for path in folder.rglob("*"))
+def _without_target(stem):
+    """Take the CPU's level or the GPUs' architectures out of a prebuilt library's stem."""
+    label, _, key = stem.rpartition("-")
+    targets = "|".join([r"sm_\w+", *(name for name, _, _ in toolchain.cpu_levels())])
+    label = re.sub(rf"(\.({targets}))+$", "", label)
+    return f"{label}-{key}"
 
 
-def _is_our_name(name):
-    if not _FOLDER.fullmatch(name):
-        return False
-    library = name.rpartition("-")[0].partition(".")[0].removesuffix("_winners")
-    parts = (dispatch.from_winners, dispatch.auto, *LADDER, COPY, *BACKWARD)
-    return library in {plans.NAME, *(part.name for part in parts)}
+def _by_stem(folder):
+    """Find what belongs to a library of this package: stem -> paths."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if not (match := _STEM.match(path.name)) or match[1].removesuffix("_winners") not in _names() or path.is_symlink():
+            continue
+        rest = path.name[match.end() :]
+        is_ours = path.is_dir() and _is_old_build(path) if not rest else _FILE.fullmatch(rest)
+        if is_ours:
+            found.setdefault(match[0], []).append(path)
+    return found
 
 
-def _remove(folder, is_needed):
-    """Remove a folder, or of one that is needed what is not its library; give how many that were, and their bytes."""
-    lock = filelock.FileLock(f"{folder}.lock")
+def _is_old_build(folder):
+    return all(_OLD_CONTENT.fullmatch(path.name) and not path.is_symlink() for path in folder.rglob("*"))
+
+
+def _names():
+    return {plans.NAME, *(part.name for part in (dispatch.from_winners, dispatch.auto, *LADDER, COPY, *BACKWARD))}
+
+
+def _remove(stem, paths, is_needed):
+    """Remove a library's files, or of one that is needed what no call needs; give whether anything was, and its bytes."""
+    lock = filelock.FileLock(f"{stem}.lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return 0, 0  # being built
     with lock:
-        library = folder / f"{folder.name.rpartition('-')[0]}.so"
-        if is_needed and library.exists():
-            unneeded = [path for path in folder.iterdir() if path != library]
-        else:
-            unneeded = [folder] if folder.exists() else []
+        is_whole = is_needed and places.is_whole(stem.with_name(f"{stem.name}.so"))
+        kept = (".so", ".sha256", ".lock") if is_whole else (".lock",)
+        unneeded = [path for path in paths if not path.name.endswith(kept)]
         size = sum(file.stat().st_size for path in unneeded for file in (path, *path.rglob("*")) if file.is_file())
         for path in unneeded:
             if path.is_dir():
@@ -95,5 +112,6 @@ def _remove(folder, is_needed):
             else:
                 path.unlink()
         if not is_needed:
-            os.unlink(lock.lock_file)
+            # NOTE: newer versions of filelock remove it by themselves.
+            (stem.parent / f"{stem.name}.lock").unlink(missing_ok=True)
     return int(bool(unneeded)), size

@@ -15,7 +15,7 @@ from .candidates import copy_into_other_layout
 from .choice import Decision
 from .dispatch import attach_backward, is_transformed, operator, rules_without_python, run, wants_gradient
 from .problem import cudnn_precision, describe_problem
-from .rungs import COPY, rungs, why_unavailable
+from .rungs import COPY, is_available, rungs, why_unavailable
 
 
 def compute(decision, input, weight, bias, scale, return_indices=False):
@@ -32,7 +32,7 @@ def compute(decision, input, weight, bias, scale, return_indices=False):
         As for :func:`fused_kernels.conv2d_scale_min`.
     """
     problem, args = decision.problem, (input, weight, bias, scale)
-    if not has_scale_min(problem.device):
+    if not has_scale_min(problem.device, problem.dtype):
         return compute_by_library(problem, *args, return_indices)
     wanted = wants_gradient(input, weight, bias)
     if not wanted and not return_indices:
@@ -58,7 +58,7 @@ def compute_output(decision, input, weight, bias, scale):
 def compute_winners(decision, input, weight, bias, scale):
     """Do the same without a gradient, and give each pixel's winner."""
     with torch.no_grad():
-        if has_scale_min(input.device):
+        if has_scale_min(input.device, input.dtype):
             return _convolve_then_minimum(decision, input, weight, bias, scale, suffix="_winners")
         return reference_winners(library_conv(decision.problem, input, weight, bias), scale)
 
@@ -112,15 +112,15 @@ def reference_operator(input, weight, bias, scale, *conv):
 def _by_name(input, weight, bias, conv):
     """Decide how the composite runs, for whom it was asked for by name; a compiler writes copies of its own."""
     is_symbolic = any(type(size) is not int for size in (*input.shape, *weight.shape))
-    if torch.compiler.is_compiling() or is_symbolic or not has_scale_min(input.device):
+    if torch.compiler.is_compiling() or is_symbolic or not has_scale_min(input.device, input.dtype):
         return Decision(describe_problem(input, weight.shape, *conv), "composite", "asked for by name")
     return choice.decide_checked(input, weight, bias, *conv)
 
 
-def has_scale_min(device):
-    """Tell whether a kernel of ours can take the minimum of a device's tensors."""
+def has_scale_min(device, dtype):
+    """Tell whether a kernel of ours can take the minimum of such tensors."""
     name = choice.SCALE_MIN.get(device.type)
-    return name is not None and not is_transformed() and not why_unavailable(name, device.index)
+    return name is not None and not is_transformed() and is_available(name, device.index, dtype)
 
 
 def reference_scale_min(input, scale, return_indices=False):
@@ -133,6 +133,21 @@ def reference_winners(input, scale):
     """Do the same, with the channels as operators give them that keep winners."""
     minimum, winners = reference_scale_min(input, scale, return_indices=True)
     return minimum, winners.to(winners_dtype(input.shape[1]))
+
+
+def reference_bias_winners(input, bias, scale):
+    """Do the same after a number is added for each channel."""
+    return reference_winners(input + bias.view(-1, 1, 1), scale)
+
+
+def by_library(input, weight, bias, scale, *conv):
+    """Do what an operator of a fused convolution does by PyTorch's own operations."""
+    return compute_by_library(describe_problem(input, weight.shape, *conv), input, weight, bias, scale)
+
+
+def winners_by_library(input, weight, bias, scale, *conv):
+    """Do the same and give each pixel's winner."""
+    return reference_winners(library_conv(describe_problem(input, weight.shape, *conv), input, weight, bias), scale)
 
 
 def winners_dtype(channels):
@@ -171,12 +186,15 @@ class Steps(NamedTuple):
     minimum_early: bool
 
 
+COPY_BY_KERNEL = 1
+
+
 def steps(decision, input, weight, bias):
     """Give the steps for these arguments, where no gradient is wanted, and the operator that takes the minimum."""
     problem, copy = decision.problem, decision.copies[can_copy(input, weight)]
     kind = 0
     if copy:
-        kind = 1 if copy.by_kernel else 2 if copy.memory_format == torch.contiguous_format else 3
+        kind = COPY_BY_KERNEL if copy.by_kernel else 2 if copy.memory_format == torch.contiguous_format else 3
     with torch.no_grad():
         precision = -1 if _can_follow_setting(problem) else int(problem.precision == "tf32")
     adds_bias = bias is not None and _adds_bias(input)
@@ -202,7 +220,7 @@ def can_copy(input, weight):
     """Tell whether to_channels_last runs here, where no gradient is wanted; the compiler writes a copy of its own."""
     if torch.compiler.is_compiling() or is_transformed() or not weight.is_contiguous():
         return False
-    return not why_unavailable(COPY.name, input.device.index)
+    return not why_unavailable(COPY.name, input.device.index, input.dtype)
 
 
 def _adds_bias(input):

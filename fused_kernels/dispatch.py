@@ -1,7 +1,6 @@
 """How the package calls its operators: below autograd where no gradient will flow, with winners where one will."""
 
 import contextlib
-import functools
 import os
 import threading
 import warnings
@@ -69,6 +68,31 @@ def attach_backward(forward, args, backward, given=()):
     return rules(*args, forward, backward, given)
 
 
+def require(namespace, name, tensor):
+    """Have the library that an operator needs for a tensor; raise UnavailableError where it can't be had."""
+    key = namespace, name, tensor.device, tensor.dtype
+    if key in _had or type(tensor) not in _PLAIN or torch.compiler.is_compiling():
+        return
+    if load := loaders.get((namespace, name)):
+        load(tensor.device, tensor.dtype)
+    _had.add(key)
+
+
+def is_had(name, tensor):
+    """Tell whether the library that an operator needs for a tensor is loaded, or can be, and load it."""
+    try:
+        require(build.NAMESPACE, name, tensor)
+    except build.UnavailableError:
+        return False
+    return True
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What loads an operator's library, by its namespace and name: a function of a device and a dtype; operators.py fills it.
+loaders = {}
+_had = set()
+
+
 def wants_gradient(*args):
     """Tell whether a gradient will flow back to one of these."""
     if not torch.is_grad_enabled():
@@ -125,7 +149,7 @@ def _in_background(make):
     """Run a function that builds, and loads nothing: the interpreter may end meanwhile."""
 
     def run():
-        with contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(RuntimeError):
             make()
         _threads.discard(threading.current_thread())
 
@@ -152,10 +176,10 @@ class WithoutPython:
         self._lock, self._thread, self._error = threading.Lock(), None, None
         self._loaded = self._failed = False
 
-    @functools.cached_property
+    @property
     def library(self):
         """Its name and source."""
-        return self.name, (build.CSRC / "autograd" / f"{self.name}.cpp").read_text()
+        return self.name, (build.CSRC / "autograd" / f"{self.name}.cpp").read_text(encoding="utf-8")
 
     def is_loaded(self):
         """Tell whether it is loaded; load it if it can be, and begin to build it if nobody has."""
@@ -167,17 +191,19 @@ class WithoutPython:
                     self._loaded = self._is_built()
                     if self._loaded:
                         build.load(*self.library, device="cpu")
-                except (RuntimeError, OSError) as error:
+                except build.UnavailableError:
+                    # The kernels lack the same, and say so.
                     self._loaded, self._failed = False, True
-                    if not build.why_no_compiler():
-                        warnings.warn(f"{self.loss}: {error}", stacklevel=2)
+                except RuntimeError as error:
+                    self._loaded, self._failed = False, True
+                    warnings.warn(f"{self.loss}: {error}", stacklevel=2)
         return self._loaded
 
     def _is_built(self):
         # Every call asks meanwhile, and to look for the file takes longer than a small kernel.
         if self._thread and self._thread.is_alive():
             return False
-        if build.find(*self.library, device="cpu").exists():
+        if build.find(*self.library, device="cpu"):
             return True
         if self._thread:
             raise self._error or RuntimeError(f"{self.name} was not built")
@@ -191,7 +217,7 @@ class WithoutPython:
     def _make(self):
         try:
             build.make(*self.library, device="cpu", quiet=True)
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             self._error = error
 
 

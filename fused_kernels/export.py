@@ -2,7 +2,7 @@
 
 import re
 
-from . import build, reference
+from . import reference, toolchain
 from .rungs import LADDER, rungs
 
 OPERATOR = "conv2d_scale_min"
@@ -102,7 +102,7 @@ def kernelbench(name="conv_wgmma"):
         source=re.sub(r"\n\s*\n+", "\n\n", source).strip(),
         namespace=f"kernelbench_{name}",
         name=name,
-        arch=f'"{build.architecture(capability)}"' if capability else current,
+        arch=f'"{toolchain.architecture(capability)}"' if capability else current,
         precision=rung.float32_precisions[0],
         **{key: getattr(reference, key) for key in ("batch_size", "in_channels", "out_channels", "height", "width")},
         **{key: getattr(reference, key) for key in ("kernel_size", "scale_factor")},
@@ -112,7 +112,7 @@ def kernelbench(name="conv_wgmma"):
 def flattened(path, seen=None):
     """Read a source with the package's own headers put where they are included, each once."""
     seen = set() if seen is None else seen
-    folders = (path.parent, *build.include_paths("cuda"))
+    folders = (path.parent, *toolchain.include_paths("cuda"))
 
     def replace(match):
         found = next((folder / match[1] for folder in folders if (folder / match[1]).exists()), None)

@@ -58,7 +58,7 @@ class _Job:
             # Into a file: a pipe would stay open for as long as what the compiler started itself.
             said = self.folder / f"{number}.txt"
             try:
-                with self._lock, said.open("w") as output:
+                with self._lock, said.open("wb") as output:
                     if self.error:
                         return
                     # A group of its own, in which the compiler starts others.
@@ -73,7 +73,7 @@ class _Job:
                     self._processes.append(process)
                 if process.wait() == 0:
                     return
-                text = said.read_text(errors="replace").strip()
+                text = said.read_text(encoding="utf-8", errors="replace").strip()
             except OSError as error:
                 text = error
         self.stop(RuntimeError(f"the compiler failed: {shlex.join(command)} said:\n{text}"))

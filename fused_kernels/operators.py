@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from . import arguments, build, choice, composite, dispatch, gradients, jobs, plans
-from .rungs import BACKWARD, COPY, LADDER, rungs
+from . import arguments, build, choice, composite, dispatch, gradients, jobs, plans, progress
+from .rungs import BACKWARD, COPY, INSTEAD, LADDER, note_unavailable, rungs
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
 _FROM_WINNERS = "Tensor grad, Tensor winners"
@@ -205,24 +205,63 @@ def _define_implementation(rung, name, kind, winners, overload):
     library = define_rules(rung.namespace, qualified, kind)
     available_on = set()
 
-    def stand_in(*args):
-        """Take the operator's place until it is called, then build; once loaded, its own key goes first."""
-        if args[0].device.type != rung.device:
-            raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {args[0].device}")
-        if args[0].device not in available_on:
-            # To find the compilers takes longer than a small kernel; what is missing may be there at the next call.
-            if missing := rung.why_unavailable(args[0].device.index):
-                raise RuntimeError(f"{name} cannot run here: {missing}")
-            available_on.add(args[0].device)
+    def load(device, dtype):
+        """Load what takes such tensors; give the overload that has an implementation now."""
+        if device.type != rung.device:
+            raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {device}")
         wanted = overload
         if overload is None and rung.overloads != (None,):
-            wanted = dispatch.OVERLOADS.get(args[0].dtype)
+            wanted = dispatch.OVERLOADS.get(dtype)
             if wanted not in rung.overloads:
-                raise RuntimeError(f"input: expected {' or '.join(rung.overloads)} for {name}, got {args[0].dtype}")
-        packet = getattr(getattr(torch.ops, rung.namespace), name)
-        return getattr(packet, _load(rung, name, wanted, winners))(*args)
+                raise RuntimeError(f"input: expected {' or '.join(rung.overloads)} for {name}, got {dtype}")
+        if (device, dtype) not in available_on:
+            # To find the compilers takes longer than a small kernel; what is missing may be there at the next call.
+            if missing := rung.why_unavailable(device.index, dtype):
+                raise build.UnavailableError(f"{name} cannot run here: {missing}")
+            available_on.add((device, dtype))
+        try:
+            return _load(rung, name, wanted, winners)
+        except build.UnavailableError as error:
+            available_on.clear()
+            note_unavailable(rung, wanted, str(error))
+            raise
 
+    def stand_in(*args):
+        """Take the operator's place until it is called, then build; once loaded, its own key goes first."""
+        try:
+            found = load(args[0].device, args[0].dtype)
+        except build.UnavailableError as error:
+            if rung.edited_source is not None:
+                raise
+            # Not an error of whoever called: the choice was made before this could be known.
+            progress.warn_once(f"{INSTEAD}: {error}")
+            return _by_library(kind, args)
+        return getattr(getattr(getattr(torch.ops, rung.namespace), name), found)(*args)
+
+    if overload is None:
+        dispatch.loaders[rung.namespace, name] = load
     library.impl(qualified, stand_in, "CompositeExplicitAutograd")
+
+
+def _by_library(kind, args):
+    """Do what an operator does by PyTorch's own operations; the results lie in memory as the operator's would."""
+    with torch._C._DisableAutocast():
+        found, outputs = _BY_LIBRARY[kind](*args), FAKES[kind](*args)
+    for output, values in zip(*((outputs, found) if isinstance(outputs, (tuple, list)) else ([outputs], [found])), strict=True):
+        output.copy_(values)
+    return outputs
+
+
+_BY_LIBRARY = {
+    **gradients.BY_LIBRARY,
+    "scale_min": composite.reference_scale_min,
+    "scale_min_winners": composite.reference_winners,
+    "scale_min_bias": lambda input, bias, scale, early: composite.reference_bias_winners(input, bias, scale)[0],
+    "scale_min_bias_winners": lambda input, bias, scale, early: composite.reference_bias_winners(input, bias, scale),
+    "conv2d_scale_min": composite.by_library,
+    "conv2d_scale_min_winners": composite.winners_by_library,
+    "to_channels_last": lambda input, weight, early: [tensor for tensor in (input, weight) if tensor is not None],
+}
 
 
 def _make(rung, overload, winners):

@@ -45,11 +45,11 @@ def scale_min(input, scale, *, return_indices=False):
     scale = arguments.as_scale(scale)
     if auto.is_tracing():
         auto.untraced(arguments.check_input, input)
-        if not auto.is_better_traced_by_library(input.device):
+        if not auto.is_better_traced_by_library(input.device, input.dtype):
             return auto.trace("scale_min", (input, scale), return_indices)
     else:
         arguments.check_input(input)
-    if not has_scale_min(input.device):
+    if not has_scale_min(input.device, input.dtype):
         return composite.reference_scale_min(input, scale, return_indices)
     device = input.device.type
     return run_forward(choice.SCALE_MIN[device], (input, scale), (choice.SCALE_MIN_BACKWARD[device],), return_indices)
@@ -146,7 +146,7 @@ def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dil
     if auto.is_exporting() and not is_transformed():
         return auto.trace("conv2d_scale_min", (input, weight, bias, scale, *conv), return_indices, "_autocast")
     args = *arguments.autocast(input, weight, bias), scale
-    if auto.is_better_traced_by_library(input.device):
+    if auto.is_better_traced_by_library(input.device, args[0].dtype):
         return composite.compute_by_library(describe_problem(args[0], weight.shape, *conv), *args, return_indices)
     return auto.trace("conv2d_scale_min", (*args, *conv), return_indices)
 
@@ -226,11 +226,11 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
         name, why = "composite", f"{name} has no rule for torch.func's transforms and forward-mode gradients"
     if name == "composite":
         inner = choice.SCALE_MIN.get(device.type)
-        missing = why_unavailable(inner, device.index) if inner else f"no kernel for {device.type} tensors"
+        missing = why_unavailable(inner, device.index, input.dtype) if inner else f"no kernel for {device.type} tensors"
         why = f"the library's convolution, then scale and min: {why}"
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
     dtype, backward = str(input.dtype).removeprefix("torch."), ()
-    if decision.backward and (name != "composite" or has_scale_min(device)):
+    if decision.backward and (name != "composite" or not (missing or is_transformed())):
         backward = decision.backward[:2]
     precision = decision.problem.precision if dtype == "float32" else dtype
     return Explanation(name, precision, why, backward, *_others(decision))
@@ -242,7 +242,7 @@ def _others(decision):
     if problem.device.type not in candidates.FUSED:
         return (), ""
     hardware = choice.read_hardware(problem.device)
-    refused = choice.why_not_fused(problem, hardware, lambda name: why_unavailable(name, problem.device.index))
+    refused = choice.why_not_fused(problem, hardware, lambda name: why_unavailable(name, problem.device.index, problem.dtype))
     ranked = [Candidate(name, 1e6 * seconds[name]) for name in sorted(seconds, key=seconds.get)]
     ranked += [Candidate(name, None, reason) for name, reason in refused.items() if name not in seconds]
     return tuple(ranked), estimates.nearest(problem, hardware) if hardware and seconds else ""

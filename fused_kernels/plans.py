@@ -89,17 +89,15 @@ _Question, _Answer = ctypes.c_int64 * 25, ctypes.c_int64 * _ENDS[-1]
 
 def source():
     """Give the name and the source of the library that plans."""
-    return NAME, (build.CSRC / "cpu" / f"{NAME}.cpp").read_text()
+    return NAME, (build.CSRC / "cpu" / f"{NAME}.cpp").read_text(encoding="utf-8")
 
 
 @functools.cache
 def why_unavailable():
     """Say in one sentence why the planning can't be asked here, or None."""
-    if reason := build.why_no_compiler():
-        return reason
     try:
         library()
-    except build.NoPlaceError as error:
+    except build.UnavailableError as error:
         return str(error)
     return None
 
@@ -148,4 +146,8 @@ def plan_costs(problem, hardware):
 @functools.cache
 def library():
     """Load the library that plans, built where it is not yet; for callers that have asked ``why_unavailable``."""
-    return ctypes.CDLL(str(build.make(*source(), device="cpu", quiet=True)))
+    found = build.make(*source(), device="cpu", quiet=True)
+    try:
+        return ctypes.CDLL(str(found))
+    except OSError as error:
+        raise build.UnavailableError(f"a built library does not load: {error}") from error

@@ -1,8 +1,9 @@
-"""Say what takes long: on a terminal or in a notebook, never in a log."""
+"""Say what takes long, on a terminal or in a notebook and never in a log; and once, what is in the way of a kernel."""
 
 import contextlib
 import sys
 import time
+import warnings
 
 
 def interactive():
@@ -28,3 +29,14 @@ def task(label):
         print(f"{label} failed", flush=True)
         raise
     print(f"{label}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def warn_once(text):
+    """Warn, the first time in a process: what is in the way of one kernel is mostly in the way of all."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(f"{text}; see python -m fused_kernels doctor", stacklevel=3)
+
+
+_has_warned = False

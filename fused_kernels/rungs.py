@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from . import arguments, build, jobs
-from .dispatch import OVERLOADS, is_transformed, operator, wants_gradient
+from . import arguments, build, jobs, places, progress, toolchain
+from .dispatch import OVERLOADS, is_transformed, operator, require, wants_gradient
 from .problem import check_problem
 
 
@@ -56,18 +56,36 @@ class Rung:
     namespace: str = build.NAMESPACE
     edited_source: str | None = None
 
-    def why_unavailable(self, device=None):
+    def why_unavailable(self, device=None, dtype=None):
         """Say in one sentence why this rung can't run on this machine, or None.
+
+        It can where its libraries can be built, or are there.
 
         Parameters
         ----------
         device : torch.device, optional
             Which GPU to ask about; by default the current one.
+        dtype : torch.dtype, optional
+            Which library to ask about; by default all of them.
         """
         if self.device is None:
             return None
         if self.device == "cpu":
-            return build.why_no_compiler()
+            missing = toolchain.why_no_compiler()
+        elif reason := self._why_no_gpu(device):
+            return reason
+        else:
+            missing = toolchain.why_no_nvcc(torch.cuda.get_device_capability(device))
+        missing = missing or places.why_none()
+        asked = [OVERLOADS[dtype]] if OVERLOADS.get(dtype) in self.overloads else self.overloads
+        for overload in asked:
+            if reason := _failed.get((self.namespace, self.name, overload)):
+                return reason
+            if missing and not build.find(**self.library(overload)):
+                return missing
+        return None
+
+    def _why_no_gpu(self, device):
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
         if not torch.cuda.is_available():
@@ -77,7 +95,7 @@ class Rung:
             need, have = (".".join(map(str, pair)) for pair in (self.only_capability or self.min_capability, capability))
             newer = "" if self.only_capability else " or newer"
             return f"{self.name} needs a GPU of compute capability {need}{newer}, this one has {have}"
-        return build.why_no_nvcc(capability)
+        return None
 
     def runs_on(self, capability):
         """Tell whether a GPU of this compute capability has the instructions that it needs."""
@@ -119,10 +137,15 @@ class Rung:
             return (None,)
         return tuple(OVERLOADS[dtype] for dtype in self.dtypes)
 
+    @property
+    def variants(self):
+        """The overload of each of its libraries, and whether it gives winners."""
+        return [(overload, winners) for overload in self.overloads for winners in ((False, True) if self.winners else (False,))]
+
     def library(self, overload, winners=False, arch=None):
         """Give the arguments for :func:`fused_kernels.build.make`; ``overload``: one of ``overloads``."""
         if arch is None and self.only_capability:
-            arch = build.architecture(self.only_capability)
+            arch = toolchain.architecture(self.only_capability)
         where = {"device": self.device, "namespace": self.namespace, "arch": arch}
         return {"name": self.name, "source": self.source, **where, "winners": winners, "dtype": overload}
 
@@ -139,15 +162,15 @@ class Rung:
         Raises
         ------
         RuntimeError
-            No visible GPU can run it, or the toolchain is missing; or the compiler failed, and the message holds what it said.
+            No visible GPU can run it, or there is no toolchain or no place to build in (an UnavailableError); or the compiler
+            failed, and the message holds what it said.
         """
         if self.device is None:
             return
-        if arch is None:
-            devices = range(torch.cuda.device_count()) if self.device == "cuda" else ()
-            missing = [self.why_unavailable(device) for device in devices or (None,)]
+        if arch is None and self.device == "cuda":
+            missing = [self._why_no_gpu(device) for device in range(torch.cuda.device_count()) or (None,)]
             if all(missing):
-                raise RuntimeError(f"{self.name} cannot run here: {missing[0]}")
+                raise build.UnavailableError(f"{self.name} cannot run here: {missing[0]}")
         overloads = self.overloads if overloads is None else overloads
         jobs.map_all(lambda one: build.load(**self.library(one, winners, arch), at_once=at_once), overloads, len(overloads))
 
@@ -186,9 +209,13 @@ class Rung:
         return self._run(input, weight, bias, scale, *geometry, precision)
 
     def _run(self, *args):
-        if self.has_winners and wants_gradient(*args):
-            return operator(f"{self.name}_winners", args[0].dtype, self.namespace)(*args)[0]
-        return operator(self.name, args[0].dtype, self.namespace)(*args)
+        by_winners = self.has_winners and wants_gradient(*args)
+        name = f"{self.name}_winners" if by_winners else self.name
+        if self.device:
+            # Who names a rung wants no other operations in its place.
+            require(self.namespace, name, args[0])
+        output = operator(name, args[0].dtype, self.namespace)(*args)
+        return output[0] if by_winners else output
 
     @property
     def has_winners(self):
@@ -296,15 +323,38 @@ rungs = {rung.name: rung for rung in LADDER}
 steps = {rung.name: rung for rung in BACKWARD}
 
 
-def why_unavailable(name, device_index):
-    """Say why a rung, or the copy, can't run on this GPU, or None."""
+# ---- what is there ----
+
+
+def why_unavailable(name, device_index, dtype):
+    """Say why a rung's library, or the copy's, for a dtype can't be had for this GPU, or None."""
     # Asked once per process: to find the compilers takes longer than a small kernel.
-    key = (name, device_index)
+    key = (name, device_index, dtype)
     if key not in _availability:
-        _availability[key] = (COPY if name == COPY.name else rungs[name]).why_unavailable(device_index)
+        _availability[key] = (COPY if name == COPY.name else rungs[name]).why_unavailable(device_index, dtype)
     return _availability[key]
 
 
-_availability = {}
+def is_available(name, device_index, dtype):
+    """Tell whether it can be had; if not, the caller runs PyTorch's own operations, and one warning a process says why."""
+    reason = why_unavailable(name, device_index, dtype)
+    if reason:
+        progress.warn_once(f"{INSTEAD}: {reason}")
+    return not reason
+
+
+def note_unavailable(rung, overload, reason):
+    """Note that a library can't be had though nothing had told so before, and forget every choice that was made."""
+    _failed[rung.namespace, rung.name, overload] = reason
+    _availability.clear()
+    for forget in when_unavailable:
+        forget()
+
+
+INSTEAD = "PyTorch's own operations run in place of a kernel"
+# What to call then.
+when_unavailable = []
+_availability, _failed = {}, {}
 # What torch.compiler.assume_constant_result sets; that function would import the compiler, one second, for this line.
 why_unavailable._dynamo_marked_constant = True
+is_available._dynamo_marked_constant = True

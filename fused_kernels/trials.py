@@ -50,7 +50,7 @@ if hasattr(os, "register_at_fork"):
 def is_open(decision, args, winners):
     """Tell whether a trial that is asked for could still say otherwise than a decision; arguments: as of ``settle``."""
     problem = decision.problem
-    if not _are_wanted() or not decision.seconds or not composite.has_scale_min(problem.device):
+    if not _are_wanted() or not decision.seconds or not composite.has_scale_min(problem.device, problem.dtype):
         return False
     return _settled.get((_wanted(args, winners), problem)) is not decision and _can_be_tried(args, problem)
 
@@ -161,7 +161,7 @@ def _can_be_tried(args, problem):
 def _settle_forward(decision, args, wanted):
     """Time what is ranked first; give the decision for the fastest, or None where there was nothing to time."""
     problem = decision.problem
-    if not composite.has_scale_min(problem.device):
+    if not composite.has_scale_min(problem.device, problem.dtype):
         return None
     suffix = "_winners" if wanted else ""
     names = shortlist(decision.seconds, problem.dtype, bool(wanted), _MOST)
@@ -172,6 +172,8 @@ def _settle_forward(decision, args, wanted):
             # Compiled together, where they are not built.
             for name in names:
                 dispatch.start(name + suffix, problem.dtype)
+        # Where one can't be had after all, PyTorch's operations would be timed under its name.
+        calls = {name: call for name, call in calls.items() if dispatch.is_had(name + suffix, args[0])}
         best, times = fastest(calls, problem.device)
         if best is None:
             return None
@@ -222,7 +224,7 @@ def _is_built(name, dtype, winners):
     rung = rungs.get(name) or steps.get(name)
     if rung is None or rung.device is None:
         return True
-    return build.find(**rung.library(dispatch.OVERLOADS[dtype], winners and rung.winners)).exists()
+    return build.find(**rung.library(dispatch.OVERLOADS[dtype], winners and rung.winners)) is not None
 
 
 # ---- timing ----

@@ -12,7 +12,7 @@ from torch.export import Dim, export
 from torch.export.passes import move_to_device_pass
 
 import fused_kernels as fk
-from fused_kernels import arguments, build, dispatch
+from fused_kernels import arguments, dispatch, places
 
 ON = pytest.mark.parametrize("device", DEVICES)
 # torch warns where vmap runs an operator in a loop, for want of a rule.
@@ -210,7 +210,7 @@ def test_compiled_inference_keeps_no_winners(device):
 def test_compiled_for_a_kernel_that_is_not_there(device, monkeypatch):
     """The compiler gets PyTorch's operations, which it can fuse."""
     torch._dynamo.reset()
-    monkeypatch.setattr(fk.auto, "has_scale_min", lambda device: False)
+    monkeypatch.setattr(fk.auto, "has_scale_min", lambda device, dtype: False)
     counter = CompileCounterWithBackend("eager")
     layer, input = SMALL.make(device), SMALL.draw(device)
     close(torch.compile(layer, backend=counter, fullgraph=True)(input), layer(input))
@@ -273,7 +273,7 @@ def test_an_aotinductor_package_runs_where_this_one_was_imported(device, run_pyt
     with torch.no_grad():
         program = export(model, (SMALL.draw(device),), dynamic_shapes={"input": {0: Dim("B", min=2, max=64)}})
         torch._inductor.aoti_compile_and_package(program, package_path=files["package"])
-        run_python(FROM_A_PACKAGE.format(**files), FUSED_KERNELS_CACHE=str(build.cache_dir()))
+        run_python(FROM_A_PACKAGE.format(**files), FUSED_KERNELS_CACHE=str(places.cache_dir()))
         close(torch.load(files["result"]), model(input))
 
 

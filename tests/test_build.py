@@ -18,11 +18,11 @@ import torch
 from conftest import assert_one_sentence
 
 import fused_kernels as fk
-from fused_kernels import build
+from fused_kernels import build, toolchain
 from fused_kernels.__main__ import main
 from fused_kernels.rungs import BACKWARD, COPY, LADDER
 
-pytestmark = pytest.mark.skipif(build.why_no_compiler() is not None, reason=str(build.why_no_compiler()))
+pytestmark = pytest.mark.skipif(toolchain.why_no_compiler() is not None, reason=str(toolchain.why_no_compiler()))
 
 # A kernel of the operator's signature that builds in a second, whose result nobody else gives.
 FILL = """
@@ -88,14 +88,13 @@ def test_cold_builds_and_warm_does_not(run_python, tmp_path):
     for _ in range(2):
         assert run_python(code, CXX=counting).split() == ["-4.0", "7.0", "8.0"]
         assert compiled.read_text().split() == ["once"] * 3
-    for folder in (tmp_path / "cache").iterdir():
-        assert folder.suffix == ".lock" or [path.suffix for path in folder.iterdir()] == [".so"]
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".so", ".sha256", ".lock"}
 
 
 def test_a_call_builds_its_own_dtype_alone(run_python, tmp_path):
     code = PREPARE + "print(fk.scale_min(input, 2.0).item(), torch.ops.fused_kernels.scale_min(input.half(), 2.0).item())"
     assert run_python(code).split() == ["-4.0", "-4.0"]
-    built = {folder.name.split("-")[0] for folder in (tmp_path / "cache").iterdir()}
+    built = {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()}
     assert built == {"scale_min.float32", "scale_min.float16"}
 
 
@@ -231,9 +230,10 @@ def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path):
     wait_for(started, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
-    assert list((tmp_path / "cache").glob("scale_min-*/build-*"))
-    assert not list((tmp_path / "cache").glob("scale_min-*/scale_min.so"))
+    assert list((tmp_path / "cache").glob("scale_min-*.build-*"))
+    assert not list((tmp_path / "cache").glob("scale_min-*.so"))
     assert run_python(code, CXX="c++").strip() == "5.0"
+    assert not list((tmp_path / "cache").glob("scale_min-*.build-*"))
 
 
 def test_an_interrupt_ends_the_compilers(run_python, tmp_path):
@@ -255,18 +255,6 @@ def test_an_interrupt_ends_the_compilers(run_python, tmp_path):
     os.close(reader)
     assert ended
     assert run_python(code, CXX="c++").strip() == "5.0"
-
-
-def test_stale_files_are_cleared(empty_cache):
-    """A build folder without the library is nobody's."""
-    arguments = {"device": "cpu", "namespace": "fused_kernels_stale"}
-    library = build.load("scale_min", FILL.replace("VALUE", "1.0"), **arguments)
-    library.rename(library.parent / "half.so")
-    (library.parent / "lock").touch()
-    assert build.load("scale_min", FILL.replace("VALUE", "1.0"), **arguments) == library
-    assert library.exists()
-    assert not (library.parent / "lock").exists()
-    assert not (library.parent / "half.so").exists()
 
 
 def test_without_a_compiler(run_python, tmp_path):
@@ -382,7 +370,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(build, "cuda_toolkit", lambda: toolkit)
+        monkeypatch.setattr(toolchain, "cuda_toolkit", lambda: toolkit)
 
     return pretend
 
@@ -399,7 +387,7 @@ def gpu(monkeypatch):
 )
 def test_why_unavailable(gpu, capability, codes, words):
     rung = CUDA_RUNGS[0]
-    gpu(capability, None if codes is None else build.Toolkit(Path("/opt/cuda"), (12, 8), frozenset(codes)))
+    gpu(capability, None if codes is None else toolchain.Toolkit(Path("/opt/cuda"), (12, 8), frozenset(codes)))
     reason = rung.why_unavailable()
     if words is None:
         assert reason is None
@@ -425,7 +413,7 @@ def test_why_unavailable_without_cuda(monkeypatch):
 
 @pytest.mark.parametrize(("capability", "name"), [(c, a) for a, c in ARCHITECTURES.items()])
 def test_architecture(capability, name):
-    assert build.architecture(capability) == name
+    assert toolchain.architecture(capability) == name
 
 
 def test_nvcc_from_pypi_is_found_and_made_linkable(tmp_path, monkeypatch, empty_cache):
@@ -443,17 +431,17 @@ def test_nvcc_from_pypi_is_found_and_made_linkable(tmp_path, monkeypatch, empty_
         home / "bin" / "nvcc", "case $1 in\n" + "\n".join(f"{flag}) {what};;" for flag, what in says.items()) + "\nesac"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages"), *sys.path])
-    candidates = list(build._nvcc_candidates())
+    candidates = list(toolchain._nvcc_candidates())
     assert nvcc in candidates
 
     monkeypatch.setattr(
-        build, "_nvcc_candidates", lambda: [None, str(tmp_path / "absent"), *candidates[candidates.index(nvcc) :]]
+        toolchain, "_nvcc_candidates", lambda: [None, str(tmp_path / "absent"), *candidates[candidates.index(nvcc) :]]
     )
-    toolkit = build.cuda_toolkit.__wrapped__()
-    assert toolkit == build.Toolkit(home.resolve(), (13, 0), frozenset({80, 90}))
+    toolkit = toolchain.cuda_toolkit.__wrapped__()
+    assert toolkit == toolchain.Toolkit(home.resolve(), (13, 0), frozenset({80, 90}))
 
     for _ in range(2):  # made, then found
-        shim = build._linkable_home(toolkit)
+        shim = toolchain.linkable_home(toolkit)
         assert (shim / "lib64" / "libcudart.so").resolve() == (home / "lib" / "libcudart.so.13").resolve()
         assert (shim / "bin" / "nvcc").samefile(nvcc)
         assert (shim / "include").is_dir()
@@ -462,17 +450,17 @@ def test_nvcc_from_pypi_is_found_and_made_linkable(tmp_path, monkeypatch, empty_
     (home / "lib" / "libcudart.so.13").unlink()
     shutil.rmtree(shim)
     with pytest.raises(RuntimeError, match="no libcudart") as error:
-        build._linkable_home(toolkit)
+        toolchain.linkable_home(toolkit)
     assert_one_sentence(str(error.value))
 
 
 def test_cuda_home_goes_before_all_other_toolkits(monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "/chosen")
-    assert next(build._nvcc_candidates()) == "/chosen/bin/nvcc"
+    assert next(toolchain._nvcc_candidates()) == "/chosen/bin/nvcc"
 
 
 def cuda_jobs():
-    toolkit = build.cuda_toolkit()
+    toolkit = toolchain.cuda_toolkit()
     for rung in CUDA_RUNGS:
         for arch, capability in ARCHITECTURES.items():
             # Of the backward pass the oldest and Hopper are enough: it has no instructions that others lack.
@@ -490,7 +478,7 @@ def winners_jobs():
             yield {**job, "winners": True}
 
 
-@pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
+@pytest.mark.skipif(toolchain.cuda_toolkit() is None, reason="no nvcc")
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
     """And loads, without a GPU; a register spill is an error, whose message names the kernel."""
@@ -502,7 +490,7 @@ def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
     assert all(library.exists() for library in libraries)
 
 
-@pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
+@pytest.mark.skipif(toolchain.cuda_toolkit() is None, reason="no nvcc")
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 @pytest.mark.parametrize("name", [rung.name for rung in CUDA_RUNGS if "wgmma" in rung.name])
 @pytest.mark.parametrize("winners", [False, True])
@@ -515,7 +503,7 @@ def test_parts_make_one_library(name, winners, empty_cache):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CUDA")
 
 
-@pytest.mark.skipif(build.cuda_toolkit() is None, reason="no nvcc")
+@pytest.mark.skipif(toolchain.cuda_toolkit() is None, reason="no nvcc")
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 @pytest.mark.parametrize("name", [rung.name for rung in CUDA_RUNGS if "wgmma" in rung.name])
 def test_wgmma_is_not_serialised(name, tmp_path):
@@ -523,9 +511,9 @@ def test_wgmma_is_not_serialised(name, tmp_path):
     (job,) = (job for job in cuda_jobs() if job["name"] == name)
     (tmp_path / f"{name}.cu").write_text(job["source"])
     # Compiled here, not by build.load: a cached library was compiled silently, by a checkout that may be gone.
-    folders = [*build.include_paths("cuda"), *build.torch_include_paths()]
-    flags = build.compiler_flags("cuda", job["namespace"], [job["arch"]])
-    nvcc = build.cuda_toolkit().home / "bin" / "nvcc"
+    folders = [*toolchain.include_paths("cuda"), *toolchain.torch_include_paths()]
+    flags = toolchain.compiler_flags("cuda", job["namespace"], [job["arch"]])
+    nvcc = toolchain.cuda_toolkit().home / "bin" / "nvcc"
     said = subprocess.run(
         [nvcc, "-Xptxas=-v", "-cubin", *flags, *(f"-I{folder}" for folder in folders), f"{name}.cu"],
         cwd=tmp_path,
@@ -541,10 +529,13 @@ def test_wgmma_is_not_serialised(name, tmp_path):
 def test_one_library_serves_every_visible_gpu(monkeypatch):
     """The current device may not be the tensor's: build for all that can run a kernel, and for no other."""
     capabilities = [(9, 0), (7, 5), (8, 6), (9, 0), (99, 0)]
-    monkeypatch.setattr(build, "cuda_toolkit", lambda: build.Toolkit(Path("/nowhere"), (13, 0), frozenset({75, 80, 86, 90})))
+    monkeypatch.setattr(
+        toolchain, "cuda_toolkit", lambda: toolchain.Toolkit(Path("/nowhere"), (13, 0), frozenset({75, 80, 86, 90}))
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
-    flags = build.compiler_flags("cuda", "somewhere", build._visible_architectures())
+    library = build.Library("somewhere", "", "cuda")
+    flags = library.flags(library.buildable_archs())
     assert [flag for flag in flags if "gencode" in flag] == [
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",
@@ -554,46 +545,51 @@ def test_one_library_serves_every_visible_gpu(monkeypatch):
 # What is old is removed, and nothing else.
 
 
-def make_build(cache, name, content=("{name}.so",)):
-    folder = cache / name
-    folder.mkdir(parents=True)
-    for file in content:
-        (folder / file.format(name=name.rpartition("-")[0])).write_bytes(b"x" * 1000)
-    (cache / f"{name}.lock").touch()
-    return folder
+def make_build(cache, stem, endings=(".so", ".sha256", ".lock")):
+    """Make the files of a build that is not this version's."""
+    cache.mkdir(exist_ok=True)
+    paths = [cache / f"{stem}{ending}" for ending in endings]
+    for path in paths:
+        path.write_bytes(b"x" * 1000)
+    return paths
 
 
 def test_clean_removes_what_this_version_would_not_load(empty_cache, capsys):
     library = fk.rungs["scale_min"].library("float32")
     needed = build.make(**library)
-    (needed.parent / "build-half").mkdir()
-    half_made = build.find(**{**library, "dtype": "float64"})
-    make_build(empty_cache, half_made.parent.name, ["scale_min.o"])
-    old = make_build(empty_cache, "conv_mma-0123456789abcdef", ["{name}.so", "main.cpp", "build.ninja", ".ninja_log"])
-    (empty_cache / "conv_mma-fedcba9876543210.lock").touch()
+    left = empty_cache / f"{needed.stem}.build-half"
+    left.mkdir()
+    half_made = build.Library(**{**library, "dtype": "float64"}).native_file().removesuffix(".so")
+    gone = make_build(empty_cache, half_made, [".so"])  # without its digest
+    gone += make_build(empty_cache, "conv_mma-fedcba9876543210")
+    gone += make_build(empty_cache, "conv_mma.float32.sm_80.sm_90a-fedcba9876543210")
+    gone += make_build(empty_cache, "conv_mma-aaaaaaaaaaaaaaaa", [".lock"])
+    before = empty_cache / "conv_mma-0123456789abcdef"  # as libraries lay in earlier versions
+    before.mkdir()
+    for name in ("conv_mma.so", "main.cpp", "build.ninja", ".ninja_log"):
+        (before / name).touch()
     foreign = [empty_cache / "notes-0123456789abcdef", empty_cache / "cuda-0123456789ab", empty_cache / "mine"]
     for folder in foreign:
         folder.mkdir()
         (folder / "letter.doc").touch()
     at_work = make_build(empty_cache, "conv_direct-0123456789abcdef")
-    with filelock.FileLock(f"{at_work}.lock"):
+    with filelock.FileLock(empty_cache / "conv_direct-0123456789abcdef.lock"):
         main(["doctor", "--clean"])
-    assert re.fullmatch(r"removed 3 old builds, 0\.0 MB, from .*\n", capsys.readouterr().out)
-    assert [path.name for path in needed.parent.iterdir()] == [needed.name]
-    assert not half_made.parent.exists()
-    assert not old.exists()
-    assert {path.name for path in empty_cache.glob("*.lock")} >= {f"{at_work.name}.lock"}
-    assert not list(empty_cache.glob("conv_mma*"))
-    assert at_work.exists()
-    assert all(folder.exists() for folder in foreign)
+    assert re.fullmatch(r"removed \d+ old builds, 0\.0 MB, from .*\n", capsys.readouterr().out)
+    assert needed.exists()
+    assert not left.exists()
+    assert not before.exists()
+    assert not [path for path in gone if path.exists()]
+    assert all(path.exists() for path in (*at_work[:2], *foreign))
     main(["doctor", "--clean"])
-    assert not at_work.exists()
+    assert not [path for path in at_work if path.exists()]
     main(["doctor", "--clean"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("removed 0 old builds")
+    assert build.make(**library) == needed
 
 
 def test_clean_says_where_it_cannot_write(empty_cache, monkeypatch):
-    empty_cache.mkdir()
+    make_build(empty_cache, "conv_mma-fedcba9876543210")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(SystemExit, match="cannot be written") as error:
         main(["doctor", "--clean"])
@@ -623,19 +619,3 @@ print("both built")
 def test_a_fork_while_libraries_are_built(run_python):
     """The child builds what it needs, and leaves its parent's compilers alone."""
     assert run_python(FORK).strip() == "both built"
-
-
-BROKEN = """
-from pathlib import Path
-import torch
-from fused_kernels import build, dispatch
-
-library = build.find(*dispatch.auto.library, device="cpu")
-library.parent.mkdir(parents=True)
-library.write_text("no library")
-print(torch.ops.fused_kernels.scale_min_auto(torch.ones(1, 2, 1, 1), 2.0).item())
-"""
-
-
-def test_a_library_that_does_not_load_is_done_without(run_python):
-    assert run_python(BROKEN).strip() == "2.0"

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from fused_kernels import build, export, reference, rungs
+from fused_kernels import export, reference, rungs, toolchain
 from fused_kernels.__main__ import main
 
-NO_NVCC = build.cuda_toolkit() is None or torch.version.cuda is None
+NO_NVCC = toolchain.cuda_toolkit() is None or torch.version.cuda is None
 
 
 @pytest.mark.parametrize("name", export.EXPORTABLE)
@@ -69,7 +69,7 @@ def test_builds_and_agrees(name, tmp_path):
         pytest.skip(reason)
     ninja = pytest.importorskip("ninja").BIN_DIR
     environment = {**os.environ, "PATH": os.pathsep.join((ninja, os.environ["PATH"])), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    environment["CUDA_HOME"] = str(build._linkable_home(build.cuda_toolkit()))
+    environment["CUDA_HOME"] = str(toolchain.linkable_home(toolchain.cuda_toolkit()))
     done = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path)],
         env=environment,

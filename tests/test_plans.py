@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kernels import build, plans
+from fused_kernels import plans, toolchain
 from fused_kernels.candidates import Hardware
 from fused_kernels.problem import make_problem
 
-pytestmark = pytest.mark.skipif(build.why_no_compiler() is not None, reason=str(build.why_no_compiler()))
+pytestmark = pytest.mark.skipif(toolchain.why_no_compiler() is not None, reason=str(toolchain.why_no_compiler()))
 
 H200 = Hardware("NVIDIA H200", (9, 0), 132, 227 << 10, 228 << 10, 1.98e9, 4.8e12)
 RTX = Hardware("NVIDIA GeForce RTX 3080", (8, 6), 84, 99 << 10, 100 << 10, 1.7e9, 0.76e12)
@@ -131,5 +131,5 @@ def test_no_operator_is_called():
 
 @pytest.mark.parametrize(("rung", "number"), [("conv_mma", "kRowPadding"), ("conv_direct", "kRows")])
 def test_numbers_that_stand_twice_are_the_same(rung, number):
-    texts = (build.CSRC / "cuda" / f"{rung}.cu").read_text(), plans.source()[1]
+    texts = (toolchain.CSRC / "cuda" / f"{rung}.cu").read_text(), plans.source()[1]
     assert len({re.search(rf"\b{number} = (\d+)", text)[1] for text in texts}) == 1

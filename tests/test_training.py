@@ -8,7 +8,7 @@ from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_take
 from torch.nn import functional as F
 
 import fused_kernels as fk
-from fused_kernels import arguments, build, candidates, choice, composite, dispatch, gradients
+from fused_kernels import arguments, candidates, choice, composite, dispatch, gradients, places
 from fused_kernels.problem import check_problem, describe_problem
 from fused_kernels.rungs import BACKWARD, LADDER
 
@@ -484,7 +484,7 @@ print("all close")
 @ON
 def test_compiled_autograd(device, run_python):
     code = COMPILED_AUTOGRAD.format(device=device)
-    assert run_python(code, FUSED_KERNELS_CACHE=str(build.cache_dir())).strip() == "all close"
+    assert run_python(code, FUSED_KERNELS_CACHE=str(places.cache_dir())).strip() == "all close"
 
 
 # NOTE: in a process of its own. After some thousand other tests, torch 2.11 aborted here in half of the runs ("corrupted size
@@ -493,7 +493,7 @@ def test_compiled_autograd(device, run_python):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_training_step(device, dynamic, run_python):
     code = COMPILED_STEP.format(device=device, dynamic=dynamic)
-    assert run_python(code, FUSED_KERNELS_CACHE=str(build.cache_dir())).strip() == "all close"
+    assert run_python(code, FUSED_KERNELS_CACHE=str(places.cache_dir())).strip() == "all close"
 
 
 @pytest.mark.gpu

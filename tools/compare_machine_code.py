@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from fused_kernels import build
+from fused_kernels import toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a")
@@ -138,14 +138,14 @@ def without_layout(text):
 
 
 def include_folders(csrc):
-    """Name the folders of our own headers, as build.include_paths does."""
-    return [csrc / path.relative_to(build.CSRC) for path in build.include_paths("cuda")]
+    """Name the folders of our own headers, as toolchain.include_paths does."""
+    return [csrc / path.relative_to(toolchain.CSRC) for path in toolchain.include_paths("cuda")]
 
 
 @functools.cache
 def compiler_flags(arch, winners):
     """Give the flags that a library is built with."""
-    flags = build.compiler_flags("cuda", build.NAMESPACE, [arch])
+    flags = toolchain.compiler_flags("cuda", toolchain.NAMESPACE, [arch])
     return [*flags, "-DFUSED_KERNELS_WINNERS"] if winners else flags
 
 
@@ -158,7 +158,7 @@ def compiler_version():
 @functools.cache
 def toolkit():
     """Give the CUDA toolkit's folder."""
-    found = build.cuda_toolkit()
+    found = toolchain.cuda_toolkit()
     return found.home if found else sys.exit("no nvcc: expected a CUDA toolkit, see python -m fused_kernels doctor")
 
 
@@ -193,7 +193,7 @@ def compile_all(jobs, cache, workers):
 def compile_one(job, cache):
     """Compile and disassemble; give the seconds that it took."""
     start = time.perf_counter()
-    folders = [*include_folders(job.csrc), *build.torch_include_paths()]
+    folders = [*include_folders(job.csrc), *toolchain.torch_include_paths()]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [toolkit() / "bin" / "nvcc", "-cubin", *compiler_flags(job.arch, job.winners)]
