@@ -1,7 +1,7 @@
 """Where built libraries lie: in the user's cache, or where that can't be used in a private folder under the temporary one.
 
-A library is a file beside its digest, which says whether it is whole: a full disk or a crash can leave a part of a file under its
-final name, and to load that kills the process.
+A library is a file beside its digest, which says whether it is whole: a full disk or a crash can leave a part of a file under
+its final name, and to load that kills the process.
 """
 
 import contextlib

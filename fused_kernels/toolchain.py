@@ -85,8 +85,8 @@ def cpu_features():
 
 
 # What libraries are compiled for that run on other machines: the name, the compiler's flags, what a CPU must have. Best first.
-_AVX2 = frozenset("avx avx2 bmi1 bmi2 f16c fma movbe abm".split())
-_AVX512 = _AVX2 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
+_AVX2 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"])
+_AVX512 = _AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 _LEVELS = {
     "x86_64": [
         ("x86_64_v4_bf16", ["-march=x86-64-v4", "-mavx512bf16"], _AVX512 | {"avx512_bf16"}),
@@ -146,7 +146,7 @@ def cover(compiled, needed):
     """Tell whether what was compiled for some architectures runs on all that are needed: 8.0's machine code runs on 8.6 too."""
 
     def runs(have, on):
-        return have == on or (have + on).isdigit() and have[:-1] == on[:-1] and have[-1] <= on[-1]
+        return have == on or ((have + on).isdigit() and have[:-1] == on[:-1] and have[-1] <= on[-1])
 
     return all(any(runs(have, on) for have in compiled) for on in needed)
 
@@ -208,7 +208,7 @@ def cudart(toolkit):
 
 
 def linkable_home(toolkit):
-    """Give a toolkit folder in which torch's own builds find ``lib64/libcudart.so``; those of PyPI and conda keep it elsewhere."""
+    """Give a toolkit's folder in which torch's own builds find ``lib64/libcudart.so``: PyPI's and conda's keep it elsewhere."""
     home, found = toolkit.home, cudart(toolkit)
     if (home / "lib64" / "libcudart.so").exists():
         return home
