@@ -287,6 +287,7 @@ def test_a_cache_that_refuses_a_lock_is_named(empty_cache, monkeypatch):
         raise PermissionError(13, "Permission denied", lock.lock_file)
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(build.places, "folders", lambda: [empty_cache])
     with pytest.raises(RuntimeError, match="FUSED_KERNELS_CACHE") as error:
         fk.rungs["scale_min"].load()
     assert_one_sentence(str(error.value))
