@@ -3,10 +3,12 @@
 import csv
 import re
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -76,6 +78,16 @@ def test_constraints_pin_every_requirement_to_a_version_that_it_accepts():
         for line in PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]:
             for version in pinned.get(canonicalize_name(Requirement(line).name), []):
                 assert Requirement(line).specifier.contains(version), line
+
+
+def test_nvcc_follows_the_cuda_libraries_of_torch():
+    """torch requires one version of the same package: another one here would replace torch."""
+    (ours,) = map(Requirement, PROJECT["optional-dependencies"]["cuda"])
+    assert not ours.specifier
+    of_torch = [Requirement(line) for line in metadata.requires("torch") if line.startswith(ours.name)]
+    if torch.version.cuda and not of_torch:
+        pytest.skip("this build of torch requires other packages")
+    assert all(str(requirement.specifier).startswith("==") for requirement in of_torch)
 
 
 def test_pre_commit_runs_the_ruff_that_is_pinned():
