@@ -16,6 +16,8 @@ TWO_AT_A_TIME := $(if $(shell command -v nvidia-smi 2>&1),,-n 2 --dist loadfile)
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
+	@for folder in . .venv; do test ! -e $$folder || test -w $$folder || \
+		{ echo "make: expected a folder that can be written, got $(CURDIR); copy the checkout to a folder of your own"; exit 1; }; done
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "make: $(PYTHON) is too old: expected Python 3.10 or newer; name another one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \

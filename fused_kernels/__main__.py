@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, bench, build, cleaning, export, measured, places, toolchain
+from . import __version__, bench, build, cleaning, console, export, files, measured, places, toolchain
 from .bench import records
 from .candidates import Hardware, read_hardware
 from .check import DTYPES
@@ -102,12 +102,15 @@ def run_bench(options):
     # Apart, for the newest run of a machine's file is what all figures show.
     apart = "-".join(name for name in ("training", "layers") if getattr(options, name))
     data = options.data or records.data_dir() / apart
+    machine = options.machine or bench.machine(options.device)
+    if options.record and (reason := files.why_not(records.file_of(machine, data))):
+        raise SystemExit(f"--record: expected a folder for records that can be written, got {data}: {reason}")
     keep = (lambda part: records.append(part, data)) if options.record else None
-    how = {"quick": options.quick, "layers": options.layers, "training": options.training, "machine": options.machine}
+    how = {"quick": options.quick, "layers": options.layers, "training": options.training, "machine": machine}
     new = bench.run(options.device, dtypes=dtypes, each=keep, **how)
     print(bench.summary(new))
     if options.record:
-        print(f"\nrecorded in {data / (new[0].machine + '.csv')}")
+        print(f"\nrecorded in {records.file_of(machine, data)}")
 
 
 def run_choices(options):
@@ -116,6 +119,8 @@ def run_choices(options):
 
     if options.fit:
         for file in sorted(measured.FOLDER.glob("*.csv")):
+            if reason := files.why_not(file.with_suffix(".npz")):
+                raise SystemExit(f"--fit: expected a folder that can be written, got {measured.FOLDER}: {reason}")
             rows, hardware = measured.read(file), Hardware(*measured.hardware_facts(file))
             print(fit.fit(rows, hardware))
             if options.folds:
@@ -135,21 +140,30 @@ def figures(options):
     from . import plots, tables
     from .bench import regret
 
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("figures: expected matplotlib, found none; pip install 'fused-kernels[notebooks]'")
     data = options.data or records.data_dir()
-    forward = records.read(data=data)
+    try:
+        parts = "", "training", "layers", "training-layers"
+        forward, training, layers, training_layers = (records.read(data=data / part) for part in parts)
+    except ValueError as error:
+        raise SystemExit(f"--{error}") from error
     if not forward:
         raise SystemExit(f"no records in {data}; make some with: python -m fused_kernels bench --record")
-    training, layers, training_layers = (records.read(data=data / part) for part in ("training", "layers", "training-layers"))
     out = options.out or data.parent
-    page = out / "README.md"
-    if page.exists() and not page.read_text().startswith(tables.GENERATED):
+    page, readme = out / "README.md", out.parent / "README.md"
+    if reason := files.why_not(page):
+        raise SystemExit(f"--out: expected a folder that can be written, got {out}: {reason}")
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(tables.GENERATED):
         raise SystemExit(f"--out: expected a folder whose README.md was made by this command, got {page}, written by someone")
+    has_ladder = readme.exists() and tables.BEGIN in readme.read_text(encoding="utf-8")
+    if has_ladder and (reason := files.why_not(readme)):
+        raise SystemExit(f"--out: expected a folder beside a README.md that can be written, got {out}: {reason}")
     for path in plots.save_all(forward, out, training):
         print(path)
-    page.write_text(tables.figures_page(forward, training, layers, training_layers))
+    files.write(page, tables.figures_page(forward, training, layers, training_layers))
     print(page)
-    readme = out.parent / "README.md"
-    if readme.exists() and tables.BEGIN in readme.read_text():
+    if has_ladder:
         tables.update_readme(readme, forward, regret.sentences(data / "draws"))
         print(readme)
 
@@ -208,4 +222,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -6,6 +6,7 @@ Only this module imports matplotlib, and only when something is drawn.
 import math
 from pathlib import Path
 
+from . import files
 from .bench.records import latest, select
 from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, whole_model
 from .rungs import LADDER
@@ -317,7 +318,8 @@ def save_all(records, out, training_records=()):
     for name, figure in drawn.items():
         paths.append(out / f"{name}.png")
         # Without the date that matplotlib would put in, the same records give the same file.
-        figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
+        with files.whole(paths[-1]) as file:
+            figure.savefig(file, dpi=150, metadata={"Software": None})
     return paths
 
 

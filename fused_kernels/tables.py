@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import median
 
+from . import files
 from .bench.records import latest, select
 from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, time_ratios, whole_model
 
@@ -172,10 +173,10 @@ def update_readme(path, records, draws=""):
         The file lacks the markers.
     """
     path = Path(path)
-    text = _replace(path, path.read_text(), BEGIN, END, ladder(latest(records, machine=machines(records)[0])))
+    text = _replace(path, path.read_text(encoding="utf-8"), BEGIN, END, ladder(latest(records, machine=machines(records)[0])))
     if draws:
         text = _replace(path, text, *_DRAWS, draws)
-    path.write_text(text)
+    files.write(path, text)
 
 
 def _replace(path, text, begin, end, new):

@@ -13,27 +13,31 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from fused_kernels import bench, plots
+from fused_kernels import bench, console, files, plots
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
+EXECUTED, FIGURES = BUILD / "notebooks", BUILD / "figures"
 TIMEOUT = 900  # seconds a cell, the slowest compiler included
 
 
 def main():
     """Run it all; give the exit status."""
     paths = sorted(HERE.glob("[0-9]*.ipynb"))
+    for file in (*(EXECUTED / path.name for path in paths), FIGURES / "new.png"):
+        if reason := files.why_not(file):
+            sys.exit(f"expected a folder that can be written, got {BUILD}: {reason}; copy the checkout to a folder of your own")
     failed = [path.stem for number, path in enumerate(paths, 1) if not run(path, f"[{number}/{len(paths)}] {path.stem}")]
 
     print("quick benchmark ...", flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         records = bench.run(quick=True)
-    plots.save_all(records, BUILD / "figures")
+    plots.save_all(records, FIGURES)
 
     print(f"\n{bench.summary(records)}\n")
-    print(f"executed notebooks: {BUILD / 'notebooks'}")
-    print(f"figures:            {BUILD / 'figures'}")
+    print(f"executed notebooks: {EXECUTED}")
+    print(f"figures:            {FIGURES}")
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
@@ -60,13 +64,12 @@ def run(path, label):
     except (DeadKernelError, TimeoutError) as problem:
         error = f"{type(problem).__name__}: {problem}"
 
-    target = BUILD / "notebooks" / path.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, target)
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    files.write(EXECUTED / path.name, nbformat.writes(notebook) + "\n")
     clear = "\r\033[K" if sys.stdout.isatty() else ""
     print(f"{clear}{label}  {time.perf_counter() - start:.0f} s{'' if error is None else f'  FAILED: {error}'}", flush=True)
     return error is None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

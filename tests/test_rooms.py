@@ -10,6 +10,8 @@ MAX_LINES = 450
 
 # Bottom to top: a module imports only what stands before it. A new module gets its place here.
 ORDER = [
+    "files",
+    "console",
     "progress",
     "reference",
     "arguments",
@@ -71,7 +73,9 @@ def imports(folder):
     Not counted: that a sub-module's import first runs its package's ``__init__``.
     """
     files = modules(folder)
-    return {name: _imports_of(name, ast.parse(path.read_text()), folder.name, files) for name, path in files.items()}
+    return {
+        name: _imports_of(name, ast.parse(path.read_text(encoding="utf-8")), folder.name, files) for name, path in files.items()
+    }
 
 
 def _imports_of(name, tree, package, files):
@@ -147,7 +151,7 @@ def circle(folder):
 
 def too_long(folder, limit):
     """Give the number of lines of each module that has more than the limit."""
-    lines = {name: len(path.read_text().splitlines()) for name, path in modules(folder).items()}
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules(folder).items()}
     return {name: count for name, count in lines.items() if count > limit}
 
 
@@ -183,7 +187,7 @@ def house(tmp_path):
         for name, text in (texts | changes).items():
             path = (tmp_path / "house").joinpath(*name.split(".")).with_suffix(".py")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return tmp_path / "house"
 
     return write

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from .. import estimates, measured, progress
+from .. import estimates, files, measured, progress
 from ..candidates import FUSED
 from ..estimates import TARGETS
 from ..measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT
@@ -67,7 +67,8 @@ def fit(rows, hardware):
     file = measured.FOLDER / f"{estimates.file_name(hardware.name)}.npz"
     # Weights of 16 bits tell the same.
     stored = {name: value.astype(np.float16 if "weight" in name else np.float32) for name, value in found.items()}
-    np.savez_compressed(file, facts=json.dumps(facts), **stored)
+    with files.whole(file) as whole:
+        np.savez_compressed(whole, facts=json.dumps(facts), **stored)
     return file
 
 

@@ -1,8 +1,11 @@
 """What was measured, as lines of figures/data: reading, appending and selecting them. Nothing here measures."""
 
 import csv
+import io
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+
+from .. import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,31 +101,39 @@ def data_dir():
     return base / "figures" / "data"
 
 
+def file_of(machine, data=None):
+    """Name the file of a machine's records."""
+    return Path(data or data_dir()) / f"{machine}.csv"
+
+
 def read(machine=None, data=None):
-    """Read what was recorded, on one machine or on all of them, oldest first."""
+    """Read what was recorded, on one machine or on all of them, oldest first.
+
+    Raises
+    ------
+    ValueError
+        A file holds something else.
+    """
     folder = Path(data or data_dir())
-    files = sorted(folder.glob("*.csv")) if machine is None else [folder / f"{machine}.csv"]
     found = []
-    for file in files:
+    for file in sorted(folder.glob("*.csv")) if machine is None else [file_of(machine, folder)]:
         if file.exists():
-            with file.open(newline="") as lines:
-                found += [_parse(row) for row in csv.DictReader(lines)]
+            with file.open(newline="", encoding="utf-8") as lines:
+                found += [_parse(row, file) for row in csv.DictReader(lines)]
     return found
 
 
 def append(new, data=None):
     """Append records to their machines' files."""
-    folder = Path(data or data_dir())
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f.name for f in fields(Record)]
-    for record in new:
-        file = folder / f"{record.machine}.csv"
-        fresh = not file.exists()
-        with file.open("a", newline="") as lines:
-            writer = csv.writer(lines, lineterminator="\n")
-            if fresh:
-                writer.writerow(names)
-            writer.writerow(astuple(record))
+    for machine in dict.fromkeys(record.machine for record in new):
+        file = file_of(machine, data)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = io.StringIO(newline="")
+        writer = csv.writer(lines, lineterminator="\n")
+        if not file.exists():
+            writer.writerow(f.name for f in fields(Record))
+        writer.writerows(astuple(record) for record in new if record.machine == machine)
+        files.append(file, lines.getvalue())
 
 
 def latest(records, **where):
@@ -141,6 +152,9 @@ def select(records, **where):
     ]
 
 
-def _parse(row):
+def _parse(row, file):
     convert = {int: lambda s: int(float(s)), float: float, bool: lambda s: s == "True", str: str}
-    return Record(**{f.name: convert[f.type](row[f.name]) for f in fields(Record)})
+    try:
+        return Record(**{f.name: convert[f.type](row[f.name]) for f in fields(Record)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data: expected a folder of bench's records, got {file}, which holds something else") from error
