@@ -123,5 +123,5 @@ def flattened(path, seen=None):
         seen.add(found.resolve())
         return flattened(found, seen)
 
-    text = path.read_text().replace("#pragma once\n", "")
+    text = path.read_text(encoding="utf-8").replace("#pragma once\n", "")
     return re.sub(r'^#include "([^"]+)"$', replace, text, flags=re.MULTILINE)

@@ -110,7 +110,7 @@ def read(file):
 
 def _lines(file):
     """Give a file's lines without the facts, and without what a run that was killed had written of its last one."""
-    text = Path(file).read_text() if Path(file).exists() else ""
+    text = Path(file).read_text(encoding="utf-8") if Path(file).exists() else ""
     return [line for line in text[: text.rfind("\n") + 1].splitlines() if not line.startswith("#")]
 
 
@@ -129,7 +129,7 @@ class Index:
 
 def hardware_facts(file):
     """Give the facts of the GPU on which a file was recorded, as its last run wrote them."""
-    found = re.findall(r"^# .*?\bhardware=(\(.*?\))(?= \w+=|$).*\n", Path(file).read_text(), re.MULTILINE)
+    found = re.findall(r"^# .*?\bhardware=(\(.*?\))(?= \w+=|$).*\n", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
     return ast.literal_eval(found[-1])
 
 
@@ -147,7 +147,7 @@ def append(file, facts, rows, spread=False):
     file.parent.mkdir(parents=True, exist_ok=True)
     _end_in_a_whole_line(file)
     is_fresh = not file.exists() or not file.stat().st_size
-    with file.open("a") as lines:
+    with file.open("a", encoding="utf-8") as lines:
         if is_fresh:
             lines.write(",".join(_COLUMNS) + "\n")
         lines.write("# " + " ".join(f"{name}={value!r}" for name, value in facts.items()) + "\n")

@@ -121,7 +121,7 @@ class Rung:
     @property
     def source(self):
         """The text of its kernel."""
-        return self.edited_source if self.edited_source is not None else self.source_file.read_text()
+        return self.edited_source if self.edited_source is not None else self.source_file.read_text(encoding="utf-8")
 
     def excerpt(self, start):
         """Give the part of the source from the first line that holds ``start`` to the ``}`` that ends it."""

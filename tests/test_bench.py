@@ -376,16 +376,16 @@ def test_table_has_one_row_per_rung_with_speedups(measured):
 
 def test_update_readme_changes_what_is_between_the_markers(measured, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    path.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
     tables.update_readme(path, measured)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert text.startswith(f"before\n\n{tables.BEGIN}\n")
     assert text.endswith(f"{tables.END}\nafter\n")
     assert tables.ladder(measured) in text
     assert "old" not in text
     tables.update_readme(path, measured)
-    assert path.read_text() == text
-    path.write_text("no markers")
+    assert path.read_text(encoding="utf-8") == text
+    path.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="path: "):
         tables.update_readme(path, measured)
 
@@ -399,9 +399,9 @@ def on_machines(measured):
 
 def test_readme_shows_the_latest_gpu_alone(measured, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    path.write_text(f"{tables.BEGIN}\n{tables.END}\n", encoding="utf-8")
     tables.update_readme(path, on_machines(measured))
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert [name for name in NAMES if f"<{name}>" in text] == NAMES[:1]
     assert text.count("| eager |") == 1
 
@@ -507,8 +507,8 @@ def test_figures_draws_what_is_recorded(measured, tmp_path, capsys):
     assert str(tmp_path / "figures" / "ladder-cpu.png") in printed
     assert all((tmp_path / "figures" / line).exists() for line in printed)
     page = tmp_path / "figures" / "README.md"
-    assert page.read_text() == tables.figures_page(measured)
-    page.write_text("someone's own")
+    assert page.read_text(encoding="utf-8") == tables.figures_page(measured)
+    page.write_text("someone's own", encoding="utf-8")
     with pytest.raises(SystemExit, match="--out: expected"):
         __main__.main(["figures", "--data", str(data)])
-    assert page.read_text() == "someone's own"
+    assert page.read_text(encoding="utf-8") == "someone's own"

@@ -45,7 +45,7 @@ def filled(value): return fk.edit("scale_min", FILL.replace("VALUE", str(value))
 
 
 def script(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
@@ -54,6 +54,17 @@ def script(path, text):
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSED_KERNELS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def forever(tmp_path):
+    """Give a shell's command that ends with the test, or with the tests themselves: what is to be killed may be missed."""
+    pipe = tmp_path / "the test runs"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)
+    yield f"exec cat '{pipe}'"
+    pipe.unlink()
+    os.close(end)
 
 
 def load_all(jobs):
@@ -87,7 +98,7 @@ def test_cold_builds_and_warm_does_not(run_python, tmp_path):
     )
     for _ in range(2):
         assert run_python(code, CXX=counting).split() == ["-4.0", "7.0", "8.0"]
-        assert compiled.read_text().split() == ["once"] * 3
+        assert compiled.read_text(encoding="utf-8").split() == ["once"] * 3
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".so", ".sha256", ".lock"}
 
 
@@ -164,16 +175,16 @@ print(before, rules(), all(a.equal(b) for a, b in zip(mixed, plain)))
     assert run_python(code).split() == ["False", "True", "True"]
 
 
-def test_the_process_ends_while_something_is_built(run_python, tmp_path):
-    slow = script(tmp_path / "slow", 'case "$*" in *from_winners.cpp*) exec sleep 300;; esac\nexec c++ "$@"')
+def test_the_process_ends_while_something_is_built(run_python, tmp_path, forever):
+    slow = script(tmp_path / "slow", f'case "$*" in *from_winners.cpp*) {forever};; esac\nexec c++ "$@"')
     start = time.monotonic()
     assert run_python(TRAIN + "step(); print(rules())", CXX=slow).strip() == "False"
     assert time.monotonic() - start < 60
     assert run_python(TRAIN + "step(); dispatch.finish_builds(); step(); print(rules())", CXX="c++").strip() == "True"
 
 
-def test_what_is_being_built_is_not_looked_for_at_every_step(run_python, tmp_path):
-    slow = script(tmp_path / "slow", 'case "$*" in *from_winners.cpp*) exec sleep 300;; esac\nexec c++ "$@"')
+def test_what_is_being_built_is_not_looked_for_at_every_step(run_python, tmp_path, forever):
+    slow = script(tmp_path / "slow", f'case "$*" in *from_winners.cpp*) {forever};; esac\nexec c++ "$@"')
     code = (
         TRAIN
         + """
@@ -221,10 +232,10 @@ def test_several_libraries_at_once_in_one_process(empty_cache):
     assert os.environ["PATH"] == before
 
 
-def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path):
+def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path, forever):
     """SIGKILL in the middle of the compiler leaves half the files."""
     started = tmp_path / "started"
-    slow = script(tmp_path / "slow", f'case "$*" in *scale_min*) touch {started}; sleep 300;; esac\nexec c++ "$@"')
+    slow = script(tmp_path / "slow", f'case "$*" in *scale_min*) touch {started}; {forever};; esac\nexec c++ "$@"')
     code = PREPARE + "print(filled(5)(input, 1.0).item())"
     process = run_python(code, wait=False, CXX=slow)
     wait_for(started, process)
@@ -236,11 +247,11 @@ def test_a_killed_build_does_not_hang_the_next(run_python, tmp_path):
     assert not list((tmp_path / "cache").glob("scale_min-*.build-*"))
 
 
-def test_an_interrupt_ends_the_compilers(run_python, tmp_path):
+def test_an_interrupt_ends_the_compilers(run_python, tmp_path, forever):
     started, held = tmp_path / "started", tmp_path / "held"
     os.mkfifo(held)
     reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
-    waits = f"exec 9> {held}; touch {started}; exec sleep 300"
+    waits = f"exec 9> {held}; touch {started}; {forever}"
     slow = script(tmp_path / "slow", f'case "$*" in *scale_min*) {waits};; esac\nexec c++ "$@"')
     # A shell lets what it runs in the background ignore interrupts.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -327,7 +338,7 @@ def test_edit_gives_a_variant_next_to_the_original():
     assert original(input, 2.0).equal(before)
     assert fk.scale_min(input, 2.0).equal(before)
     assert (edited.name, edited.operator, edited.device) == ("scale_min", "scale_min", "cpu")
-    assert edited.source != original.source == original.source_file.read_text()
+    assert edited.source != original.source == original.source_file.read_text(encoding="utf-8")
 
 
 def test_edit_of_a_comment_gives_the_same_result():
@@ -510,7 +521,7 @@ def test_parts_make_one_library(name, winners, empty_cache):
 def test_wgmma_is_not_serialised(name, tmp_path):
     """Where ptxas cannot follow which sums are under way, it makes the tensor cores wait, and says so in a remark alone."""
     (job,) = (job for job in cuda_jobs() if job["name"] == name)
-    (tmp_path / f"{name}.cu").write_text(job["source"])
+    (tmp_path / f"{name}.cu").write_text(job["source"], encoding="utf-8")
     # Compiled here, not by build.load: a cached library was compiled silently, by a checkout that may be gone.
     folders = [*toolchain.include_paths("cuda"), *toolchain.torch_include_paths()]
     flags = toolchain.compiler_flags("cuda", job["namespace"], [job["arch"]])
@@ -519,7 +530,7 @@ def test_wgmma_is_not_serialised(name, tmp_path):
         [nvcc, "-Xptxas=-v", "-cubin", *flags, *(f"-I{folder}" for folder in folders), f"{name}.cu"],
         cwd=tmp_path,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert said.returncode == 0, said.stderr
     remarks = said.stdout + said.stderr

@@ -366,9 +366,9 @@ def test_a_trial_loses_next_to_nothing(tried):
 
 
 def test_fitting_says_what_is_lost_on_layers_left_out(monkeypatch, tmp_path, capsys):
-    names, facts, *rows = estimates.NETWORKS.with_suffix(".csv").read_text().splitlines()
+    names, facts, *rows = estimates.NETWORKS.with_suffix(".csv").read_text(encoding="utf-8").splitlines()
     file = tmp_path / f"{estimates.NETWORKS.stem}.csv"
-    file.write_text("\n".join([names, facts, *(row for row in rows[::50] if not row.startswith("#"))]) + "\n")
+    file.write_text("\n".join([names, facts, *(row for row in rows[::50] if not row.startswith("#"))]) + "\n", encoding="utf-8")
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     monkeypatch.setattr(fit, "_STEPS", 20)
     __main__.main(["bench", "--choices", "--fit", "--folds", "2"])
@@ -392,7 +392,7 @@ def test_no_layer_was_drawn_that_the_record_holds(drawn):
 
 
 def test_the_readme_says_what_the_record_says():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     said = regret.sentences()
     assert said.startswith("On ")
     assert said in readme
@@ -425,14 +425,14 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path):
     rows = [Row(REFERENCE._replace(images=i), "tf32", "NCHW", "forward", {"composite": Time(2.5, 2.5, 2.5)}) for i in (1, 2)]
     file, facts = tmp_path / "gpu.csv", {"hardware": tuple(H200)}
     list(measured.append(file, facts, rows))
-    file.write_text(file.read_text()[:-3])
+    file.write_text(file.read_text(encoding="utf-8")[:-3], encoding="utf-8")
     assert measured.read(file) == rows[:1]
     assert measured.hardware_facts(file) == tuple(H200)
     assert not measured.Index(file).find(*rows[1].layer, "tf32", "NCHW", "forward")
     list(measured.append(file, facts, rows[1:]))
     assert measured.read(file) == rows
     assert measured.Index(file).find(*rows[1].layer, "tf32", "NCHW", "forward") == {"composite": 2.5}
-    file.write_text(file.read_text()[:20])
+    file.write_text(file.read_text(encoding="utf-8")[:20], encoding="utf-8")
     list(measured.append(file, facts, rows))
     assert measured.read(file) == rows
 

@@ -64,7 +64,7 @@ print(get_init_inputs())
 @pytest.mark.skipif(NO_NVCC, reason="no nvcc, or torch is built without CUDA")
 @pytest.mark.parametrize("name", ["conv_wgmma", pytest.param("conv_mma", marks=pytest.mark.gpu)])
 def test_builds_and_agrees(name, tmp_path):
-    (tmp_path / "exported.py").write_text(export.kernelbench(name))
+    (tmp_path / "exported.py").write_text(export.kernelbench(name), encoding="utf-8")
     if torch.cuda.is_available() and (reason := rungs[name].why_unavailable()):
         pytest.skip(reason)
     ninja = pytest.importorskip("ninja").BIN_DIR
@@ -74,7 +74,7 @@ def test_builds_and_agrees(name, tmp_path):
         [sys.executable, "-c", USE, str(tmp_path)],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(reference.get_init_inputs())

@@ -131,5 +131,5 @@ def test_no_operator_is_called():
 
 @pytest.mark.parametrize(("rung", "number"), [("conv_mma", "kRowPadding"), ("conv_direct", "kRows")])
 def test_numbers_that_stand_twice_are_the_same(rung, number):
-    texts = (toolchain.CSRC / "cuda" / f"{rung}.cu").read_text(), plans.source()[1]
+    texts = (toolchain.CSRC / "cuda" / f"{rung}.cu").read_text(encoding="utf-8"), plans.source()[1]
     assert len({re.search(rf"\b{number} = (\d+)", text)[1] for text in texts}) == 1

@@ -1,5 +1,6 @@
 """The repository agrees with itself: environments, README and records, notebooks, sources."""
 
+import ast
 import csv
 import re
 import subprocess
@@ -25,8 +26,8 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 TEXT = {".py", ".md", ".toml", ".yml", ".txt", ".cpp", ".cu", ".cuh", ".h", ".ipynb", ".csv", ""}
 
 
@@ -45,7 +46,7 @@ def requirements(extra=None):
 def project_files():
     """Give what git tracks or would track."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     if listed.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file() and Path(name).suffix in TEXT]
@@ -67,7 +68,7 @@ def test_environment_brings_a_compiler_and_a_python_that_the_package_accepts():
 
 def test_constraints_pin_every_requirement_to_a_version_that_it_accepts():
     pinned = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             requirement = Requirement(line)
             assert re.fullmatch(r"==[\w.+]+", str(requirement.specifier)), line
@@ -91,8 +92,8 @@ def test_nvcc_follows_the_cuda_libraries_of_torch():
 
 
 def test_pre_commit_runs_the_ruff_that_is_pinned():
-    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    pinned = re.search(r"^ruff==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    pinned = re.search(r"^ruff==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert repository["rev"] == f"v{pinned}"
     assert [hook["id"] for hook in repository["hooks"]] == ["ruff-check", "ruff-format"]
     assert all("jupyter" in hook["types_or"] for hook in repository["hooks"])
@@ -106,17 +107,17 @@ def recorded(part):
 
 
 def test_readme_opens_with_the_ladders_figure_and_recorded_table(tmp_path):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     copy = tmp_path / "README.md"
-    copy.write_text(text)
+    copy.write_text(text, encoding="utf-8")
     tables.update_readme(copy, recorded(""))
-    assert copy.read_text() == text, "README.md's table differs from figures/data: run make figures"
+    assert copy.read_text(encoding="utf-8") == text, "README.md's table differs from figures/data: run make figures"
     figure = re.search(r"(!\[|<img )[^\n]*figures/\S+\.png", text)
     assert figure.start() < text.index(tables.BEGIN) < text.index("\n## ")
 
 
 def test_figures_page_is_made_from_the_records_and_shows_every_machine_and_picture():
-    page = (ROOT / "figures" / "README.md").read_text()
+    page = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
     assert page == tables.figures_page(*map(recorded, PARTS)), "figures/README.md differs from figures/data: run make figures"
     for part in PARTS:
         for device in {r.device for r in recorded(part)}:
@@ -139,7 +140,7 @@ def test_recorded_gradients_are_as_exact_as_the_librarys():
     "file", ["README.md", "CONTRIBUTING.md", "figures/README.md", *(f"notebooks/{n.name}" for n in NOTEBOOKS)]
 )
 def test_links_lead_to_files(file):
-    text = (ROOT / file).read_text()
+    text = (ROOT / file).read_text(encoding="utf-8")
     if file.endswith(".ipynb"):
         text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)", text)
@@ -180,14 +181,53 @@ def test_inline_assembly_is_in_ptx_headers_alone():
     """One wrapper per instruction, under include/ptx."""
     sources = [path for path in build.CSRC.rglob("*") if path.is_file() and "ptx" not in path.parts]
     assert sources
-    assert not [path for path in sources if re.search(r"\b(__)?asm(__)?\b\s*(volatile)?\s*\(", path.read_text())]
+    assert not [
+        path for path in sources if re.search(r"\b(__)?asm(__)?\b\s*(volatile)?\s*\(", path.read_text(encoding="utf-8"))
+    ]
+
+
+def calls_without_encoding(tree):
+    """Find the calls that read or write text in the encoding of the locale."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        owner = getattr(getattr(call.func, "value", None), "id", "")
+        given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+        words = [*(getattr(argument, "value", None) for argument in call.args), given.get("mode")]
+        modes = [word for word in words if isinstance(word, str) and re.fullmatch(r"[rwaxbt+]+", word)]
+        if name in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile"):
+            binary_by_default = owner in ("gzip", "bz2", "lzma", "tempfile")
+            is_text = "t" in "".join(modes) if binary_by_default else "b" not in "".join(modes)
+            is_text &= (owner, name) != ("os", "open") and owner not in ("tarfile", "zipfile")
+        else:
+            is_text = name in ("read_text", "write_text") or given.keys() & {"text", "universal_newlines"}
+        if is_text and "encoding" not in given and None not in given:
+            yield call.lineno
+
+
+@pytest.mark.parametrize("line", ["p.read_text()", "open(p)", "p.open('a')", "gzip.open(p, 'wt')", "run(c, text=True)"])
+def test_a_call_without_encoding_is_found(line):
+    assert list(calls_without_encoding(ast.parse(line))) == [1]
+
+
+@pytest.mark.parametrize("line", ["p.read_text(encoding='ascii')", "open(p, 'rb')", "os.open(p, 0)", "gzip.open(p)", "run(c)"])
+def test_a_call_of_bytes_or_with_an_encoding_passes(line):
+    assert not list(calls_without_encoding(ast.parse(line)))
+
+
+def test_text_is_read_and_written_in_one_encoding_wherever_the_locale_is_another():
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in project_files()
+        if path.suffix == ".py" and (lines := [*calls_without_encoding(ast.parse(path.read_text(encoding="utf-8")))])
+    }
+    assert not found
 
 
 def test_no_file_names_a_place_on_one_machine():
     found = []
     for path in project_files():
         if path != Path(__file__):
-            hits = re.findall(r"(?<![\w.$}])/(?:work|root|home|Users)/\S*", path.read_text(errors="ignore"))
+            hits = re.findall(r"(?<![\w.$}])/(?:work|root|home|Users)/\S*", path.read_text(encoding="utf-8", errors="ignore"))
             found += [(str(path.relative_to(ROOT)), hit) for hit in hits]
     assert not found
 
@@ -224,7 +264,7 @@ def test_profiles_are_of_kernels_that_are_named():
     files = [*(records.data_dir() / "profiles").glob("*.csv")]
     assert files
     for file in files:
-        with file.open(newline="") as lines:
+        with file.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
                 assert row["machine"] == file.stem
                 assert row["kernel"] in {rung.name for rung in LADDER} | {"the bare main loop"}

@@ -22,7 +22,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__
 def run(command, folder, **environment):
     """Run to the end; give what it printed."""
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 

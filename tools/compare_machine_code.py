@@ -127,7 +127,7 @@ def flatten(path, csrc, seen=None):
         seen.add(found.resolve())
         return flatten(found, csrc, seen)
 
-    return re.sub(r'^#include "([^"]+)"$', include, path.read_text(), flags=re.MULTILINE)
+    return re.sub(r'^#include "([^"]+)"$', include, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def without_layout(text):
@@ -152,7 +152,7 @@ def compiler_flags(arch, winners):
 @functools.cache
 def compiler_version():
     """Give what nvcc says of itself."""
-    return subprocess.run([toolkit() / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([toolkit() / "bin" / "nvcc", "--version"], capture_output=True, encoding="utf-8", check=True).stdout
 
 
 @functools.cache
@@ -197,14 +197,16 @@ def compile_one(job, cache):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [toolkit() / "bin" / "nvcc", "-cubin", *compiler_flags(job.arch, job.winners)]
-        done = subprocess.run([*command, *(f"-I{f}" for f in folders), job.source, "-o", cubin], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *(f"-I{f}" for f in folders), job.source, "-o", cubin], capture_output=True, encoding="utf-8"
+        )
         if done.returncode:
             raise RuntimeError(f"{job} does not compile: {done.stdout}{done.stderr}")
         usage = say([disassembler(), "-res-usage", cubin])
         sass = say([disassembler(), "-sass", cubin])
     text = json.dumps({"usage": usage, "sass": sass})
     partial = cached(job, cache).with_suffix(f".{os.getpid()}.partial")
-    with gzip.open(partial, "wt", compresslevel=3) as file:
+    with gzip.open(partial, "wt", compresslevel=3, encoding="utf-8") as file:
         file.write(text)
     partial.replace(cached(job, cache))
     return time.perf_counter() - start
@@ -212,7 +214,7 @@ def compile_one(job, cache):
 
 def say(command):
     """Run a tool for its output."""
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
 def cached(job, cache):
@@ -222,7 +224,7 @@ def cached(job, cache):
 
 def read_kernels(job, cache):
     """Split a disassembly into its kernels."""
-    with gzip.open(cached(job, cache), "rt") as file:
+    with gzip.open(cached(job, cache), "rt", encoding="utf-8") as file:
         text = json.load(file)
     # NOTE: cuobjdump writes -res-usage to stdout as " Function NAME:" and a line of numbers.
     usage = dict(re.findall(r"Function (\S+?):\s*\n\s*([^\n]+)", text["usage"]))

@@ -51,7 +51,7 @@ def seconds(what, cache, dtype="float32", precision="tf32", layout="contiguous_f
     body = BODY[what].format(rung=rung, precision=precision)
     code = CODE.format(dtype=dtype, layout=layout, precision=precision, body=body)
     environment = {**os.environ, "FUSED_KERNELS_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return float(done.stdout)
 
 

@@ -14,6 +14,8 @@ import torch
 from ..rungs import LADDER
 from .records import RunInfo
 
+_TEXT = {"encoding": "utf-8", "errors": "replace", "check": True}
+
 
 def default_device():
     """Give the GPU if a CUDA rung is available on it, else the CPU."""
@@ -61,8 +63,8 @@ def _commit():
         return given
     package = Path(__file__).parent.parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=package, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain", "."], cwd=package, capture_output=True, text=True, check=True)
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=package, capture_output=True, **_TEXT)
+        status = subprocess.run(["git", "status", "--porcelain", "."], cwd=package, capture_output=True, **_TEXT)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
@@ -71,13 +73,13 @@ def _commit():
 def _driver():
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+        return subprocess.run(command, capture_output=True, **_TEXT).stdout.split("\n")[0].strip()
     return ""
 
 
 def _cpu_name():
     name = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
