@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -150,6 +151,19 @@ def assert_within(result, expected, bound):
     wrong = ~((result == rounded) | (result.isnan() & rounded.isnan()) | ((result - expected).abs() <= bound))
     count = int(wrong.sum())
     assert count == 0, f"{count} of {wrong.numel()} are wrong: {result[wrong][:4]}, expected {expected[wrong][:4]}"
+
+
+def project_files():
+    """Give the files that git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    root = Path(__file__).parent.parent
+    try:
+        listed = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8")
+    except FileNotFoundError:
+        pytest.skip("no git")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [root / name for name in listed.stdout.split("\0") if (root / name).is_file()]
 
 
 def assert_one_sentence(text):

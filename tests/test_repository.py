@@ -3,7 +3,6 @@
 import ast
 import csv
 import re
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import nbformat
 import pytest
 import torch
 import yaml
+from conftest import project_files
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -43,13 +43,8 @@ def requirements(extra=None):
     return found
 
 
-def project_files():
-    """Give what git tracks or would track."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file() and Path(name).suffix in TEXT]
+def text_files():
+    return [path for path in project_files() if path.suffix in TEXT]
 
 
 def test_environment_installs_this_package_with_extras_that_exist():
@@ -225,7 +220,7 @@ def test_text_is_read_and_written_in_one_encoding_wherever_the_locale_is_another
 
 def test_no_file_names_a_place_on_one_machine():
     found = []
-    for path in project_files():
+    for path in text_files():
         if path != Path(__file__):
             hits = re.findall(r"(?<![\w.$}])/(?:work|root|home|Users)/\S*", path.read_text(encoding="utf-8", errors="ignore"))
             found += [(str(path.relative_to(ROOT)), hit) for hit in hits]

@@ -1,13 +1,15 @@
-"""The wheel: built from this checkout and installed elsewhere, it holds the whole package and works without the checkout."""
+"""The sdist holds the whole checkout; the wheel, built from it and installed elsewhere, the whole package."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import project_files
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "fused_kernels").rglob("*") if path.is_file() and path.suffix != ".pyc")
@@ -28,15 +30,28 @@ def run(command, folder, **environment):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Build the wheel from a copy, offline, with the setuptools that is installed."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("fused_kernels", "tests", "notebooks"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+def sdist(tmp_path_factory):
+    """Build the sdist from a copy in which somebody has worked, offline, with the setuptools that is installed."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, copy / path.name)
+    for name in ("fused_kernels", "tests", "notebooks", "figures", "tools", ".ci"):
+        shutil.copytree(ROOT / name, copy / name, copy_function=shutil.copyfile)
+    for left in ("tests/__pycache__/test.pyc", "notebooks/.ipynb_checkpoints/00.ipynb", "build/notebooks/00.ipynb"):
+        (copy / left).parent.mkdir(parents=True, exist_ok=True)
+        (copy / left).touch()
+    run([sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"], copy)
+    (path,) = out.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Build the wheel from the sdist."""
+    out = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
-    run([*pip, "--no-build-isolation", "--wheel-dir", str(out), "."], copy)
+    run([*pip, "--no-build-isolation", "--wheel-dir", str(out), str(sdist)], out)
     (path,) = out.glob("*.whl")
     return path
 
@@ -63,6 +78,14 @@ sys.argv[1:] = {list(map(str, arguments))}
 runpy.run_module("fused_kernels", run_name="__main__", alter_sys=True)
 print(fused_kernels.__file__)
 """
+
+
+def test_the_sdist_holds_every_file_of_the_checkout_and_nothing_else(sdist):
+    """So the tests pass and the notebooks run from it."""
+    with tarfile.open(sdist) as archive:
+        names = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    made = {name for name in names if name.parts[0] in ("PKG-INFO", "setup.cfg", "fused_kernels.egg-info")}
+    assert names - made == {path.relative_to(ROOT) for path in project_files()}
 
 
 def test_holds_every_file_of_the_package_and_nothing_else(wheel):
