@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import platform
+import re
 import shlex
 import shutil
 import sysconfig
@@ -22,7 +23,7 @@ def clean(_):
     """Remove builds that this version would not load here."""
     try:
         count, size = cleaning.clean()
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:
         raise SystemExit(str(error)) from error
     print(f"removed {count} old builds, {size / 1e6:.1f} MB, from {_in_home(places.cache_dir())}")
 
@@ -103,8 +104,11 @@ def run_bench(options):
     apart = "-".join(name for name in ("training", "layers") if getattr(options, name))
     data = options.data or records.data_dir() / apart
     machine = options.machine or bench.machine(options.device)
-    if options.record and (reason := files.why_not(records.file_of(machine, data))):
-        raise SystemExit(f"--record: expected a folder for records that can be written, got {data}: {reason}")
+    if options.record:
+        if reason := files.why_not(records.file_of(machine, data)):
+            raise SystemExit(f"--record: expected a folder for records that can be written, got {data}: {reason}")
+        # What tells of permissions does not tell of all that refuses.
+        data.mkdir(parents=True, exist_ok=True)
     keep = (lambda part: records.append(part, data)) if options.record else None
     how = {"quick": options.quick, "layers": options.layers, "training": options.training, "machine": machine}
     new = bench.run(options.device, dtypes=dtypes, each=keep, **how)
@@ -173,6 +177,37 @@ def run_export(options):
     print(export.kernelbench(options.rung), end="")
 
 
+def _device(name):
+    """Read an option that names a device on which something is timed."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cuda or cpu, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"expected a GPU that torch sees on this machine, got {name!r}")
+    return device
+
+
+def _file_name(name):
+    """Read an option that becomes a file's name."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, dots and dashes, got {name!r}")
+    return name
+
+
+def _at_least(least):
+    """Make a function that reads an option that is a count."""
+
+    def read(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return read
+
+
 def main(arguments=None):
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m fused_kernels", description=__doc__)
@@ -196,15 +231,15 @@ def main(arguments=None):
         help="every candidate on many layers; records: fused_kernels/choices, figures/data/draws",
     )
     parser_bench.add_argument("--draw", type=int, metavar="SEED", help="with --choices: on random layers, beside torch.compile")
-    parser_bench.add_argument("--count", type=int, default=34, help="with --draw: how many layers")
+    parser_bench.add_argument("--count", type=_at_least(1), default=34, help="with --draw: how many layers")
     parser_bench.add_argument("--fit", action="store_true", help="with --choices: make the estimates' networks from the record")
     parser_bench.add_argument(
-        "--folds", type=int, help="with --fit: also say what is lost on layers left out, in so many turns"
+        "--folds", type=_at_least(2), help="with --fit: also say what is lost on layers left out, in so many turns"
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES["conv2d_scale_min"]]
     parser_bench.add_argument("--dtypes", nargs="+", choices=names, help="which to run, in this order")
-    parser_bench.add_argument("--device", type=torch.device, help="cuda or cpu; by default the GPU if a CUDA rung runs on it")
-    parser_bench.add_argument("--machine", help="name for the records, by default the GPU's, or cpu")
+    parser_bench.add_argument("--device", type=_device, help="cuda or cpu; by default the GPU if a CUDA rung runs on it")
+    parser_bench.add_argument("--machine", type=_file_name, help="name for the records, by default the GPU's, or cpu")
     parser_bench.add_argument("--data", type=Path, help="folder of the records, by default figures/data")
     parser_bench.set_defaults(command=run_bench)
 

@@ -187,6 +187,24 @@ def test_bench_asks_for_a_place_before_it_measures(no_work, refuse, tmp_path, op
     assert said.endswith(f"{tmp_path} cannot be written")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "abacus"], "--device: expected cuda or cpu, got 'abacus'"),
+        (["--device", "meta"], "--device: expected cuda or cpu, got 'meta'"),
+        (["--device", "cuda:99"], "--device: expected a GPU that torch sees on this machine, got 'cuda:99'"),
+        (["--machine", "a/b"], "--machine: expected letters, digits, dots and dashes, got 'a/b'"),
+        (["--choices", "--draw", "1", "--count", "0"], "--count: expected a whole number of at least 1, got '0'"),
+        (["--choices", "--fit", "--folds", "1"], "--folds: expected a whole number of at least 2, got '1'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bench_refuses_what_it_cannot_measure(no_work, capsys, options, words):
+    with pytest.raises(SystemExit):
+        __main__.main(["bench", *options])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {words}")
+
+
 def test_figures_asks_for_a_place_before_it_draws(no_work, tmp_path):
     (tmp_path / "taken").touch()
     said = one_sentence(__main__.main, ["figures", "--out", str(tmp_path / "taken")])
