@@ -71,7 +71,7 @@ def attach_backward(forward, args, backward, given=()):
 def require(namespace, name, tensor):
     """Have the library that an operator needs for a tensor; raise UnavailableError where it can't be had."""
     key = namespace, name, tensor.device, tensor.dtype
-    if key in _had or type(tensor) not in _PLAIN or torch.compiler.is_compiling():
+    if key in _had or type(tensor) not in _PLAIN or tensor.is_meta or torch.compiler.is_compiling():
         return
     if load := loaders.get((namespace, name)):
         load(tensor.device, tensor.dtype)
