@@ -14,7 +14,7 @@ import torch
 
 from . import arguments, build, choice, composite, dispatch, gradients, trials
 from .composite import has_scale_min
-from .dispatch import is_transformed, operator, run, wants_gradient
+from .dispatch import is_jit_tracing, is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
 from .problem import make_problem
 from .rungs import COPY
@@ -58,14 +58,8 @@ def is_exporting():
     return torch.compiler._is_exporting_flag
 
 
-def is_jit_tracing():
-    """Tell whether torch.jit is tracing."""
-    return _is_jit_tracing()
-
-
-# Called by Dynamo, which cannot trace them.
+# Called by Dynamo, which cannot trace it.
 is_exporting._dynamo_marked_constant = True
-is_jit_tracing._dynamo_marked_constant = True
 
 
 # ---- choices: an operator's name, the precision that "auto" means, and whether that holds from now on ----

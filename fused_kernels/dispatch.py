@@ -109,6 +109,15 @@ def is_transformed():
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_jit_tracing():
+    """Tell whether torch.jit is tracing."""
+    return torch._C._is_tracing()
+
+
+# Called by Dynamo, which cannot trace it.
+is_jit_tracing._dynamo_marked_constant = True
+
+
 # ---- the first training step ----
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import arguments, auto, candidates, choice, composite, estimates, trials
 from .composite import has_scale_min
@@ -40,8 +40,8 @@ def scale_min(input, scale, *, return_indices=False):
     ValueError, TypeError
         An argument is off; the sentence says which, what was expected and what came.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(scale_min, (input,), input, scale, return_indices=return_indices)
+    if has_torch_function_variadic(input, scale):
+        return handle_torch_function(scale_min, (input, scale), input, scale, return_indices=return_indices)
     scale = arguments.as_scale(scale)
     if auto.is_tracing():
         auto.untraced(arguments.check_input, input)
@@ -118,10 +118,11 @@ def conv2d_scale_min(
     ValueError, TypeError
         An argument is off; the sentence says which, what was expected and what came.
     """
-    if has_torch_function_variadic(input, weight, bias):
-        tensors, given = (input, weight, bias), {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if has_torch_function_variadic(input, weight, bias, scale):
+        given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         given |= {"precision": precision, "return_indices": return_indices}
-        return handle_torch_function(conv2d_scale_min, tensors, *tensors, scale, **given)
+        args = input, weight, bias, scale
+        return handle_torch_function(conv2d_scale_min, args, *args, **given)
     scale = arguments.as_scale(scale)
     if auto.is_tracing():
         conv = stride, padding, dilation, groups, precision

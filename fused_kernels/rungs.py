@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import arguments, build, jobs, places, progress, toolchain
-from .dispatch import OVERLOADS, is_transformed, operator, require, wants_gradient
+from .dispatch import OVERLOADS, is_jit_tracing, is_transformed, operator, require, wants_gradient
 from .problem import check_problem
 
 
@@ -184,6 +185,8 @@ class Rung:
         RuntimeError
             The kernel cannot be built here, or cannot take these arguments.
         """
+        if has_torch_function(given := (*args, *kwargs.values())):
+            return handle_torch_function(call_rung, given, self, *args, **kwargs)
         if self.device and is_transformed():
             # Without a rule of its own, torch would take the operator's derivative for zero.
             raise RuntimeError(f"{self.name} has no rule for torch.func's transforms and forward-mode gradients")
@@ -209,7 +212,8 @@ class Rung:
         return self._run(input, weight, bias, scale, *geometry, precision)
 
     def _run(self, *args):
-        by_winners = self.has_winners and wants_gradient(*args)
+        # torch.jit traces a second time, without gradients, to compare: what keeps no winners is the same both times.
+        by_winners = self.has_winners and wants_gradient(*args) and not is_jit_tracing()
         name = f"{self.name}_winners" if by_winners else self.name
         if self.device:
             # Who names a rung wants no other operations in its place.
@@ -221,6 +225,11 @@ class Rung:
     def has_winners(self):
         """Whether there is an operator that gives them: not of an edited source, which may be about anything else."""
         return self.winners and self.edited_source is None
+
+
+def call_rung(rung, *args, **kwargs):
+    """Call a rung: what torch.fx records, which wants a function with a name."""
+    return rung(*args, **kwargs)
 
 
 LADDER = (

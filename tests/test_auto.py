@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import pickle
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -246,13 +248,93 @@ def test_jit_trace_with_gradients(device):
     close(traced(input), fk.scale_min(input, 2.0))
 
 
-def test_fx_traces_through_a_layer():
-    model = torch.nn.Sequential(SMALL.make("cpu"), torch.nn.ReLU())
+@ON
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name", ["ModelNew", "composite", "conv2d_scale_min"])
+def test_a_jit_trace_saved_and_loaded_trains(name, mode, requires_grad, device):
+    """Traced with gradients or without, it runs with and without them."""
+    if name != "ModelNew" and fk.rungs[name].device not in (None, device):
+        pytest.skip("not a rung of this device")
+    model = fk.ModelNew(4, 6, 3, -1.5).to(device) if name == "ModelNew" else OneRung(name, device)
+    model, input = model.requires_grad_(requires_grad), SMALL.draw(device)
+    with mode(), warnings.catch_warnings():
+        # Of a rung called by name the checks are traced.
+        warnings.filterwarnings("ignore" if name != "ModelNew" else "error", category=torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, input)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    input = SMALL.draw(device, batch=3).requires_grad_()
+    for program in (traced, torch.jit.load(file)):
+        with torch.no_grad():
+            assert not program(input).requires_grad
+            close(program(input), model(input))
+        grads = []
+        for function in (program, model):
+            wanted = [input, *(p for p in function.parameters() if p.requires_grad)]
+            grads.append(torch.autograd.grad(function(input).square().sum(), wanted))
+        for one, other in zip(*grads, strict=True):
+            close(one, other)
+
+
+class OneRung(torch.nn.Module):
+    """A rung with weights of its own."""
+
+    def __init__(self, name, device):
+        super().__init__()
+        self.rung, self.conv = fk.rungs[name], torch.nn.Conv2d(4, 6, 3, device=device)
+
+    def forward(self, input):
+        return self.rung(input, self.conv.weight, self.conv.bias, -1.5)
+
+
+NETWORKS = {
+    "ModelNew": lambda: fk.ModelNew(4, 6, 3, -1.5),
+    "Conv2dScaleMin": lambda: fk.Conv2dScaleMin(4, 6, 3, -1.5, padding="same"),
+    "a network": lambda: torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), SMALL.make("cpu"), torch.nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fx_traces_through_a_layer(name):
+    model = NETWORKS[name]()
     graph = torch.fx.symbolic_trace(model)
-    assert fk.conv2d_scale_min in [node.target for node in graph.graph.nodes]
-    input = SMALL.draw("cpu")
-    close(graph(input), model(input))
-    close(torch.fx.symbolic_trace(lambda x: fk.scale_min(x, 2.0))(input), fk.scale_min(input, 2.0))
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert targets.count(fk.conv2d_scale_min) == 1
+    input, grads = SMALL.draw("cpu").requires_grad_(), []
+    for function in (graph, pickle.loads(pickle.dumps(graph)), model):
+        output = function(input)
+        close(output, model(input))
+        grads.append(torch.autograd.grad(output.square().sum(), [input, *function.parameters()]))
+    for found in grads[:-1]:
+        for one, other in zip(found, grads[-1], strict=True):
+            close(one, other)
+
+
+def unpacked(x, w, s):
+    least, channels = fk.conv2d_scale_min(x, w, return_indices=True)
+    return least + channels
+
+
+FUNCTIONS = {
+    "scale_min": lambda x, w, s: fk.scale_min(x, s),
+    "its winners": lambda x, w, s: fk.scale_min(x, 2.0, return_indices=True)[1],
+    "unpacked": unpacked,
+    "conv2d_scale_min": lambda x, w, s: fk.conv2d_scale_min(x, w, scale=s, stride=2, padding="valid", precision="ieee"),
+    "by keywords": lambda x, w, s: fk.conv2d_scale_min(input=x, weight=w, scale=2.0),
+    "of a weight alone": lambda x, w, s: fk.conv2d_scale_min(torch.ones(1, 4, 5, 5), w),
+    "of a scale alone": lambda x, w, s: fk.scale_min(torch.ones(1, 4, 5, 5), s),
+    "a rung": lambda x, w, s: fk.rungs["composite"](x, w, None, s),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_fx_traces_functions(name):
+    function, args = FUNCTIONS[name], (SMALL.draw("cpu"), torch.randn(6, 4, 3, 3), -1.5)
+    graph = torch.fx.symbolic_trace(function)
+    assert len([node for node in graph.graph.nodes if "scale_min" in str(node.target) or "call_rung" in str(node.target)]) == 1
+    close(graph(*args), function(*args))
 
 
 FROM_A_PACKAGE = """
