@@ -10,9 +10,11 @@ Below autograd there are two forward operators, with winners and without. Which 
 will be needed; only a kernel at autograd's own key can tell. A program that is exported is recorded above that key.
 """
 
+import functools
+
 import torch
 
-from . import arguments, build, choice, composite, dispatch, gradients, trials
+from . import arguments, build, choice, composite, dispatch, gradients, registry, trials
 from .composite import has_scale_min
 from .dispatch import is_jit_tracing, is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
@@ -327,29 +329,30 @@ def _operator(name):
     return getattr(torch.ops.fused_kernels, name).default
 
 
-def _define_all():
-    for kind in _CHOOSE:
-        schema, name, with_gradient = SCHEMAS[kind], f"{kind}_auto", _with_gradient(kind)
-        # The tag: a compiler may hand over tensors with other strides than were traced; the kernels take any.
-        library = define_rules(build.NAMESPACE, name, kind, tags=(torch.Tag.flexible_layout,), has_gradient=False)
-        library.impl(name, _call_chosen(kind), "CompositeExplicitAutograd")
-        library.impl(name, _at_autograd(kind, with_gradient), "Autograd", with_keyset=True)
-        library.impl(name, with_gradient, "FuncTorchBatched")
-        if kind.startswith("conv2d_scale_min"):
-            for key in ("AutocastCPU", "AutocastCUDA"):
-                library.impl(name, _at_autocast(kind), key)
-            library.define(f"{kind}_autocast{schema}", tags=(torch.Tag.flexible_layout,))
-            for key in ("AutocastCPU", "AutocastCUDA", *_COMPOSITE):
-                library.impl(f"{kind}_autocast", _cast_first(kind), key)
-        # What csrc/autograd/auto.cpp asks and calls.
-        library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[], bool)")
-        library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")
-        library.define(f"{name}_with_gradient{schema}")
-        for key in _COMPOSITE:
-            library.impl(f"{name}_with_gradient", with_gradient, key)
-        if kind in _IN_PYTHON:
-            library.define(f"{kind}_in_python{schema}")
-            library.impl(f"{kind}_in_python", _IN_PYTHON[kind], "CompositeExplicitAutograd")
+def _define(kind, library):
+    """Register the operators of a kind."""
+    schema, name, with_gradient = SCHEMAS[kind], f"{kind}_auto", _with_gradient(kind)
+    # The tag: a compiler may hand over tensors with other strides than were traced; the kernels take any.
+    define_rules(library, name, kind, tags=(torch.Tag.flexible_layout,), has_gradient=False)
+    library.impl(name, _call_chosen(kind), "CompositeExplicitAutograd")
+    library.impl(name, _at_autograd(kind, with_gradient), "Autograd", with_keyset=True)
+    library.impl(name, with_gradient, "FuncTorchBatched")
+    if kind.startswith("conv2d_scale_min"):
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(name, _at_autocast(kind), key)
+        library.define(f"{kind}_autocast{schema}", tags=(torch.Tag.flexible_layout,))
+        for key in ("AutocastCPU", "AutocastCUDA", *_COMPOSITE):
+            library.impl(f"{kind}_autocast", _cast_first(kind), key)
+    # What csrc/autograd/auto.cpp asks and calls.
+    library.define(f"{name}_choice{schema.split(' -> ')[0]} -> (str, str, int[], bool)")
+    library.impl(f"{name}_choice", _choose_for_dispatcher(kind), "CompositeExplicitAutograd")
+    library.define(f"{name}_with_gradient{schema}")
+    for key in _COMPOSITE:
+        library.impl(f"{name}_with_gradient", with_gradient, key)
+    if kind in _IN_PYTHON:
+        library.define(f"{kind}_in_python{schema}")
+        library.impl(f"{kind}_in_python", _IN_PYTHON[kind], "CompositeExplicitAutograd")
 
 
-_define_all()
+for _kind in _CHOOSE:
+    registry.register(build.NAMESPACE, f"{_kind}_auto", _kind, functools.partial(_define, _kind))

@@ -180,10 +180,13 @@ class WithoutPython:
     name : str
     loss : str
         What is lost where it cannot be built.
+    operator, key : str
+        Something that it registers, and at which key.
     """
 
-    def __init__(self, name, loss):
+    def __init__(self, name, loss, operator, key):
         self.name, self.loss = name, loss
+        self.operator, self.key = operator, key
         self._lock, self._thread, self._error = threading.Lock(), None, None
         self._loaded = self._failed = False
 
@@ -199,9 +202,10 @@ class WithoutPython:
         with self._lock:
             if not (self._loaded or self._failed):
                 try:
-                    self._loaded = self._is_built()
-                    if self._loaded:
+                    self._loaded = self._is_registered()
+                    if not self._loaded and self._is_built():
                         build.load(*self.library, device="cpu")
+                        self._loaded = True
                 except build.UnavailableError:
                     # The kernels lack the same, and say so.
                     self._loaded, self._failed = False, True
@@ -209,6 +213,12 @@ class WithoutPython:
                     self._loaded, self._failed = False, True
                     warnings.warn(f"{self.loss}: {error}", stacklevel=2)
         return self._loaded
+
+    def _is_registered(self):
+        # What was loaded stays when this module is imported anew.
+        if not hasattr(getattr(torch.ops, build.NAMESPACE), self.operator):
+            return False
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{build.NAMESPACE}::{self.operator}", self.key)
 
     def _is_built(self):
         # Every call asks meanwhile, and to look for the file takes longer than a small kernel.
@@ -237,8 +247,14 @@ makers = {}
 _rules = {}
 _started = set()
 _threads = set()
-from_winners = WithoutPython("from_winners", "training is slower than it could be, by microseconds a step")
-auto = WithoutPython("auto", "compiled and exported programs are slower than they could be, by microseconds a call")
+from_winners = WithoutPython(
+    *("from_winners", "training is slower than it could be, by microseconds a step"),
+    *("conv_from_winners", "CompositeImplicitAutograd"),
+)
+auto = WithoutPython(
+    *("auto", "compiled and exported programs are slower than they could be, by microseconds a call"),
+    *("scale_min_auto", "CPU"),
+)
 
 
 def _forget():

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from . import arguments, build, choice, composite, dispatch, gradients, jobs, plans, progress
+from . import arguments, build, choice, composite, dispatch, gradients, jobs, plans, progress, registry
 from .rungs import BACKWARD, COPY, INSTEAD, LADDER, note_unavailable, rungs
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
@@ -33,8 +33,6 @@ SCHEMAS = {
 FORWARD = ("scale_min", "scale_min_bias", "conv2d_scale_min")
 SCHEMAS |= {f"{kind}_winners": SCHEMAS[kind].replace("-> Tensor", "-> (Tensor, Tensor)") for kind in FORWARD}
 
-# A Library takes its registrations back when it is collected.
-_libraries = []
 _load_locks = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_load_locks.clear)
@@ -65,8 +63,7 @@ def edit(name, source):
         raise ValueError(f"name: expected a rung with a source, one of {', '.join(editable)}, got {name!r}")
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     rung = replace(rungs[name], edited_source=source, namespace=f"fused_kernels_edit_{digest}")
-    if not hasattr(getattr(torch.ops, rung.namespace), rung.name):
-        define(rung)
+    define(rung)
     return rung
 
 
@@ -176,9 +173,12 @@ FAKES = {
 def define(rung):
     """Register a rung's operators: schema, output shape, gradient, and an implementation that builds itself on first call."""
     if rung.device is None:
-        library = _library(rung.namespace)
-        library.define(rung.name + SCHEMAS[rung.operator])
-        library.impl(rung.name, _FUNCTIONS[rung.name], "CompositeImplicitAutograd")
+
+        def fill(library):
+            library.define(rung.name + SCHEMAS[rung.operator])
+            library.impl(rung.name, _FUNCTIONS[rung.name], "CompositeImplicitAutograd")
+
+        registry.register(rung.namespace, rung.name, "composite", fill)
         return
     _define_built(rung, rung.name, rung.operator)
     if rung.has_winners:
@@ -202,7 +202,6 @@ def _define_built(rung, name, kind, winners=False):
 
 def _define_implementation(rung, name, kind, winners, overload):
     qualified = f"{name}.{overload}" if overload else name
-    library = define_rules(rung.namespace, qualified, kind)
     available_on = set()
 
     def load(device, dtype):
@@ -240,7 +239,17 @@ def _define_implementation(rung, name, kind, winners, overload):
 
     if overload is None:
         dispatch.loaders[rung.namespace, name] = load
-    library.impl(qualified, stand_in, "CompositeExplicitAutograd")
+    _register_python(rung.namespace, qualified, kind, stand_in, "CompositeExplicitAutograd")
+
+
+def _register_python(namespace, name, kind, function, key):
+    """Register an operator whose implementation is Python."""
+
+    def fill(library):
+        define_rules(library, name, kind)
+        library.impl(name, function, key)
+
+    registry.register(namespace, name, kind, fill)
 
 
 def _by_library(kind, args):
@@ -270,21 +279,13 @@ def _make(rung, overload, winners):
         build.make(**rung.library(overload, winners), quiet=True)
 
 
-def define_rules(namespace, name, kind, tags=(), has_gradient=True):
+def define_rules(library, name, kind, tags=(), has_gradient=True):
     """Register an operator without an implementation: its schema, its output's shape, and its gradient if it has one."""
-    library = _library(namespace)
     library.define(name + SCHEMAS[kind], tags=tags)
-    torch.library.register_fake(f"{namespace}::{name}", FAKES[kind], lib=library)
+    torch.library.register_fake(f"{library.ns}::{name}", FAKES[kind], lib=library)
     if has_gradient and kind in gradients.RULES:
         backward, setup = gradients.RULES[kind]
-        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
-    return library
-
-
-def _library(namespace):
-    library = torch.library.Library(namespace, "FRAGMENT")
-    _libraries.append(library)
-    return library
+        torch.library.register_autograd(f"{library.ns}::{name}", backward, setup_context=setup, lib=library)
 
 
 def _load(rung, name, overload, winners=False, at_once=None):
@@ -330,10 +331,9 @@ def _define_all():
             _define_built(rung, name, "grad_bias")
 
     # These two are Python themselves.
-    library = define_rules(build.NAMESPACE, "composite_winners", "conv2d_scale_min_winners")
-    library.impl("composite_winners", composite.composite_winners_operator, "CompositeExplicitAutograd")
-    library = define_rules(build.NAMESPACE, "library_conv2d", "library_conv2d")
-    library.impl("library_conv2d", composite.library_conv2d, "CUDA")
+    of_composite = "composite_winners", "conv2d_scale_min_winners", composite.composite_winners_operator
+    _register_python(build.NAMESPACE, *of_composite, "CompositeExplicitAutograd")
+    _register_python(build.NAMESPACE, "library_conv2d", "library_conv2d", composite.library_conv2d, "CUDA")
 
 
 _define_all()

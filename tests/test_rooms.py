@@ -20,6 +20,7 @@ ORDER = [
     "places",
     "toolchain",
     "build",
+    "registry",
     "dispatch",
     "rungs",
     "plans",
