@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from . import choice, reference
+from . import choice, gradients, reference, subclasses
 from .candidates import copy_into_other_layout
 from .choice import Decision
 from .dispatch import attach_backward, is_transformed, operator, rules_without_python, run, wants_gradient
@@ -95,6 +95,8 @@ def compute_by_library(problem, input, weight, bias, scale, return_indices=False
 
 def composite_operator(input, weight, bias, scale, *conv):
     """Do what :func:`compute` does; the implementation of the operator ``composite``."""
+    if subclasses.know_only_aten(input, weight, bias):
+        return reference_operator(input, weight, bias, scale, *conv)
     return compute(_by_name(input, weight, bias, conv), input, weight, bias, scale)
 
 
@@ -236,7 +238,10 @@ def library_conv(problem, input, weight, bias):
     geometry = (problem.stride, (top, left), problem.dilation, problem.groups)
     if _can_follow_setting(problem):
         return F.conv2d(input, weight, bias, *geometry)
-    return torch.ops.fused_kernels.library_conv2d.default(input, weight, bias, *geometry, problem.precision == "tf32")
+    convolve = torch.ops.fused_kernels.library_conv2d.default
+    if subclasses.know_only_aten(input, weight, bias):
+        convolve = gradients.LibraryConv2d.apply
+    return convolve(input, weight, bias, *geometry, problem.precision == "tf32")
 
 
 def _can_follow_setting(problem):

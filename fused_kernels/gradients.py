@@ -9,10 +9,12 @@ NOTE: csrc/autograd/from_winners.cpp has the rules of scale_min_winners and conv
 compiles nothing, those are followed once they are built: change both.
 """
 
+import contextlib
+
 import torch
 from torch.nn import functional as F
 
-from . import dispatch
+from . import dispatch, subclasses
 from .problem import is_channels_last
 
 # ---- scale_min ----
@@ -201,7 +203,7 @@ RULES = {
 }
 
 
-# ---- by PyTorch's own operations: while a transform is under way, for which our operators have no rules ----
+# ---- by PyTorch's own operations: under a transform or for a subclass, for which our operators have no rules ----
 
 
 def library_scale_min_backward(grad, winners, scale, channels, channels_last=False):
@@ -249,21 +251,39 @@ BY_LIBRARY = {
 
 def _convolution_backward(grad, input, weight, bias_sizes, stride, padding, dilation, groups, precision, needed):
     """Differentiate a convolution at a precision: this function of torch's has only the setting to say which."""
-    setting = torch.backends.cudnn.conv
-    before = setting.fp32_precision
-    if precision != "auto":
-        setting.fp32_precision = precision
-    try:
+    with _setting(precision):
         return torch.ops.aten.convolution_backward(
             grad, input, weight, bias_sizes, stride, padding, dilation, False, (0, 0), groups, needed
         )
+
+
+@contextlib.contextmanager
+def _setting(precision):
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    if precision != "auto":
+        conv.fp32_precision = precision
+    try:
+        yield
     finally:
-        setting.fp32_precision = before
+        conv.fp32_precision = before
+
+
+class LibraryConv2d(torch.autograd.Function):
+    """The same operator, made of PyTorch's own: for subclasses that know no others."""
+
+    @staticmethod
+    def forward(input, weight, bias, stride, padding, dilation, groups, tf32):
+        """Convolve at a precision."""
+        with _setting("tf32" if tf32 else "ieee"):
+            return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+    setup_context, backward = staticmethod(library_conv2d_setup), staticmethod(library_conv2d_backward)
 
 
 def _run(kind, *args):
     """Call a backward operator."""
-    if dispatch.is_transformed():
+    if dispatch.is_transformed() or subclasses.know_only_aten(*args):
         return BY_LIBRARY[kind](*args)
     # A tensor that vmap wraps does not tell whether it needs a gradient: ask the mode alone.
     if torch.is_grad_enabled():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import arguments, auto, candidates, choice, composite, estimates, trials
+from . import arguments, auto, candidates, choice, composite, estimates, subclasses, trials
 from .composite import has_scale_min
 from .dispatch import is_transformed, run_forward
 from .problem import describe_problem
@@ -43,12 +43,12 @@ def scale_min(input, scale, *, return_indices=False):
     if has_torch_function_variadic(input, scale):
         return handle_torch_function(scale_min, (input, scale), input, scale, return_indices=return_indices)
     scale = arguments.as_scale(scale)
-    if auto.is_tracing():
+    if auto.is_tracing(input):
         auto.untraced(arguments.check_input, input)
-        if not auto.is_better_traced_by_library(input.device, input.dtype):
-            return auto.trace("scale_min", (input, scale), return_indices)
-    else:
-        arguments.check_input(input)
+        if auto.is_better_traced_by_library(input):
+            return composite.reference_scale_min(input, scale, return_indices)
+        return auto.trace("scale_min", (input, scale), return_indices)
+    arguments.check_input(input)
     if not has_scale_min(input.device, input.dtype):
         return composite.reference_scale_min(input, scale, return_indices)
     device = input.device.type
@@ -124,7 +124,7 @@ def conv2d_scale_min(
         args = input, weight, bias, scale
         return handle_torch_function(conv2d_scale_min, args, *args, **given)
     scale = arguments.as_scale(scale)
-    if auto.is_tracing():
+    if auto.is_tracing(input, weight, bias):
         conv = stride, padding, dilation, groups, precision
         return _trace_conv(input, weight, bias, scale, return_indices, *conv)
     input, weight, bias = arguments.autocast(input, weight, bias)
@@ -147,7 +147,7 @@ def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dil
     if auto.is_exporting() and not is_transformed():
         return auto.trace("conv2d_scale_min", (input, weight, bias, scale, *conv), return_indices, "_autocast")
     args = *arguments.autocast(input, weight, bias), scale
-    if auto.is_better_traced_by_library(input.device, args[0].dtype):
+    if auto.is_better_traced_by_library(*args[:3]):
         return composite.compute_by_library(describe_problem(args[0], weight.shape, *conv), *args, return_indices)
     return auto.trace("conv2d_scale_min", (*args, *conv), return_indices)
 
@@ -225,13 +225,17 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     name, why, device = decision.rung, decision.why, decision.problem.device
     if name != "composite" and is_transformed():
         name, why = "composite", f"{name} has no rule for torch.func's transforms and forward-mode gradients"
+    foreign = [type(tensor).__name__ for tensor in (input, weight, bias) if subclasses.know_only_aten(tensor)]
+    if foreign:
+        name, why = "composite", f"a {foreign[0]} may know no operators but PyTorch's"
     if name == "composite":
         inner = choice.SCALE_MIN.get(device.type)
         missing = why_unavailable(inner, device.index, input.dtype) if inner else f"no kernel for {device.type} tensors"
+        missing = why if foreign else missing
         why = f"the library's convolution, then scale and min: {why}"
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"
     dtype, backward = str(input.dtype).removeprefix("torch."), ()
-    if decision.backward and (name != "composite" or not (missing or is_transformed())):
+    if decision.backward and not foreign and (name != "composite" or not (missing or is_transformed())):
         backward = decision.backward[:2]
     precision = decision.problem.precision if dtype == "float32" else dtype
     return Explanation(name, precision, why, backward, *_others(decision))

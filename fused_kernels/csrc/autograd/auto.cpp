@@ -12,6 +12,7 @@
 #include <ATen/ops/conv2d.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
@@ -197,9 +198,17 @@ bool wants_gradient(c10::ArrayRef<IValue> arguments) {
   return false;
 }
 
+// It may know no operators of ours.
+bool has_subclass(c10::ArrayRef<IValue> arguments) {
+  return std::any_of(arguments.begin(), arguments.end(), [](const IValue& argument) {
+    return argument.isTensor() && argument.toTensor().key_set().has(DispatchKey::Python);
+  });
+}
+
 void at_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  if (wants_gradient(arguments_of(op, *stack)) || is_transformed()) {
-    find(own_name(op) + "_with_gradient").callBoxed(stack);
+  const auto arguments = arguments_of(op, *stack);
+  if (wants_gradient(arguments) || is_transformed() || has_subclass(arguments)) {
+    find(own_name(op) + "_at_autograd").callBoxed(stack);
   } else {
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
   }

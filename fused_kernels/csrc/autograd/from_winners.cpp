@@ -13,6 +13,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "transforms.h"
 
 namespace fused_kernels {
@@ -42,10 +44,17 @@ void call(const std::string& name, const char* overload, Stack& stack) {
 // The same, of a rung, which has an overload for the dtype of its first argument.
 void call(const std::string& name, Stack& stack) { call(name, overload_for(stack[0].toTensor()), stack); }
 
-// Calls a backward operator: the one that was chosen, or under a transform what does the same by PyTorch's own operations.
-void call_backward(const std::string& kind, const IValue& chosen, Stack& stack) {
-  if (!is_transformed()) return call(chosen.toStringRef(), stack);
-  call(kind + "_auto_with_gradient", "", stack);
+// Whether Python must be asked what a backward pass calls: under a transform, and where a tensor is of a subclass that takes
+// calls over, which may know no operators of ours.
+bool must_ask(const Tensor& grad, const variable_list& saved) {
+  const auto takes_over = [](const Tensor& t) { return t.defined() && t.key_set().has(c10::DispatchKey::Python); };
+  return is_transformed() || takes_over(grad) || std::any_of(saved.begin(), saved.end(), takes_over);
+}
+
+// Calls a backward operator: the one that was chosen; or asks Python, which may do the same by PyTorch's own operations.
+void call_backward(const std::string& kind, const IValue& chosen, bool asks, Stack& stack) {
+  if (!asks) return call(chosen.toStringRef(), stack);
+  call(kind + "_auto_at_autograd", "", stack);
 }
 
 // Where no second derivative is wanted, no rule of the operators that are called is needed.
@@ -90,7 +99,8 @@ struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
     // Before the guard: hooks may compute these anew, as checkpointing does, with all rules for gradients.
     const auto saved = context->get_saved_variables();
     const Tensor &winners = saved[0], &input = saved[1], &weight = saved[2];
-    const BelowAutograd below(!at::GradMode::is_enabled() && !is_transformed());
+    const bool asks = must_ask(grad, saved);
+    const BelowAutograd below(!at::GradMode::is_enabled() && !asks);
     auto& data = context->saved_data;
     const auto add_geometry = [&](Stack& stack) {
       for (size_t i = 1; i < std::size(kRest); ++i) stack.push_back(data[kRest[i]]);
@@ -102,18 +112,18 @@ struct Conv2dScaleMin : torch::autograd::Function<Conv2dScaleMin> {
       Stack stack{grad, winners, weight, data["scale"], data["input_size"]};
       add_geometry(stack);
       stack.emplace_back(data["channels_last"]);
-      call_backward("grad_input", names[0], stack);
+      call_backward("grad_input", names[0], asks, stack);
       results[1] = stack[0].toTensor();
     }
     if (context->needs_input_grad(1)) {
       Stack stack{grad, winners, input, data["scale"], weight_size[0], std::vector<int64_t>{weight_size[2], weight_size[3]}};
       add_geometry(stack);
-      call_backward("grad_weight", names[1], stack);
+      call_backward("grad_weight", names[1], asks, stack);
       results[2] = stack[0].toTensor();
       if (needs_bias) results[3] = stack[1].toTensor();
     } else if (needs_bias) {
       Stack stack{grad, winners, data["scale"], weight_size[0]};
-      call_backward("grad_bias", names[2], stack);
+      call_backward("grad_bias", names[2], asks, stack);
       results[3] = stack[0].toTensor();
     }
     return results;
@@ -134,11 +144,12 @@ struct ScaleMin : torch::autograd::Function<ScaleMin> {
   static variable_list backward(AutogradContext* context, variable_list grads) {
     variable_list results(2);
     if (!grads[0].defined()) return results;
-    const Tensor winners = context->get_saved_variables()[0];
-    const BelowAutograd below(!at::GradMode::is_enabled() && !is_transformed());
+    const auto saved = context->get_saved_variables();
+    const bool asks = must_ask(grads[0], saved);
+    const BelowAutograd below(!at::GradMode::is_enabled() && !asks);
     auto& data = context->saved_data;
-    Stack stack{grads[0], winners, data["scale"], data["channels"], data["channels_last"]};
-    call_backward("scale_min_backward", data["backward"], stack);
+    Stack stack{grads[0], saved[0], data["scale"], data["channels"], data["channels_last"]};
+    call_backward("scale_min_backward", data["backward"], asks, stack);
     results[1] = stack[0].toTensor();
     return results;
   }
