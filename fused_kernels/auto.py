@@ -14,7 +14,7 @@ import functools
 
 import torch
 
-from . import arguments, build, choice, composite, dispatch, gradients, registry, subclasses, trials
+from . import arguments, build, choice, composite, dispatch, flops, gradients, registry, subclasses, trials
 from .composite import has_scale_min
 from .dispatch import is_jit_tracing, is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
@@ -382,3 +382,4 @@ def _define(kind, library):
 
 for _kind in _CHOOSE:
     registry.register(build.NAMESPACE, f"{_kind}_auto", _kind, functools.partial(_define, _kind))
+flops.count()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from . import arguments, build, choice, composite, dispatch, gradients, jobs, plans, progress, registry
+from . import arguments, build, choice, composite, dispatch, flops, gradients, jobs, plans, progress, registry
 from .rungs import BACKWARD, COPY, INSTEAD, LADDER, note_unavailable, rungs
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
@@ -64,6 +64,7 @@ def edit(name, source):
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     rung = replace(rungs[name], edited_source=source, namespace=f"fused_kernels_edit_{digest}")
     define(rung)
+    flops.count()
     return rung
 
 
@@ -178,6 +179,7 @@ def define(rung):
             library.define(rung.name + SCHEMAS[rung.operator])
             library.impl(rung.name, _FUNCTIONS[rung.name], "CompositeImplicitAutograd")
 
+        # Not by its kind: it is made of operators that count by themselves.
         registry.register(rung.namespace, rung.name, "composite", fill)
         return
     _define_built(rung, rung.name, rung.operator)

@@ -82,6 +82,7 @@ def wait_for(path, process):
 
 def test_import_is_light(run_python):
     heavy = "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "matplotlib", "IPython", "pandas", "triton"
+    heavy += "torch.distributed.tensor", "torch.utils.flop_counter"
     out = run_python(
         f"import sys, torch\nbefore = set(sys.modules)\nimport fused_kernels\nprint(set({heavy}) & set(sys.modules) - before)"
     )

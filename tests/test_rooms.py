@@ -23,6 +23,7 @@ ORDER = [
     "registry",
     "sharding",
     "subclasses",
+    "flops",
     "dispatch",
     "rungs",
     "plans",
