@@ -240,7 +240,9 @@ def compiler_flags(device, namespace, archs, cpu=None):
     cpu : sequence of str, optional
         The flags of a CPU to compile for; by default this one's.
     """
-    flags = ["-std=c++17", f"-DFUSED_KERNELS_NAMESPACE={namespace}"]
+    # NOTE: from torch 2.14 or 2.15 on, libtorch's headers (not those of the stable ABI) are C++20.
+    needs_20 = device == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+    flags = [f"-std=c++{20 if needs_20 else 17}", f"-DFUSED_KERNELS_NAMESPACE={namespace}"]
     if device == "cpu":
         native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
         return [*flags, "-O3", "-fPIC", *([native] if cpu is None else cpu), "-fno-math-errno"]
