@@ -12,22 +12,63 @@ PRECISIONS = ("auto", "ieee", "tf32")
 
 def check_input(input):
     """Raise unless ``input`` is an (N, C, H, W) tensor of a supported dtype with at least one channel."""
-    _check_tensor("input", input, "(N, C, H, W)")
+    _check_tensor("input", input)
     if input.shape[1] == 0:
         raise ValueError(f"input: expected at least one channel to take the minimum over, got shape {_shape(input)}")
 
 
+def is_unbatched(input):
+    """Tell whether ``input`` is one image without a batch around it, (C, H, W)."""
+    return isinstance(input, torch.Tensor) and input.dim() == 3
+
+
+def unbatched(function, input, *args, **kwargs):
+    """Call a function that takes a batch on one image, and take what it gives out of the batch."""
+    result = function(input.unsqueeze(0), *args, **kwargs)
+    return tuple(tensor.squeeze(0) for tensor in result) if isinstance(result, tuple) else result.squeeze(0)
+
+
 def as_scale(scale):
-    """Return ``scale`` as a float; integers too large for one become an infinity."""
+    """Return a number as a float, integers too large for one as an infinity; and a tensor of real numbers as it is."""
     # Not a subclass, such as NumPy's: to a compiler that one is an array.
     if type(scale) is float:
         return scale
-    if isinstance(scale, torch.Tensor) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale: expected a real Python number, got {_describe(scale)}")
+    if isinstance(scale, torch.Tensor):
+        if scale.is_complex() or scale.layout != torch.strided:
+            raise TypeError(f"scale: expected a dense tensor of real numbers, got {scale.dtype}, layout {scale.layout}")
+        return scale
+    if not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a real number or a tensor of them, got {_describe(scale)}")
     try:
         return float(scale)
     except OverflowError:
         return math.inf if scale > 0 else -math.inf
+
+
+def check_scale(scale, channels, device):
+    """Raise unless a tensor holds one factor, or one for each channel, on the device; tell whether it holds one.
+
+    Of all tensors on another device, only a number on the CPU will do, as in PyTorch's own operations.
+    """
+    shape = _shape(scale)
+    if math.prod(shape) != 1 and shape not in ((channels,), (channels, 1, 1), (1, channels, 1, 1)):
+        shapes = f"({channels},), ({channels}, 1, 1) or (1, {channels}, 1, 1)"
+        raise ValueError(f"scale: expected one element or one for each channel, of shape {shapes}, got shape {shape}")
+    if scale.device != device and (shape or scale.device.type != "cpu"):
+        raise ValueError(f"scale: expected the input's device {device}, got {scale.device}")
+    return math.prod(shape) == 1
+
+
+def scale_per_channel(scale, is_single, channels, like):
+    """Give a checked tensor as the operators take it: an element for each channel, in the dtype to compute ``like`` in."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if scale.device != like.device:
+        # Multiplied by it, and not copied there: the GPU's queue goes on, and a graph can be captured.
+        return torch.ones(channels, dtype=dtype, device=like.device) * scale
+    scale = scale.to(dtype)
+    if is_single:
+        return scale.reshape(1).expand(channels)
+    return scale if scale.dim() == 1 else scale.reshape(channels)
 
 
 def check_conv(input, weight, bias, stride, padding, dilation, groups):
@@ -78,19 +119,22 @@ def check_conv(input, weight, bias, stride, padding, dilation, groups):
 def check_tensors(input, weight, bias):
     """Raise unless a fused convolution's tensors have the right number of dimensions, and one device and dtype.
 
-    Dtypes that autocast is going to make one may differ.
+    Dtypes that autocast is going to make one may differ, and the bias of 16-bit tensors may be float32.
     """
-    _check_tensor("input", input, "(N, C, H, W)")
-    _check_tensor("weight", weight, "(C_out, C_in / groups, kH, kW)")
+    _check_tensor("input", input)
+    _check_tensor("weight", weight)
     if bias is not None:
-        _check_tensor("bias", bias, "(C_out,)")
+        _check_tensor("bias", bias)
     dtype, device = input.dtype, input.device
     castable = _CASTABLE if autocast_dtype(input) else ()
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.dtype != dtype and not (tensor.dtype in castable and dtype in castable):
-            raise ValueError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}")
+            wide = name == "bias" and dtype in (torch.float16, torch.bfloat16)
+            if not (wide and tensor.dtype == torch.float32):
+                expected = f"the input's dtype {dtype}{' or torch.float32' if wide else ''}"
+                raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected the input's device {device}, got {tensor.device}")
 
@@ -149,13 +193,16 @@ _has_autocast._dynamo_marked_constant = True
 
 
 RANK = {"input": 4, "weight": 4, "bias": 1}
+# The other one is one image, which the public functions make a batch of.
+_SHAPES = {"input": "(N, C, H, W) or (C, H, W)", "weight": "(C_out, C_in / groups, kH, kW)", "bias": "(C_out,)"}
 
 
-def _check_tensor(name, value, shape):
+def _check_tensor(name, value):
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {_describe(value)}")
+        raise TypeError(f"{name}: expected a tensor of shape {_SHAPES[name]}, got {_describe(value)}")
     if value.dim() != RANK[name]:
-        raise ValueError(f"{name}: expected {RANK[name]} dimensions {shape}, got shape {_shape(value)}")
+        rank = "4 or 3" if name == "input" else RANK[name]
+        raise ValueError(f"{name}: expected {rank} dimensions {_SHAPES[name]}, got shape {_shape(value)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
     if value.layout != torch.strided:

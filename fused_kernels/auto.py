@@ -25,7 +25,7 @@ from .subclasses import PLAIN
 _is_jit_tracing = torch._C._is_tracing
 
 
-def is_tracing(input, weight=None, bias=None):
+def is_tracing(input, weight=None, bias=None, scale=None):
     """Tell whether a call becomes part of a program, or one of the tensors is a subclass: then nothing is chosen yet.
 
     The programs are torch.compile's, torch.export's and torch.jit.trace's; to an operator that chooses when it is called, a
@@ -34,9 +34,9 @@ def is_tracing(input, weight=None, bias=None):
     if torch.compiler.is_compiling() or _is_jit_tracing():
         return True
     # Of each by itself: this takes a third of the time that a loop does.
-    if type(input) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN:
+    if type(input) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN and type(scale) in PLAIN:
         return False
-    return subclasses.take_over(input, weight, bias)
+    return subclasses.take_over(input, weight, bias, scale)
 
 
 def untraced(check, *args):
@@ -85,14 +85,15 @@ is_exporting._dynamo_marked_constant = True
 IN_PYTHON = "in_python"
 
 
-def _choose_scale_min(input, scale):
+def _choose_scale_min(input, scale, scales=None):
     arguments.check_input(input)
     return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device, input.dtype) else IN_PYTHON, "", True
 
 
-def _decide(input, weight, bias, scale, conv, winners):
-    decision = choice.decide_checked(input, weight, bias, *conv)
-    return trials.settle(decision, (input, weight, bias, scale), winners) if trials.are_asked_for() else decision
+def _decide(input, weight, bias, scale, *rest, winners):
+    """Decide on what an operator was given: after the geometry and the precision the scales, if there are any."""
+    decision = choice.decide_checked(input, weight, bias, *rest[:5])
+    return trials.settle(decision, (input, weight, bias, scale, *rest[5:]), winners) if trials.are_asked_for() else decision
 
 
 def _choose_conv2d_scale_min(*args):
@@ -104,10 +105,9 @@ def _choose_conv2d_scale_min_winners(*args):
 
 
 def _choose_forward(winners, *args):
-    *tensors, scale = args[:4]
-    decision = _decide(*tensors, scale, args[4:], winners)
+    decision = _decide(*args, winners=winners)
     name = IN_PYTHON if decision.rung == "composite" else decision.rung
-    return name, decision.problem.precision, not trials.is_open(decision, args[:4], winners)
+    return name, decision.problem.precision, not trials.is_open(decision, (*args[:4], *args[9:]), winners)
 
 
 def _choose_scale_min_backward(grad, *args):
@@ -173,14 +173,12 @@ _CHOOSE = {
 # ---- what is Python when it is called ----
 
 
-def _conv2d_scale_min(input, weight, bias, scale, *conv):
-    decision = _decide(input, weight, bias, scale, conv, False)
-    return composite.compute_output(decision, input, weight, bias, scale)
+def _conv2d_scale_min(*args):
+    return composite.compute_output(_decide(*args, winners=False), *args[:4], *args[9:])
 
 
-def _conv2d_scale_min_winners(input, weight, bias, scale, *conv):
-    decision = _decide(input, weight, bias, scale, conv, True)
-    return composite.compute_winners(decision, input, weight, bias, scale)
+def _conv2d_scale_min_winners(*args):
+    return composite.compute_winners(_decide(*args, winners=True), *args[:4], *args[9:])
 
 
 def _laid_out(function):
@@ -234,12 +232,13 @@ def _choose_for_dispatcher(kind):
         name, precision, holds = _CHOOSE[kind](*args)
         steps, suffix = (), _suffix(kind)
         if name == IN_PYTHON:
-            if kind in gradients.BY_LIBRARY or len(args) == 2 or not has_scale_min(args[0].device, args[0].dtype):
+            found = None
+            if kind.startswith("conv2d_scale_min") and has_scale_min(args[0].device, args[0].dtype):
+                found = composite.steps(_decide(*args, winners=kind.endswith("_winners")), *args[:3])
+            if found is None:
                 # Python itself is the answer for as long as something else lasts, such as a transform.
                 return f"{kind}_{IN_PYTHON}", precision, steps, False
-            input, weight, bias, _, *conv = args
-            decision = _decide(input, weight, bias, args[3], conv, kind.endswith("_winners"))
-            steps, name = composite.steps(decision, input, weight, bias)
+            steps, name = found
         # What can't be had after all is not remembered: the next choice knows.
         needed = [name + suffix, *([COPY.name] if steps and steps.copy == composite.COPY_BY_KERNEL else [])]
         holds = holds and all(dispatch.is_had(one, args[0]) for one in needed)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from . import choice, gradients, reference, subclasses
+from . import choice, gradients, subclasses
 from .candidates import copy_into_other_layout
 from .choice import Decision
 from .dispatch import attach_backward, is_transformed, operator, rules_without_python, run, wants_gradient
@@ -18,7 +18,7 @@ from .problem import cudnn_precision, describe_problem
 from .rungs import COPY, is_available, rungs, why_unavailable
 
 
-def compute(decision, input, weight, bias, scale, return_indices=False):
+def compute(decision, input, weight, bias, scale, scales=None, return_indices=False):
     """Convolve with torch's library, in the layout that its tensor cores want, then scale and take the minimum.
 
     PyTorch adds a bias in a pass of its own over the convolution's output on a GPU; here the minimum's kernel does. Where a
@@ -30,37 +30,45 @@ def compute(decision, input, weight, bias, scale, return_indices=False):
         What was decided for these arguments.
     input, weight, bias, scale, return_indices
         As for :func:`fused_kernels.conv2d_scale_min`.
+    scales : Tensor, optional
+        Each channel's factor, in place of the scale.
     """
     problem, args = decision.problem, (input, weight, bias, scale)
     if not has_scale_min(problem.device, problem.dtype):
-        return compute_by_library(problem, *args, return_indices)
-    wanted = wants_gradient(input, weight, bias)
+        return compute_by_library(problem, *args, scales, return_indices)
+    wanted = wants_gradient(input, weight, bias, scales)
     if not wanted and not return_indices:
-        return _convolve_then_minimum(decision, *args)
+        return _convolve_then_minimum(decision, *args, scales)
     backward = None
     if wanted and not torch.compiler.is_compiling():
         backward = decision.backward
     if torch.compiler.is_compiling() or (wanted and rules_without_python(input, backward) is None):
-        output, winners = run("composite_winners", *args, *problem.conv)
+        output, winners = run("composite_winners", *args, *problem.conv, *_given(scales))
     else:
-        output, winners = compute_winners(decision, *args)
+        output, winners = compute_winners(decision, *args, scales)
         if wanted:
-            output, winners = attach_backward("composite_winners", (*args, *problem.conv), backward, (output, winners))
+            args = *args, *problem.conv, *_given(scales)
+            output, winners = attach_backward("composite_winners", args, backward, (output, winners))
     return (output, winners.long()) if return_indices else output
 
 
-def compute_output(decision, input, weight, bias, scale):
+def _given(scales):
+    """Give what to add to an operator's arguments: to leave out what there is not costs least."""
+    return () if scales is None else (scales,)
+
+
+def compute_output(decision, input, weight, bias, scale, scales=None):
     """Do the same without a gradient."""
     with torch.no_grad():
-        return compute(decision, input, weight, bias, scale)
+        return compute(decision, input, weight, bias, scale, scales)
 
 
-def compute_winners(decision, input, weight, bias, scale):
+def compute_winners(decision, input, weight, bias, scale, scales=None):
     """Do the same without a gradient, and give each pixel's winner."""
     with torch.no_grad():
         if has_scale_min(input.device, input.dtype):
-            return _convolve_then_minimum(decision, input, weight, bias, scale, suffix="_winners")
-        return reference_winners(library_conv(decision.problem, input, weight, bias), scale)
+            return _convolve_then_minimum(decision, input, weight, bias, scale, scales, suffix="_winners")
+        return _winners_by_library(decision.problem, input, weight, bias, scale, scales)
 
 
 def candidate_calls(problem, names, args, suffix=""):
@@ -72,7 +80,7 @@ def candidate_calls(problem, names, args, suffix=""):
     names : sequence of str
         Fused rungs; "composite", the library's convolution as the input lies, or "copied", with a copy before it.
     args : tuple
-        Input, weight, bias, scale.
+        Input, weight, bias, scale, and the scales if there are any.
     suffix : str
         "" or "_winners".
     """
@@ -84,31 +92,42 @@ def candidate_calls(problem, names, args, suffix=""):
             copies = (copy, copy) if name == "copied" else (None, None)
             calls[name] = functools.partial(compute, Decision(problem, "composite", "", copies=copies), *args)
         elif name in rungs:
-            calls[name] = functools.partial(run, name + suffix, *args, *problem.conv)
+            calls[name] = functools.partial(run, name + suffix, *args[:4], *problem.conv, *args[4:])
     return calls
 
 
-def compute_by_library(problem, input, weight, bias, scale, return_indices=False):
+def compute_by_library(problem, input, weight, bias, scale, scales=None, return_indices=False):
     """Do the same by PyTorch's own operations alone."""
-    return reference_scale_min(library_conv(problem, input, weight, bias), scale, return_indices)
+    convolved = library_conv(problem, input, weight, bias)
+    minimum = reference_scale_min(convolved, scale, scales, return_indices)
+    if not _is_wider(bias, input):
+        return minimum
+    return (minimum[0].to(input.dtype), minimum[1]) if return_indices else minimum.to(input.dtype)
 
 
-def composite_operator(input, weight, bias, scale, *conv):
+def _winners_by_library(problem, input, weight, bias, scale, scales=None):
+    """Do the same and give each pixel's winner."""
+    minimum, winners = compute_by_library(problem, input, weight, bias, scale, scales, return_indices=True)
+    return minimum, winners.to(winners_dtype(weight.shape[0]))
+
+
+def composite_operator(input, weight, bias, scale, stride, padding, dilation, groups, precision, scales=None):
     """Do what :func:`compute` does; the implementation of the operator ``composite``."""
-    if subclasses.know_only_aten(input, weight, bias):
-        return reference_operator(input, weight, bias, scale, *conv)
-    return compute(_by_name(input, weight, bias, conv), input, weight, bias, scale)
+    conv = stride, padding, dilation, groups, precision
+    if subclasses.know_only_aten(input, weight, bias, scales):
+        return reference_operator(input, weight, bias, scale, *conv, scales)
+    return compute(_by_name(input, weight, bias, conv), input, weight, bias, scale, scales)
 
 
-def composite_winners_operator(input, weight, bias, scale, *conv):
+def composite_winners_operator(input, weight, bias, scale, stride, padding, dilation, groups, precision, scales=None):
     """Do the same and give each pixel's winner, with no gradient; the implementation of ``composite_winners``."""
-    return compute_winners(_by_name(input, weight, bias, conv), input, weight, bias, scale)
+    decision = _by_name(input, weight, bias, (stride, padding, dilation, groups, precision))
+    return compute_winners(decision, input, weight, bias, scale, scales)
 
 
-def reference_operator(input, weight, bias, scale, *conv):
+def reference_operator(input, weight, bias, scale, stride, padding, dilation, groups, precision, scales=None):
     """Do what :class:`fused_kernels.Model` does, one of PyTorch's operations after the other."""
-    problem = describe_problem(input, weight.shape, *conv)
-    return reference.scale_min(library_conv(problem, input, weight, bias), scale)
+    return by_library(input, weight, bias, scale, stride, padding, dilation, groups, precision, scales)
 
 
 def _by_name(input, weight, bias, conv):
@@ -125,31 +144,38 @@ def has_scale_min(device, dtype):
     return name is not None and not is_transformed() and is_available(name, device.index, dtype)
 
 
-def reference_scale_min(input, scale, return_indices=False):
+def reference_scale_min(input, scale, scales=None, return_indices=False):
     """Scale and take the minimum by PyTorch's own operations."""
-    minimum = torch.min(input * scale, dim=1, keepdim=True)
-    return tuple(minimum) if return_indices else minimum.values
+    # 16-bit times float32 is float32 here.
+    scaled = input * scale if scales is None else input * scales.view(-1, 1, 1)
+    minimum, winners = torch.min(scaled, dim=1, keepdim=True)
+    if scales is not None:
+        minimum = minimum.to(input.dtype)
+    return (minimum, winners) if return_indices else minimum
 
 
-def reference_winners(input, scale):
+def reference_winners(input, scale, scales=None):
     """Do the same, with the channels as operators give them that keep winners."""
-    minimum, winners = reference_scale_min(input, scale, return_indices=True)
+    minimum, winners = reference_scale_min(input, scale, scales, return_indices=True)
     return minimum, winners.to(winners_dtype(input.shape[1]))
 
 
-def reference_bias_winners(input, bias, scale):
+def reference_bias_winners(input, bias, scale, scales=None):
     """Do the same after a number is added for each channel."""
-    return reference_winners(input + bias.view(-1, 1, 1), scale)
+    minimum, winners = reference_winners(input + bias.view(-1, 1, 1), scale, scales)
+    return minimum.to(input.dtype), winners
 
 
-def by_library(input, weight, bias, scale, *conv):
+def by_library(input, weight, bias, scale, stride, padding, dilation, groups, precision, scales=None):
     """Do what an operator of a fused convolution does by PyTorch's own operations."""
-    return compute_by_library(describe_problem(input, weight.shape, *conv), input, weight, bias, scale)
+    problem = describe_problem(input, weight.shape, stride, padding, dilation, groups, precision)
+    return compute_by_library(problem, input, weight, bias, scale, scales)
 
 
-def winners_by_library(input, weight, bias, scale, *conv):
+def winners_by_library(input, weight, bias, scale, stride, padding, dilation, groups, precision, scales=None):
     """Do the same and give each pixel's winner."""
-    return reference_winners(library_conv(describe_problem(input, weight.shape, *conv), input, weight, bias), scale)
+    problem = describe_problem(input, weight.shape, stride, padding, dilation, groups, precision)
+    return _winners_by_library(problem, input, weight, bias, scale, scales)
 
 
 def winners_dtype(channels):
@@ -157,18 +183,27 @@ def winners_dtype(channels):
     return torch.uint8 if channels <= 256 else torch.int32
 
 
-def _convolve_then_minimum(decision, input, weight, bias, scale, suffix=""):
-    problem, copy = decision.problem, None
+def _convolve_then_minimum(decision, input, weight, bias, scale, scales, suffix=""):
+    problem, copy, dtype = decision.problem, None, input.dtype
     if decision.copies and any(decision.copies):
         copy = decision.copies[can_copy(input, weight)]
     if copy:
         problem, input, weight = copied(problem, copy, input, weight)
     if bias is None or not _adds_bias(input):
-        return run(choice.SCALE_MIN[input.device.type] + suffix, library_conv(problem, input, weight, bias), scale)
+        args = library_conv(problem, input, weight, bias), scale, *_given(scales)
+        minimum = run(choice.SCALE_MIN[input.device.type] + suffix, *args)
+        if not _is_wider(bias, input):
+            return minimum
+        return (minimum[0].to(dtype), minimum[1]) if suffix else minimum.to(dtype)
     output = library_conv(problem, input, weight, None)
-    if bias.dtype != output.dtype:
+    if bias.dtype != output.dtype and not _is_wider(bias, input):
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
-    return run("scale_min_bias" + suffix, output, bias, scale, _minimum_is_early(problem, copy))
+    return run("scale_min_bias" + suffix, output, bias, scale, _minimum_is_early(problem, copy), *_given(scales))
+
+
+def _is_wider(bias, input):
+    """Tell whether a bias is float32 beside 16-bit tensors: PyTorch's own convolution takes none such."""
+    return bias is not None and bias.dtype == torch.float32 and input.dtype.itemsize == 2
 
 
 def _minimum_is_early(problem, copy):
@@ -192,7 +227,12 @@ COPY_BY_KERNEL = 1
 
 
 def steps(decision, input, weight, bias):
-    """Give the steps for these arguments, where no gradient is wanted, and the operator that takes the minimum."""
+    """Give the steps for these arguments, where no gradient is wanted, and the operator that takes the minimum.
+
+    None where a wider bias has to be added in between.
+    """
+    if _is_wider(bias, input) and not _adds_bias(input):
+        return None
     problem, copy = decision.problem, decision.copies[can_copy(input, weight)]
     kind = 0
     if copy:
@@ -231,7 +271,9 @@ def _adds_bias(input):
 
 
 def library_conv(problem, input, weight, bias):
-    """Convolve with torch's library at the problem's precision."""
+    """Convolve with torch's library at the problem's precision; with a wider bias, which is added after it, in float32."""
+    if _is_wider(bias, input):
+        return library_conv(problem, input, weight, None) + bias.view(-1, 1, 1)
     (top, bottom, left, right) = problem.padding
     if (top, left) != (bottom, right):
         input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0

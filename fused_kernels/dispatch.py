@@ -63,9 +63,9 @@ def attach_backward(forward, args, backward, given=()):
     rules = _rules.get((input.dtype, input.requires_grad, backward)) or rules_without_python(input, backward)
     if rules is None:
         return run(forward, *args)
-    if len(args) == 2:  # scale_min's: input and scale
-        return rules(*args, forward, backward)
-    return rules(*args, forward, backward, given)
+    if len(backward) == 1:  # scale_min's: input, scale, and maybe scales
+        return rules(*args[:2], forward, backward, *args[2:])
+    return rules(*args[:9], forward, backward, given, *args[9:])
 
 
 def require(namespace, name, tensor):

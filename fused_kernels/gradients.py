@@ -3,7 +3,7 @@
 A channel minimum hands its gradient to one channel of each pixel, the winner. So the forward operators whose names end in
 ``_winners`` keep that channel's number, and the gradients of input, weights and bias are sums over pixels, not over pixels and
 channels. Each of them is linear in the incoming gradient and in one other tensor, and so are its own gradients: a second
-derivative is made of the same operators.
+derivative is made of the same operators. None of them takes a tensor scale: its factors multiply the incoming gradient.
 
 NOTE: csrc/autograd/from_winners.cpp has the rules of scale_min_winners and conv_winners a second time, in C++. Where torch
 compiles nothing, those are followed once they are built: change both.
@@ -22,29 +22,45 @@ from .problem import is_channels_last
 
 def scale_min_setup(ctx, inputs, output):
     """Keep the input: this is the rule of an operator that gives no winners."""
-    input, ctx.scale = inputs
-    ctx.save_for_backward(input)
+    input, ctx.scale, *scales = inputs
+    ctx.save_for_backward(input, scales[0] if scales else None)
 
 
 def scale_min_backward(ctx, grad):
     """Give the gradient to each pixel's winner, the channel that torch.min names."""
-    (input,) = ctx.saved_tensors
-    winner = torch.min(input * ctx.scale, dim=1, keepdim=True).indices
-    return torch.zeros_like(input).scatter(1, winner, grad * ctx.scale), None
+    input, scales = ctx.saved_tensors
+    factors = ctx.scale if scales is None else scales.view(-1, 1, 1)
+    winners = torch.min(input * factors, dim=1, keepdim=True).indices
+    scaled = grad * ctx.scale if scales is None else _times_factors(grad, winners, scales)
+    by_scales = None
+    if _needs_scales(ctx, scales, 2):
+        by_scales = _grad_scales(grad, winners.int(), input, scales)
+    return torch.zeros_like(input).scatter(1, winners, scaled), None, by_scales
 
 
 def scale_min_winners_setup(ctx, inputs, output):
-    """Keep the winners; of the input, its size and layout."""
-    input, scale = inputs
-    ctx.save_for_backward(output[1])
+    """Keep the winners; of the input, its size and layout, and for the scales' gradient the input itself."""
+    input, scale, *rest = inputs
+    scales = rest[0] if rest else None
+    ctx.save_for_backward(output[1], scales, input if _needs_scales(ctx, scales, 2) else None)
     channels = input.shape[1]
     ctx.rest = scale, channels, is_channels_last(input.shape, input.stride())
 
 
 def scale_min_winners_backward(ctx, grad, _):
     """Give each pixel's gradient to its winner."""
-    (winners,) = ctx.saved_tensors
-    return _run("scale_min_backward", grad, winners, *ctx.rest), None
+    winners, scales, input = ctx.saved_tensors
+    by_input = by_scales = None
+    if ctx.needs_input_grad[0]:
+        by_input = _run("scale_min_backward", _times_factors(grad, winners, scales), winners, *ctx.rest)
+    if _needs_scales(ctx, scales, 2):
+        by_scales = _grad_scales(grad, winners, input, scales)
+    return by_input, None, by_scales
+
+
+def _needs_scales(ctx, scales, place):
+    """Tell whether a gradient of the scales is wanted; what is not given has no place among the arguments."""
+    return scales is not None and ctx.needs_input_grad[place]
 
 
 def scale_min_backward_setup(ctx, inputs, output):
@@ -64,44 +80,80 @@ def scale_min_backward_backward(ctx, grad):
 
 def conv_setup(ctx, inputs, output):
     """Keep the tensors: this is the rule of an operator that gives no winners."""
-    input, weight, bias, *ctx.rest = inputs
-    ctx.save_for_backward(input, weight, bias)
+    input, weight, bias, ctx.scale, *ctx.conv = inputs
+    scales = ctx.conv.pop() if len(ctx.conv) > 5 else None
+    ctx.save_for_backward(input, weight, bias, scales)
 
 
 def conv_backward(ctx, grad):
     """Find the winners first, then make the gradients that are wanted from them."""
-    input, weight, bias = ctx.saved_tensors
-    scale, *conv = ctx.rest
-    _, winners = torch.ops.fused_kernels.composite_winners.default(input, weight, bias, scale, *conv)
-    geometry = Geometry(input, weight, conv)
-    return *gradients(geometry, grad, winners, input, weight, scale, ctx.needs_input_grad[:3]), *[None] * 6
+    input, weight, bias, scales = ctx.saved_tensors
+    _, winners = torch.ops.fused_kernels.composite_winners.default(input, weight, bias, ctx.scale, *ctx.conv, scales)
+    geometry, bias_dtype = Geometry(input, weight, ctx.conv), None if bias is None else bias.dtype
+    return _conv_gradients(ctx, geometry, grad, winners, (input, weight, bias, scales), bias_dtype)
 
 
 def conv_winners_setup(ctx, inputs, output):
-    """Keep the winners, and of input and weights what the other one's gradient needs."""
-    input, weight, _, ctx.scale, *conv = inputs
-    needs_input, needs_weight, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(output[1], input if needs_weight else None, weight if needs_input else None)
-    ctx.geometry = Geometry(input, weight, conv)
+    """Keep the winners, and of input and weights what the other one's gradient needs; for the scales' gradient all."""
+    input, weight, bias, ctx.scale, *conv = inputs
+    scales = conv.pop() if len(conv) > 5 else None
+    needs_scales = _needs_scales(ctx, scales, 9)
+    needs_input, needs_weight = (needed or needs_scales for needed in ctx.needs_input_grad[:2])
+    tensors = input if needs_weight else None, weight if needs_input else None, bias if needs_scales else None
+    ctx.save_for_backward(output[1], *tensors, scales)
+    ctx.geometry, ctx.bias_dtype = Geometry(input, weight, conv), None if bias is None else bias.dtype
 
 
 def conv_winners_backward(ctx, grad, _):
     """Make the gradients that are wanted from the winners."""
-    winners, input, weight = ctx.saved_tensors
-    return *gradients(ctx.geometry, grad, winners, input, weight, ctx.scale, ctx.needs_input_grad[:3]), *[None] * 6
+    winners, *tensors = ctx.saved_tensors
+    return _conv_gradients(ctx, ctx.geometry, grad, winners, tensors, ctx.bias_dtype)
 
 
-def gradients(geometry, grad, winners, input, weight, scale, needed):
-    """Make the gradients of input, weights and bias, None for those not needed; for these neither are weight and input."""
+def _conv_gradients(ctx, geometry, grad, winners, tensors, bias_dtype):
+    """Make a gradient of each of the operator's arguments."""
+    input, weight, bias, scales = tensors
+    needed, found = ctx.needs_input_grad[:3], (geometry, grad, winners, input, weight)
+    if scales is None:
+        return *gradients(*found, ctx.scale, needed, bias_dtype), *[None] * 7
+    needed = *needed, _needs_scales(ctx, scales, 9)
+    *grads, by_scales = scaled_gradients(*found, bias, scales, needed, bias_dtype)
+    return *grads, *[None] * 6, by_scales
+
+
+def gradients(geometry, grad, winners, input, weight, scale, needed, bias_dtype=None):
+    """Make the gradients of input, weights and bias, None for those not needed; for these neither are weight and input.
+
+    ``bias_dtype``: what the bias's gradient is summed in, if not in the dtype of the gradient that comes in.
+    """
     needs_input, needs_weight, needs_bias = needed
     grad_input = grad_weight = grad_bias = None
     if needs_input:
         grad_input = geometry.grad_input(grad, winners, weight, scale)
     if needs_weight:
         grad_weight, grad_bias = geometry.grad_weight(grad, winners, input, scale)
-    elif needs_bias:
-        grad_bias = _run("grad_bias", grad, winners, scale, geometry.weight_shape[0])
+    if needs_bias and (grad_bias is None or bias_dtype not in (None, grad.dtype)):
+        grad_bias = _run("grad_bias", grad.to(bias_dtype or grad.dtype), winners, scale, geometry.weight_shape[0])
     return grad_input, grad_weight, grad_bias if needs_bias else None
+
+
+def scaled_gradients(geometry, grad, winners, input, weight, bias, scales, needed, bias_dtype):
+    """Make the same where each channel has a factor of its own, and the factors' gradient."""
+    needs_input, needs_weight, needs_bias, needs_scales = needed
+    scaled = _times_factors(grad, winners, scales)
+    if not needs_scales:
+        return *gradients(geometry, scaled, winners, input, weight, 1.0, needed[:3], bias_dtype), None
+    grad_input, *_ = gradients(geometry, scaled, winners, input, weight, 1.0, (needs_input, False, False))
+    # Let G be the parameters' gradients if all factors were one. A channel's output is its factor times a linear function of
+    # its parameters: so their gradients are the factor times G, and the factor's is the sum of the parameters times G.
+    by_weight, by_bias = geometry.grad_weight(grad, winners, input, 1.0)
+    grad_scales = (by_weight.to(scales.dtype) * weight).sum((1, 2, 3))
+    if bias is not None:
+        if grad.dtype != scales.dtype:
+            by_bias = _run("grad_bias", grad.to(scales.dtype), winners, 1.0, len(scales))
+        grad_scales = grad_scales + by_bias * bias
+    grad_weight = (by_weight * scales.view(-1, 1, 1, 1)).to(weight.dtype) if needs_weight else None
+    return grad_input, grad_weight, (by_bias * scales).to(bias_dtype) if needs_bias else None, grad_scales
 
 
 class Geometry:
@@ -293,6 +345,17 @@ def _run(kind, *args):
 
 def _at_winners(tensor, winners, scale):
     return tensor.gather(1, winners.long()) * scale
+
+
+def _times_factors(grad, winners, scales):
+    """Multiply each pixel's gradient by its winner's factor, where there are factors."""
+    return grad if scales is None else (grad * scales[winners.long()]).to(grad.dtype)
+
+
+def _grad_scales(grad, winners, input, scales):
+    """Sum what each channel's pixels would be without its factor, times their gradients."""
+    products = grad.to(scales.dtype) * input.gather(1, winners.long())
+    return _run("grad_bias", products, winners, 1.0, input.shape[1])
 
 
 def _convolve(input, weight, bias, conv):

@@ -15,11 +15,14 @@ from .rungs import BACKWARD, COPY, INSTEAD, LADDER, note_unavailable, rungs
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
 _FROM_WINNERS = "Tensor grad, Tensor winners"
 
+# Each channel's factor, in place of a scale that is 1 then; in float32, or float64 for float64.
+_SCALES = ", Tensor? scales=None"
+
 # By the kind of operator: a rung's, or a step's of others.
 SCHEMAS = {
-    "scale_min": "(Tensor input, float scale) -> Tensor",
-    "scale_min_bias": "(Tensor input, Tensor bias, float scale, bool early) -> Tensor",
-    "conv2d_scale_min": f"(Tensor input, Tensor weight, Tensor? bias, float scale, {_CONV}) -> Tensor",
+    "scale_min": f"(Tensor input, float scale{_SCALES}) -> Tensor",
+    "scale_min_bias": f"(Tensor input, Tensor bias, float scale, bool early{_SCALES}) -> Tensor",
+    "conv2d_scale_min": f"(Tensor input, Tensor weight, Tensor? bias, float scale, {_CONV}{_SCALES}) -> Tensor",
     "to_channels_last": "(Tensor input, Tensor? weight, bool early) -> Tensor[]",
     "library_conv2d": "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
     "bool tf32) -> Tensor",
@@ -99,15 +102,15 @@ def load():
 # ---- output shapes ----
 
 
-def _scale_min_fake(input, scale):
+def _scale_min_fake(input, scale, scales=None):
     return input.new_empty((input.shape[0], 1, *input.shape[2:]))
 
 
-def _scale_min_bias_fake(input, bias, scale, early):
+def _scale_min_bias_fake(input, bias, scale, early, scales=None):
     return _scale_min_fake(input, scale)
 
 
-def _conv2d_scale_min_fake(input, weight, bias, scale, stride, padding, dilation, groups, precision):
+def _conv2d_scale_min_fake(input, weight, bias, scale, stride, padding, dilation, groups, precision, scales=None):
     size = arguments.output_size(input.shape, weight.shape, stride, padding, dilation)
     return input.new_empty((input.shape[0], 1, *size))
 
@@ -241,14 +244,14 @@ def _define_implementation(rung, name, kind, winners, overload):
 
     if overload is None:
         dispatch.loaders[rung.namespace, name] = load
-    _register_python(rung.namespace, qualified, kind, stand_in, "CompositeExplicitAutograd")
+    _register_python(rung.namespace, qualified, kind, stand_in, "CompositeExplicitAutograd", rung.takes_scales)
 
 
-def _register_python(namespace, name, kind, function, key):
+def _register_python(namespace, name, kind, function, key, takes_scales=True):
     """Register an operator whose implementation is Python."""
 
     def fill(library):
-        define_rules(library, name, kind)
+        define_rules(library, name, kind, takes_scales=takes_scales)
         library.impl(name, function, key)
 
     registry.register(namespace, name, kind, fill)
@@ -267,8 +270,12 @@ _BY_LIBRARY = {
     **gradients.BY_LIBRARY,
     "scale_min": composite.reference_scale_min,
     "scale_min_winners": composite.reference_winners,
-    "scale_min_bias": lambda input, bias, scale, early: composite.reference_bias_winners(input, bias, scale)[0],
-    "scale_min_bias_winners": lambda input, bias, scale, early: composite.reference_bias_winners(input, bias, scale),
+    "scale_min_bias": lambda input, bias, scale, early, *scales: composite.reference_bias_winners(input, bias, scale, *scales)[
+        0
+    ],
+    "scale_min_bias_winners": lambda input, bias, scale, early, *scales: composite.reference_bias_winners(
+        input, bias, scale, *scales
+    ),
     "conv2d_scale_min": composite.by_library,
     "conv2d_scale_min_winners": composite.winners_by_library,
     "to_channels_last": lambda input, weight, early: [tensor for tensor in (input, weight) if tensor is not None],
@@ -281,9 +288,9 @@ def _make(rung, overload, winners):
         build.make(**rung.library(overload, winners), quiet=True)
 
 
-def define_rules(library, name, kind, tags=(), has_gradient=True):
+def define_rules(library, name, kind, tags=(), has_gradient=True, takes_scales=True):
     """Register an operator without an implementation: its schema, its output's shape, and its gradient if it has one."""
-    library.define(name + SCHEMAS[kind], tags=tags)
+    library.define(name + (SCHEMAS[kind] if takes_scales else SCHEMAS[kind].replace(_SCALES, "")), tags=tags)
     torch.library.register_fake(f"{library.ns}::{name}", FAKES[kind], lib=library)
     if has_gradient and kind in gradients.RULES:
         backward, setup = gradients.RULES[kind]

@@ -13,7 +13,7 @@ from .rungs import why_unavailable
 
 
 def scale_min(input, scale, *, return_indices=False):
-    """Multiply by a number and take the minimum over the channels, in one pass over the input.
+    """Multiply by a number, or each channel by its own, and take the minimum over the channels, in one pass over the input.
 
     Equal to ``torch.min(input * scale, dim=1, keepdim=True).values``, NaN and infinities included; differentiable, any number
     of times. Where a gradient will be needed, each pixel's winning channel is kept: one byte per pixel up to 256 channels.
@@ -21,9 +21,11 @@ def scale_min(input, scale, *, return_indices=False):
     Parameters
     ----------
     input : Tensor
-        Shape (N, C, H, W), C at least 1, any strides; float32, float16, bfloat16 or float64; never modified.
-    scale : float
-        Any real Python number, negative and zero included. Under torch.compile each new value is compiled again.
+        Shape (N, C, H, W) or (C, H, W), C at least 1, any strides; float32, float16, bfloat16 or float64; never modified.
+    scale : float or Tensor
+        Any real Python number, negative and zero included; under torch.compile each new value is compiled again. Or a tensor of
+        real numbers, which may be learned: of one element, or of one for each channel, (C,), (C, 1, 1) or (1, C, 1, 1). It is
+        taken in float32 (float64 for a float64 input) and never read by the processor.
     return_indices : bool
         Whether to give the winning channels as well, as :func:`torch.min` does. Among tied channels it is any one, but the same
         one every time; where a channel is NaN, it is one that is NaN.
@@ -31,7 +33,8 @@ def scale_min(input, scale, *, return_indices=False):
     Returns
     -------
     Tensor
-        Shape (N, 1, H, W), contiguous, the input's dtype. 16-bit types are scaled in float32 and rounded once.
+        Shape (N, 1, H, W), or (1, H, W) of one image; contiguous; the input's dtype, whatever the scale's. 16-bit types are
+        scaled in float32 and rounded once.
     Tensor
         The same shape, int64, only if ``return_indices``.
 
@@ -42,17 +45,30 @@ def scale_min(input, scale, *, return_indices=False):
     """
     if has_torch_function_variadic(input, scale):
         return handle_torch_function(scale_min, (input, scale), input, scale, return_indices=return_indices)
-    scale = arguments.as_scale(scale)
-    if auto.is_tracing(input):
+    if arguments.is_unbatched(input):
+        return arguments.unbatched(scale_min, input, scale, return_indices=return_indices)
+    scale, scales = arguments.as_scale(scale), ()
+    if auto.is_tracing(input, scale):
         auto.untraced(arguments.check_input, input)
-        if auto.is_better_traced_by_library(input):
-            return composite.reference_scale_min(input, scale, return_indices)
-        return auto.trace("scale_min", (input, scale), return_indices)
+        if type(scale) is not float:
+            scale, scales = _per_channel(scale, input, input.shape[1])
+        if auto.is_better_traced_by_library(input, *scales):
+            return composite.reference_scale_min(input, scale, *scales, return_indices=return_indices)
+        return auto.trace("scale_min", (input, scale, *scales), return_indices)
     arguments.check_input(input)
+    if type(scale) is not float:
+        scale, scales = _per_channel(scale, input, input.shape[1])
     if not has_scale_min(input.device, input.dtype):
-        return composite.reference_scale_min(input, scale, return_indices)
+        return composite.reference_scale_min(input, scale, *scales, return_indices=return_indices)
     device = input.device.type
-    return run_forward(choice.SCALE_MIN[device], (input, scale), (choice.SCALE_MIN_BACKWARD[device],), return_indices)
+    args, backward = (input, scale, *scales), (choice.SCALE_MIN_BACKWARD[device],)
+    return run_forward(choice.SCALE_MIN[device], args, backward, return_indices)
+
+
+def _per_channel(scale, input, channels):
+    """Give a tensor in two parts, as operators take it: the number to multiply by, and each channel's factor."""
+    is_single = auto.untraced(arguments.check_scale, scale, channels, input.device)
+    return 1.0, (arguments.scale_per_channel(scale, is_single, channels, input),)
 
 
 def conv2d_scale_min(
@@ -68,7 +84,7 @@ def conv2d_scale_min(
     precision="auto",
     return_indices=False,
 ):
-    """Convolve, multiply by a number, take the minimum over the output channels.
+    """Convolve, multiply by a number, or each channel by its own, take the minimum over the output channels.
 
     Equal to ``torch.min(conv2d(input, weight, bias, ...) * scale, dim=1, keepdim=True).values``; differentiable, any number of
     times. Where a gradient will be needed, each pixel's winning channel is kept: one byte per pixel up to 256 channels. The
@@ -83,13 +99,14 @@ def conv2d_scale_min(
     Parameters
     ----------
     input : Tensor
-        Shape (N, C_in, H, W), any strides; float32, float16, bfloat16 or float64; never modified.
+        Shape (N, C_in, H, W) or (C_in, H, W), any strides; float32, float16, bfloat16 or float64; never modified.
     weight : Tensor
         Shape (C_out, C_in / groups, kH, kW), the input's dtype and device.
     bias : Tensor, optional
-        Shape (C_out,).
-    scale : float
-        Any real Python number. Under torch.compile each new value is compiled again.
+        Shape (C_out,), the input's dtype; or float32 where that is a 16-bit type: it is added in float32 in any case.
+    scale : float or Tensor
+        A number, or a tensor of one element or of one for each output channel, as for :func:`scale_min`. Each channel's sum,
+        bias included, is multiplied in float32.
     stride, padding, dilation, groups
         As for :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
     precision : {"auto", "ieee", "tf32"}
@@ -109,7 +126,7 @@ def conv2d_scale_min(
     Returns
     -------
     Tensor
-        Shape (N, 1, H', W'), contiguous, the input's dtype.
+        Shape (N, 1, H', W'), or (1, H', W') of one image; contiguous; the input's dtype, whatever bias and scale have.
     Tensor
         The same shape, int64, only if ``return_indices``.
 
@@ -118,22 +135,25 @@ def conv2d_scale_min(
     ValueError, TypeError
         An argument is off; the sentence says which, what was expected and what came.
     """
-    if has_torch_function_variadic(input, weight, bias, scale):
-        given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        given |= {"precision": precision, "return_indices": return_indices}
-        args = input, weight, bias, scale
-        return handle_torch_function(conv2d_scale_min, args, *args, **given)
-    scale = arguments.as_scale(scale)
-    if auto.is_tracing(input, weight, bias):
+    if has_torch_function_variadic(input, weight, bias, scale) or arguments.is_unbatched(input):
+        tensors, given = (input, weight, bias, scale), {"stride": stride, "padding": padding, "dilation": dilation}
+        given |= {"groups": groups, "precision": precision, "return_indices": return_indices}
+        if has_torch_function_variadic(*tensors):
+            return handle_torch_function(conv2d_scale_min, tensors, *tensors, **given)
+        return arguments.unbatched(conv2d_scale_min, *tensors, **given)
+    scale, scales = arguments.as_scale(scale), ()
+    if auto.is_tracing(input, weight, bias, scale):
         conv = stride, padding, dilation, groups, precision
         return _trace_conv(input, weight, bias, scale, return_indices, *conv)
     input, weight, bias = arguments.autocast(input, weight, bias)
     decision = choice.decide(input, weight, bias, stride, padding, dilation, groups, precision)
+    if type(scale) is not float:
+        scale, scales = _per_channel(scale, input, weight.shape[0])
     if trials.are_asked_for():
-        decision = trials.settle(decision, (input, weight, bias, scale), return_indices)
+        decision = trials.settle(decision, (input, weight, bias, scale, *scales), return_indices)
     if decision.rung == "composite" or is_transformed():
-        return composite.compute(decision, input, weight, bias, scale, return_indices)
-    args = input, weight, bias, scale, *decision.problem.conv
+        return composite.compute(decision, input, weight, bias, scale, *scales, return_indices=return_indices)
+    args = input, weight, bias, scale, *decision.problem.conv, *scales
     # Chosen when first asked for: not where no gradient can be wanted.
     backward = decision.backward if torch.is_grad_enabled() else None
     return run_forward(decision.rung, args, backward, return_indices)
@@ -143,13 +163,16 @@ def _trace_conv(input, weight, bias, scale, return_indices, stride, padding, dil
     """Put the operator that chooses when it is called into the program: no condition of a choice becomes one of the program."""
     geometry, _ = auto.untraced(arguments.check_conv, input, weight, bias, stride, padding, dilation, groups)
     arguments.check_precision(precision)
-    conv = *geometry, precision
+    conv, scales = (*geometry, precision), ()
+    if type(scale) is not float:
+        scale, scales = _per_channel(scale, input, weight.shape[0])
     if auto.is_exporting() and not is_transformed():
-        return auto.trace("conv2d_scale_min", (input, weight, bias, scale, *conv), return_indices, "_autocast")
+        return auto.trace("conv2d_scale_min", (input, weight, bias, scale, *conv, *scales), return_indices, "_autocast")
     args = *arguments.autocast(input, weight, bias), scale
-    if auto.is_better_traced_by_library(*args[:3]):
-        return composite.compute_by_library(describe_problem(args[0], weight.shape, *conv), *args, return_indices)
-    return auto.trace("conv2d_scale_min", (*args, *conv), return_indices)
+    if auto.is_better_traced_by_library(*args[:3], *scales):
+        problem = describe_problem(args[0], weight.shape, *conv)
+        return composite.compute_by_library(problem, *args, *scales, return_indices=return_indices)
+    return auto.trace("conv2d_scale_min", (*args, *conv, *scales), return_indices)
 
 
 @dataclass(frozen=True)
@@ -217,9 +240,13 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     -------
     Explanation
     """
+    if arguments.is_unbatched(input):
+        input = input.unsqueeze(0)
     input, weight, bias = arguments.autocast(input, weight, bias)
-    arguments.as_scale(scale)
+    scale = arguments.as_scale(scale)
     decision = choice.decide(input, weight, bias, stride, padding, dilation, groups, precision)
+    if type(scale) is not float:
+        arguments.check_scale(scale, weight.shape[0], input.device)
     if trials.are_asked_for():
         decision = trials.recall(decision, (input, weight, bias), False)
     name, why, device = decision.rung, decision.why, decision.problem.device

@@ -40,6 +40,8 @@ class Rung:
         Whether it takes a convolution with a stride or groups other than one.
     winners : bool
         Whether its source can also be compiled to give each pixel's winner, from which gradients are made.
+    tensor_scales : bool
+        Whether the scale may be a tensor; an edited source must have the argument `scales` for that.
     namespace : str
         The namespace of its operator in ``torch.ops``.
     """
@@ -54,6 +56,7 @@ class Rung:
     float32_precisions: tuple[str, ...] = ("ieee", "tf32")
     strides_and_groups: bool = True
     winners: bool = False
+    tensor_scales: bool = True
     namespace: str = build.NAMESPACE
     edited_source: str | None = None
 
@@ -190,17 +193,30 @@ class Rung:
         if self.device and is_transformed():
             # Without a rule of its own, torch would take the operator's derivative for zero.
             raise RuntimeError(f"{self.name} has no rule for torch.func's transforms and forward-mode gradients")
-        return (self._scale_min if self.operator == "scale_min" else self._conv2d_scale_min)(*args, **kwargs)
+        call = self._scale_min if self.operator == "scale_min" else self._conv2d_scale_min
+        if args and arguments.is_unbatched(args[0]):
+            return arguments.unbatched(call, *args, **kwargs)
+        return call(*args, **kwargs)
 
     def _scale_min(self, input, scale):
         arguments.check_input(input)
-        return self._run(input, arguments.as_scale(scale))
+        return self._run(input, *self._split(scale, input.shape[1], input))
+
+    def _split(self, scale, channels, input):
+        """Give the scale as operators take it: a number, then each channel's factor if it is a tensor."""
+        scale = arguments.as_scale(scale)
+        if type(scale) is float:
+            return (scale,)
+        is_single = arguments.check_scale(scale, channels, input.device)
+        if not self.takes_scales:
+            raise RuntimeError(f"scale: {self.name} expected a number, got a tensor of shape {tuple(scale.shape)}")
+        return 1.0, arguments.scale_per_channel(scale, is_single, channels, input)
 
     def _conv2d_scale_min(
         self, input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilation=1, groups=1, precision="auto"
     ):
         problem = check_problem(input, weight, bias, stride, padding, dilation, groups, precision)
-        scale = arguments.as_scale(scale)
+        scale, *scales = self._split(scale, weight.shape[0], input)
         *geometry, resolved = problem.conv
         if self.device:
             precision = resolved
@@ -209,7 +225,7 @@ class Rung:
                 reason := self.why_not(input.dtype, precision, problem.stride, problem.groups)
             ):
                 raise RuntimeError(reason)
-        return self._run(input, weight, bias, scale, *geometry, precision)
+        return self._run(input, weight, bias, scale, *geometry, precision, *scales)
 
     def _run(self, *args):
         # torch.jit traces a second time, without gradients, to compare: what keeps no winners is the same both times.
@@ -220,6 +236,11 @@ class Rung:
             require(self.namespace, name, args[0])
         output = operator(name, args[0].dtype, self.namespace)(*args)
         return output[0] if by_winners else output
+
+    @property
+    def takes_scales(self):
+        """Whether its operators have an argument for a tensor scale."""
+        return self.tensor_scales and (self.edited_source is None or "scales" in self.edited_source)
 
     @property
     def has_winners(self):
@@ -234,8 +255,14 @@ def call_rung(rung, *args, **kwargs):
 
 LADDER = (
     Rung("reference", "conv2d_scale_min", "PyTorch's own convolution, multiplication and minimum, one after the other"),
-    Rung("scale_min_naive", "scale_min", "one block per pixel, one thread per channel, one thread reduces", "cuda"),
-    Rung("scale_min_coalesced", "scale_min", "one thread per pixel: neighbours read neighbours", "cuda"),
+    Rung(
+        "scale_min_naive",
+        "scale_min",
+        "one block per pixel, one thread per channel, one thread reduces",
+        "cuda",
+        tensor_scales=False,
+    ),
+    Rung("scale_min_coalesced", "scale_min", "one thread per pixel: neighbours read neighbours", "cuda", tensor_scales=False),
     Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda", winners=True),
     Rung(
         "conv_direct",

@@ -69,7 +69,7 @@ def settle(decision, args, winners):
     ----------
     decision : Decision
     args : tuple
-        Input, weight, bias, scale.
+        Input, weight, bias, scale, and the scales if there are any.
     winners : bool
         Whether each pixel's winner is asked for; it is as well where a gradient will be needed.
     """
@@ -135,6 +135,8 @@ def _keep(key, found):
 def _wanted(args, winners):
     """Say which gradients will be needed, if winners are asked for or any is."""
     wanted = tuple(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in args[:3])
+    if len(args) > 4 and args[4].requires_grad and torch.is_grad_enabled():
+        wanted = wanted[0], True, wanted[2]  # the scales' gradient is made from the weights'
     return wanted if winners or any(wanted) else None
 
 
@@ -188,7 +190,7 @@ def _settle_forward(decision, args, wanted):
 
 def _settle_backward(decision, args, wanted, call):
     """Time the gradients' kernels before a backward pass asks for them."""
-    input, weight, _, scale = args
+    input, weight, _, scale, *_ = args
     problem, (by_input, by_weight, by_bias) = decision.problem, decision.backward
     output, winners = call()
     grad = torch.ones_like(output)

@@ -167,6 +167,7 @@ Stack call_composite(const Choice& choice, c10::ArrayRef<IValue> arguments) {
   if (steps.adds_bias) minimum.emplace_back(*bias);
   minimum.emplace_back(arguments[3]);
   if (steps.adds_bias) minimum.emplace_back(steps.minimum_early != 0);
+  minimum.emplace_back(arguments[9]);  // the scales
   choice.op.callBoxed(minimum);
   return minimum;
 }

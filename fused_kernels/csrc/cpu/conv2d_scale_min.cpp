@@ -1,4 +1,5 @@
-// Convolve, multiply by a number, take the minimum over the output channels: what lies between never leaves the core.
+// Convolve, multiply by a number, or each channel by its own, take the minimum over the output channels: what lies between never
+// leaves the core.
 //
 // Idea: an implicit matrix product, weights (output channels x depth) times pixels (depth x output pixels), where the depth is
 //   input channels x filter taps. A tile of output pixels needs a patch of the input (the tile with its halo, the margin that
@@ -97,14 +98,14 @@ template <class Scalar, class Element> struct Strip {
   const int *starts, *offsets;  // of the vectors of pixels, and of the terms, in the patch
   int64_t depth, pitch;         // terms; distance between the channels of unfinished sums
   bool first, last;             // of the blocks that the whole depth is cut into
-  const Scalar* bias;
-  Scalar scale, *unfinished;
+  const Scalar *bias, *factors;
+  Scalar* unfinished;
   Minima<Scalar> minima;
   int64_t channel, last_channel;  // the block's first, the group's last
 
   template <class Vector> void take(Running<Vector>& minimum, const Vector& total, int o) const {
     const Index<Vector> zero = {};
-    minimum.take((total + bias[o]) * scale, zero + Index<Scalar>(std::min(channel + o, last_channel)));
+    minimum.take((total + bias[o]) * factors[o], zero + Index<Scalar>(std::min(channel + o, last_channel)));
   }
 };
 
@@ -206,7 +207,7 @@ template <class T> struct Convolution {
   const int64_t out_blocks = ceil_div(out_channels, BLOCK);
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
   std::unique_ptr<Element[]> weights{}, transformed_weights{};
-  std::vector<Scalar> biases = std::vector<Scalar>(groups * padded_out);
+  std::vector<Scalar> biases = std::vector<Scalar>(groups * padded_out), factors = biases;
 
   int block_size(int64_t block) const {
     int size = 1;
@@ -224,11 +225,17 @@ template <class T> struct Convolution {
     return group * out_channels + std::min(block * BLOCK + o, out_channels - 1);
   }
 
-  void pack_biases(const std::optional<Tensor>& bias) {
+  void pack_constants(const std::optional<Tensor>& bias, double scale, const std::optional<Tensor>& scales) {
+    const auto bias_of = [&](int64_t channel) {
+      if (!bias) return Scalar(0);
+      const int64_t at = channel * bias->stride(0);
+      return is_wider(*bias, input) ? Scalar(((const float*)bias->data_ptr())[at]) : Scalar(((const T*)bias->data_ptr())[at]);
+    };
     for (int64_t group = 0; group < groups; group++)
       for (int64_t o = 0; o < padded_out; o++) {
-        const int64_t channel = packed_channel(group, o / BLOCK, o % BLOCK);
-        biases[group * padded_out + o] = bias ? Scalar(((const T*)bias->data_ptr())[channel * bias->stride(0)]) : Scalar(0);
+        const int64_t channel = packed_channel(group, o / BLOCK, o % BLOCK), at = group * padded_out + o;
+        biases[at] = bias_of(channel);
+        factors[at] = scales ? ((const Scalar*)scales->data_ptr())[channel * scales->stride(0)] : Scalar(scale);
       }
   }
 
@@ -327,8 +334,7 @@ template <class T> struct Convolution {
     return tiling(ceil_div(out_rows, ceil_div(out_rows, tile_rows)), tile_columns, stride, padding, dilation);
   }
 
-  void run(Scalar scale, const std::optional<Tensor>& bias, Ints stride, Ints padding, Ints dilation) {
-    pack_biases(bias);
+  void run(Ints stride, Ints padding, Ints dilation) {
     const Scalar limit = takes_winograd(stride, dilation) ? transform_weights() : Scalar(0);
     const Tiling tiling = limit > 0 ? tile_winograd(padding) : tile_direct(stride, padding, dilation);
 
@@ -342,12 +348,12 @@ template <class T> struct Convolution {
     std::vector<char> done(tiles * parts);
     if (limit > 0)
       torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
-        run_winograd(begin, end, scale, tiling, limit, minima_of_parts, done.data());
+        run_winograd(begin, end, tiling, limit, minima_of_parts, done.data());
       });
     if (std::find(done.begin(), done.end(), 0) != done.end()) {
       pack_weights();
       torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
-        run_direct(begin, end, scale, tiling, minima_of_parts, done.data());
+        run_direct(begin, end, tiling, minima_of_parts, done.data());
       });
     }
     minima_of_parts.finish();
@@ -374,7 +380,7 @@ template <class T> struct Convolution {
   }
 
   // The items that are not done, tap after tap.
-  void run_direct(int64_t begin, int64_t end, Scalar scale, const Tiling& t, PartialMinima<T>& minima_of_parts,
+  void run_direct(int64_t begin, int64_t end, const Tiling& t, PartialMinima<T>& minima_of_parts,
                    const char* done) const {
     std::vector<int> offsets, starts;
     for (int64_t term = 0; term < block_terms; term++)
@@ -413,7 +419,8 @@ template <class T> struct Convolution {
             strip.starts = starts.data(), strip.offsets = offsets.data();
             strip.depth = terms_in(b) * taps, strip.pitch = vectors * N;
             strip.first = b == 0, strip.last = b == depth_blocks - 1;
-            strip.bias = biases.data() + group * padded_out + o * BLOCK, strip.scale = scale;
+            strip.bias = biases.data() + group * padded_out + o * BLOCK;
+            strip.factors = factors.data() + group * padded_out + o * BLOCK;
             strip.unfinished = unfinished.data() + o * BLOCK * strip.pitch, strip.minima = minima;
             strip.channel = channel_of(before + o), strip.last_channel = (group + 1) * out_channels - 1;
             convolve_tile<BLOCK>(strip, block_size(o), (int)vectors);
@@ -529,7 +536,7 @@ template <class T> struct Convolution {
     return fits;
   }
 
-  void run_winograd(int64_t begin, int64_t end, Scalar scale, const Tiling& t, Scalar limit, PartialMinima<T>& minima_of_parts,
+  void run_winograd(int64_t begin, int64_t end, const Tiling& t, Scalar limit, PartialMinima<T>& minima_of_parts,
                    char* done) const {
     if constexpr (std::is_same_v<Element, float>) {
       const int64_t in_row = t.tile_columns / 2, vectors = ceil_div(t.tile_rows / 2 * in_row, N), squares = vectors * N;
@@ -556,7 +563,7 @@ template <class T> struct Convolution {
           Strip<Scalar, Element> strip;
           strip.starts = starts.data(), strip.offsets = offsets.data(), strip.depth = in_channels, strip.pitch = squares;
           strip.first = true, strip.last = false, strip.minima = minima;
-          strip.bias = biases.data() + o * BLOCK, strip.scale = scale;
+          strip.bias = biases.data() + o * BLOCK, strip.factors = factors.data() + o * BLOCK;
           strip.channel = o * BLOCK, strip.last_channel = out_channels - 1;
           for (int which = 0; which < 16; which++) {
             strip.weights = transformed_weights.get() + (o * BLOCK * 16 + which * size) * in_channels;
@@ -585,15 +592,17 @@ template <class T> struct Convolution {
 // The precision is a choice of GPUs; here float32 is float32.
 Forward conv2d_scale_min(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                         int64_t groups, std::string /*precision*/) {
+                         int64_t groups, std::string /*precision*/, const std::optional<Tensor>& scales) {
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
+  check_scales(scales, input, weight.size(0), scale);
   Tensor output = torch::stable::new_empty(input, {shape.images, 1, shape.output[0], shape.output[1]});
   const std::optional<Tensor> winners = new_winners(output, weight.size(0));
   if (output.numel() == 0) return forward_result(output, winners);
   dispatch(input.scalar_type(), [&](auto* type) {
     using T = std::decay_t<decltype(*type)>;
     Convolution<T> convolution{input, weight, output, winners, groups};
-    convolution.run(typename Compute<T>::Scalar(scale), bias, stride, padding, dilation);
+    convolution.pack_constants(bias, scale, scales);
+    convolution.run(stride, padding, dilation);
   });
   return forward_result(output, winners);
 }

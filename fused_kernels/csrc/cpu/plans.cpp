@@ -60,7 +60,7 @@ DirectAnswer ask_direct(const ConvShape& s, const Device& device) {
 
 MmaAnswer ask_mma(const ConvShape& s, int element_size, const Device& device) {
   const bool vectors = mma::channels_are_vectors(s, element_size, true);
-  const mma::ConvMmaCandidate best = mma::plan_conv_mma(mma::Tiles(), s, vectors, kRowPadding, device);
+  const mma::ConvMmaCandidate best = mma::plan_conv_mma(mma::Tiles(), s, vectors, element_size, kRowPadding, false, device);
   if (best.config < 0) return {};
   return {best.cost, best.config, best.plan.splits, int64_t{best.plan.pieces} * best.plan.chunks, vectors, best.blocks_per_sm};
 }

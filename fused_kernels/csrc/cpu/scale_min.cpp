@@ -1,4 +1,4 @@
-// Multiply by a number and take the minimum over the channels, in one pass over the input.
+// Multiply by a number, or each channel by its own, and take the minimum over the channels, in one pass over the input.
 //
 // Idea: memory is the limit, so read every element once and in long runs. Where neighbouring pixels are neighbours in memory
 //   (NCHW), go through the channels one after the other and keep the running minima of a block of pixels in the L1 cache:
@@ -19,17 +19,29 @@ constexpr int BLOCK = 2048;            // pixels whose running minima one thread
 constexpr int AT_ONCE = 8;             // channels read together: fewer passes over the minima, more loads in flight
 constexpr int64_t MIN_WORK = 1 << 16;  // elements; less is not worth waking a thread for
 
+// What multiplies a channel: one scale for all of them, or each channel's own.
+template <class Scalar> struct One {
+  Scalar scale;
+  Scalar of(int64_t) const { return scale; }
+  Scalar of_vector(int64_t) const { return scale; }
+};
+template <class Scalar> struct Each {
+  const Scalar* scales;
+  Scalar of(int64_t channel) const { return scales[channel]; }
+  auto of_vector(int64_t channel) const { return load(scales + channel); }
+};
+
 // Any strides, and what is left over from the two kernels below. Channels are numbered from first on.
-template <class T, class Scalar>
+template <class T, class Scalar, class Factors>
 void minima_of_anything(const T* x, int64_t first, int64_t channels, int64_t channel_stride, int64_t pixel_stride, int pixels,
-                        Scalar scale, Minima<Scalar> minima) {
+                        Factors factors, Minima<Scalar> minima) {
   for (int64_t c = 0; c < channels; c++, x += channel_stride)
-    for (int i = 0; i < pixels; i++) minima.take(i, Scalar(x[i * pixel_stride]) * scale, first + c);
+    for (int i = 0; i < pixels; i++) minima.take(i, Scalar(x[i * pixel_stride]) * factors.of(first + c), first + c);
 }
 
 // Neighbouring pixels are neighbours in memory: pixels in lanes, a few channels after the other.
-template <class T, class Scalar>
-void minima_of_rows(const T* x, int64_t first, int64_t channels, int64_t channel_stride, int pixels, Scalar scale,
+template <class T, class Scalar, class Factors>
+void minima_of_rows(const T* x, int64_t first, int64_t channels, int64_t channel_stride, int pixels, Factors factors,
                     Minima<Scalar> minima) {
   const Index<typename Compute<T>::Vector> zero = {};
   int64_t c = 0;
@@ -38,18 +50,19 @@ void minima_of_rows(const T* x, int64_t first, int64_t channels, int64_t channel
     for (; i + LANES<T> <= pixels; i += LANES<T>) {
       auto minimum = minima.load_vector(i);
       for (int k = 0; k < AT_ONCE; k++)
-        minimum.take(load(x + k * channel_stride + i) * scale, zero + Index<Scalar>(first + c + k));
+        minimum.take(load(x + k * channel_stride + i) * factors.of(first + c + k), zero + Index<Scalar>(first + c + k));
       minima.store_vector(i, minimum);
     }
     for (; i < pixels; i++)
-      for (int k = 0; k < AT_ONCE; k++) minima.take(i, Scalar(x[k * channel_stride + i]) * scale, first + c + k);
+      for (int k = 0; k < AT_ONCE; k++)
+        minima.take(i, Scalar(x[k * channel_stride + i]) * factors.of(first + c + k), first + c + k);
   }
-  minima_of_anything(x, first + c, channels - c, channel_stride, 1, pixels, scale, minima);
+  minima_of_anything(x, first + c, channels - c, channel_stride, 1, pixels, factors, minima);
 }
 
 // A pixel's channels are neighbours in memory, at least LANES of them: channels in lanes, a vector of pixels at a time.
-template <class T, class Scalar>
-void minima_of_pixels(const T* x, int64_t first, int64_t channels, int64_t pixel_stride, int pixels, Scalar scale,
+template <class T, class Scalar, class Factors>
+void minima_of_pixels(const T* x, int64_t first, int64_t channels, int64_t pixel_stride, int pixels, Factors factors,
                       Minima<Scalar> minima) {
   using Vector = typename Compute<T>::Vector;
   Index<Vector> numbers;  // of the channels in a pixel's first vector
@@ -59,12 +72,12 @@ void minima_of_pixels(const T* x, int64_t first, int64_t channels, int64_t pixel
     Index<Vector> winning[LANES<T>];
     for (int k = 0; k < LANES<T>; k++) {
       const T* pixel = x + std::min(i + k, pixels - 1) * pixel_stride;
-      Running<Vector> minimum{load(pixel) * scale, numbers};
+      Running<Vector> minimum{load(pixel) * factors.of_vector(first), numbers};
       for (int64_t c = LANES<T>; c + LANES<T> <= channels; c += LANES<T>)
-        minimum.take(load(pixel + c) * scale, numbers + Index<Scalar>(c));
+        minimum.take(load(pixel + c) * factors.of_vector(first + c), numbers + Index<Scalar>(c));
       // The last vector overlaps the one before it: a minimum does not mind.
       const int64_t last = channels - LANES<T>;
-      minimum.take(load(pixel + last) * scale, numbers + Index<Scalar>(last));
+      minimum.take(load(pixel + last) * factors.of_vector(first + last), numbers + Index<Scalar>(last));
       values[k] = minimum.value;
       if constexpr (kWinners) winning[k] = minimum.channel;
     }
@@ -75,7 +88,8 @@ void minima_of_pixels(const T* x, int64_t first, int64_t channels, int64_t pixel
   }
 }
 
-template <class T> void run(const Tensor& input, double scale, Tensor& output, const std::optional<Tensor>& winners) {
+template <class T, class Factors>
+void run(const Tensor& input, Factors factors, Tensor& output, const std::optional<Tensor>& winners) {
   using Scalar = typename Compute<T>::Scalar;
   const T* x = (const T*)input.data_ptr();
   const int64_t images = input.size(0), image_stride = input.stride(0);
@@ -104,13 +118,12 @@ template <class T> void run(const Tensor& input, double scale, Tensor& output, c
       const T* from = x + image * image_stride + row * row_stride + first * column_stride + first_channel * channel_stride;
 
       minima.clear(pixels, std::min(first_channel, channels - 1));
-      const Scalar s = Scalar(scale);
       if (column_stride == 1 && pixels > 1)
-        minima_of_rows(from, first_channel, count, channel_stride, pixels, s, minima);
+        minima_of_rows(from, first_channel, count, channel_stride, pixels, factors, minima);
       else if (channel_stride == 1 && count >= LANES<T>)
-        minima_of_pixels(from, first_channel, count, column_stride, pixels, s, minima);
+        minima_of_pixels(from, first_channel, count, column_stride, pixels, factors, minima);
       else
-        minima_of_anything(from, first_channel, count, channel_stride, column_stride, pixels, s, minima);
+        minima_of_anything(from, first_channel, count, channel_stride, column_stride, pixels, factors, minima);
 
       minima_of_parts.put(work / places, (image * rows + row) * columns + first, minima, pixels);
     }
@@ -118,12 +131,19 @@ template <class T> void run(const Tensor& input, double scale, Tensor& output, c
   minima_of_parts.finish();
 }
 
-Forward scale_min(const Tensor& input, double scale) {
+Forward scale_min(const Tensor& input, double scale, const std::optional<Tensor>& scales) {
   check_input(input);
+  check_scales(scales, input, input.size(1), scale);
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   const std::optional<Tensor> winners = new_winners(output, input.size(1));
   if (output.numel() == 0) return forward_result(output, winners);
-  dispatch(input.scalar_type(), [&](auto* type) { run<std::decay_t<decltype(*type)>>(input, scale, output, winners); });
+  dispatch(input.scalar_type(), [&](auto* type) {
+    using T = std::decay_t<decltype(*type)>;
+    using Scalar = typename Compute<T>::Scalar;
+    if (!scales) return run<T>(input, One<Scalar>{Scalar(scale)}, output, winners);
+    const std::vector<Scalar> dense = numbers_of<Scalar>(*scales);
+    run<T>(input, Each<Scalar>{dense.data()}, output, winners);
+  });
   return forward_result(output, winners);
 }
 

@@ -44,6 +44,8 @@ struct ConvDirectPlan {
   float* output;
   int64_t bias_stride, strips, strips_high, strips_wide;
   float scale;
+  const float* scales;                    // each channel's own factor, or null
+  int64_t scales_stride;
   int passes;                             // over a group's output channels
   int warps_per_strip, strip_width, strips_per_block;
   int channels, taps, columns;            // of a step: input channels, columns of the filter, columns of a strip with its halo
@@ -241,9 +243,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
       if (first + j >= out_channels) break;
       const int64_t channel = pass / p.passes * s.out_channels + first + j;
       const float bias = p.bias ? p.bias[channel * p.bias_stride] : 0;
+      const float scale = p.scales ? p.scales[channel * p.scales_stride] : p.scale;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        take_smaller(smallest[i], (sum[j][i] + bias) * p.scale, winner[i], static_cast<int>(channel));
+        take_smaller(smallest[i], (sum[j][i] + bias) * scale, winner[i], static_cast<int>(channel));
       }
     }
   }
@@ -321,8 +324,9 @@ void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
 // The precision is a permission to be less exact; this kernel does not use it.
 Forward conv_direct(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                    std::string /*precision*/) {
+                    std::string /*precision*/, const std::optional<Tensor>& scales = std::nullopt) {
   const ConvShape s = check_conv(input, weight, bias, stride, padding, dilation, groups);
+  check_scales(scales, input, weight.size(0), scale);
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_direct expected float32, got ",
                   input.scalar_type());
   // Pixels and channels are counted in an int.
@@ -334,6 +338,8 @@ Forward conv_direct(const Tensor& input, const Tensor& weight, const std::option
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
 
   ConvDirectPlan p{.shape = s, .scale = static_cast<float>(scale)};
+  p.scales = scales ? static_cast<const float*>(scales->data_ptr()) : nullptr;
+  p.scales_stride = scales ? scales->stride(0) : 0;
   p.input = static_cast<const float*>(input.data_ptr());
   p.weight = static_cast<const float*>(weight.data_ptr());
   p.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;

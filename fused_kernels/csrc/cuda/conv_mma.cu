@@ -249,7 +249,7 @@ __device__ __forceinline__ int* columns_of(const ConvMmaPlan& plan, int result, 
 // Producers and consumers wait for each other only through the rings.
 template <typename T, class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
-    conv_mma_kernel(const Raw<T>* input, const uint4* weights, const float2* constants, T* output, float* partial,
+    conv_mma_kernel(const Raw<T>* input, const uint4* weights, const float* constants, T* output, float* partial,
                     const __grid_constant__ ConvMmaPlan plan) {
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kStepVectors = C::kStepBytes / 16;
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       // NOTE: the thread's index is read anew wherever it matters: ptxas spills what it keeps through the main loop.
       const auto my_constants = [&] {
         const int thread = ptx::thread_index(), column = thread / kWarpSize % C::WARPS_N * C::N_TILES * 8 + thread % 4 * 2;
-        return reinterpret_cast<const float4*>(constants + static_cast<int64_t>(block_n) * C::BLOCK_N + column);
+        return reinterpret_cast<const float4*>(constants + static_cast<int64_t>(block_n) * (C::BLOCK_N * kConstants) + column * 2);
       };
       // The sums begin with the bias, unless a power of two comes between.
       const float4* constant = my_constants();
@@ -548,21 +548,23 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
 #pragma unroll
       for (auto& row : winner) row[0] = row[1] = 0;
       constant = my_constants();
-      // A scale that makes NaN of some channels multiplies each channel's value; and so does a power of two whose product with
-      // the weights' may leave float32's range.
+      // A scale that makes NaN of some channels multiplies each channel's value, and so does a channel's own factor; and a power
+      // of two whose product with the weights' may leave float32's range.
       const float back = power_of_two(-exponent);
       const bool apart = plan.scale_first || abs(exponent) > kExactExponent;
-      const float factor = plan.scale_first ? plan.factor : 1.0f;
 #pragma unroll
       for (int j = 0; j < C::N_TILES; ++j) {
         float4 two = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
         if constexpr (kScaled) two = constant[j * 4];
         if (apart) {
+          float4 own = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+          if constexpr (C::takes_scale_first(sizeof(T))) own = constant[C::BLOCK_N / 2 + j * 4];
 #pragma unroll
           for (int i = 0; i < C::M_TILES; ++i) {
 #pragma unroll
             for (int h = 0; h < 4; ++h) {
-              sums[i][j][h] = fmaf(sums[i][j][h] * back, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) * factor;
+              sums[i][j][h] = fmaf(sums[i][j][h] * back, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) *
+                              (h % 2 == 0 ? own.x : own.z);
             }
           }
           two = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
@@ -611,7 +613,10 @@ struct LaneOrder {
   static constexpr int kParts = 1;
   __device__ static int column(int word) { return word % 4 / 2 * 8 + word / 16; }
   __device__ static int k(int word) { return word % 2 * 8 + word / 4 % 4 * 2; }
-  __device__ static void put(float2* block, int, int column, float factor, float bias) { block[column] = {factor, bias}; }
+  // First the columns' powers of two and biases in turn, then their own factors at the same distances.
+  __device__ static void put(float* block, int columns, int column, float factor, float bias, float own) {
+    block[column * 2] = factor, block[column * 2 + 1] = bias, block[(columns + column) * 2] = own;
+  }
 };
 
 template <typename T, class C>
@@ -634,11 +639,11 @@ void MmaLaunch<T, C>::run(const Tensor& input, const Workspace& workspace, Tenso
 
 template <typename T, class C>
 void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, const Tensor& input, const Tensor& weight,
-                     const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners, const Device& device) {
+                     const std::optional<Tensor>& bias, const Scale& scale, Tensor& output, Winners winners,
+                     const Device& device) {
   ConvMmaPlan plan = candidate.plan;
-  const Scale scaled(scale);
-  plan.scale_first = scaled.first;
-  plan.factor = scaled.factor;
+  plan.scale_first = scale.first;
+  plan.factor = scale.factor;
   const WeightOrder order{plan.in_channels,
                           {static_cast<int>(shape.kernel[0]), static_cast<int>(shape.kernel[1])},
                           {plan.piece[0], plan.piece[1]},
@@ -653,10 +658,10 @@ void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, 
   const int slots = std::max(device.multiprocessors * candidate.blocks_per_sm / plan.splits, 1);
   const dim3 grid(std::min(plan.tiles, slots), plan.splits);
   const int64_t partials = plan.splits > 1 ? plan.splits * shape.pixels() : 0;
-  const Workspace workspace(input, packed_bytes, blocks_n * C::BLOCK_N, partials,
+  const Workspace workspace(input, packed_bytes, blocks_n * C::BLOCK_N * kConstants, partials,
                             static_cast<int64_t>(grid.x) * grid.y * kResults * C::WARPS_N * C::BLOCK_M);
   const cudaStream_t stream = current_stream(input);
-  pack_weights<T, LaneOrder>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
+  pack_weights<T, LaneOrder>(order, shape, C::BLOCK_N, weight, bias, scale, workspace, device, stream);
 
   plan.tile_step[2] = grid.x % plan.tiles_across[1];
   plan.tile_step[1] = grid.x / plan.tiles_across[1] % plan.tiles_across[0];
@@ -671,12 +676,12 @@ void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, 
 // Launches the cheapest of these configurations.
 template <typename T, class... Configs>
 void run_conv_mma(List<Configs...> configs, const ConvShape& shape, const Tensor& input, const Tensor& weight,
-                  const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
+                  const std::optional<Tensor>& bias, const Scale& scale, Tensor& output, Winners winners) {
   const int index = input.get_device_index();
   const Device device{attribute(cudaDevAttrMultiProcessorCount, index),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
   const bool vectors = channels_are_vectors(shape, sizeof(T), is_aligned(input));
-  const ConvMmaCandidate best = plan_conv_mma(configs, shape, vectors, kRowPadding, device);
+  const ConvMmaCandidate best = plan_conv_mma(configs, shape, vectors, sizeof(T), kRowPadding, scale.first, device);
   STD_TORCH_CHECK(best.config >= 0, "input: conv_mma has no plan for this shape");
   int config = 0;
   const auto launch = [&](auto tile) {
@@ -697,10 +702,11 @@ auto share_of_launches(List<Configs...>) {
 #else
 Forward conv_mma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                 std::string precision) {
+                 std::string precision, const std::optional<Tensor>& scales = std::nullopt) {
   const ConvShape shape = check_conv(input, weight, bias, stride, padding, dilation, groups);
+  check_scales(scales, input, weight.size(0), scale);
   return convolve("conv_mma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
-    run_conv_mma<decltype(type)>(Tiles(), shape, input, weight, bias, scale, output, winners);
+    run_conv_mma<decltype(type)>(Tiles(), shape, input, weight, bias, Scale(scale, scales), output, winners);
   });
 }
 

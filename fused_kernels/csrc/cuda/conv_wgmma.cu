@@ -32,10 +32,11 @@ using namespace wgmma;
 #else
 Forward conv_wgmma(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                   std::string precision) {
+                   std::string precision, const std::optional<Tensor>& scales = std::nullopt) {
   const ConvShape shape = check_plain_conv("conv_wgmma", input, weight, bias, stride, padding, dilation, groups);
+  check_scales(scales, input, weight.size(0), scale);
   return convolve("conv_wgmma", "tf32", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
-    run_conv_wgmma<decltype(type)>(Tiles(), shape, input, weight, bias, scale, output, winners);
+    run_conv_wgmma<decltype(type)>(Tiles(), shape, input, weight, bias, Scale(scale, scales), output, winners);
   });
 }
 

@@ -25,12 +25,13 @@ using namespace wgmma;
 #else
 Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                        std::string precision) {
+                        std::string precision, const std::optional<Tensor>& scales = std::nullopt) {
   const ConvShape shape = check_plain_conv("conv_wgmma_ieee", input, weight, bias, stride, padding, dilation, groups);
+  check_scales(scales, input, weight.size(0), scale);
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_wgmma_ieee expected float32");
   return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
     if constexpr (sizeof(type) == 4) {
-      run_conv_wgmma<decltype(type)>(SplitTiles(), shape, input, weight, bias, scale, output, winners);
+      run_conv_wgmma<decltype(type)>(SplitTiles(), shape, input, weight, bias, Scale(scale, scales), output, winners);
     }
   });
 }

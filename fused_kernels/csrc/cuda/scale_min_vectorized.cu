@@ -7,6 +7,7 @@
 //   other strides  a thread owns a pixel, as in the previous rung.
 // The same kernels make a second operator, scale_min_bias, that first adds one number per channel: a convolution's bias, for
 // which PyTorch passes once more over all that cuDNN wrote. Here it costs one addition while everything waits for memory.
+// Where each channel has a factor of its own, or a bias wider than the input, scale_min_each.cuh has two kernels that do the same.
 // For training they also give each pixel's winner, from which scale_min_vectorized_backward makes the gradient.
 // Limit: the memory's read bandwidth.
 // Previous rung: scale_min_coalesced.
@@ -16,6 +17,7 @@
 #include "launch.cuh"
 #include "numerics.cuh"
 #include "ptx/grid_dependency.cuh"
+#include "scale_min_each.cuh"
 #include "vectors.cuh"
 
 namespace fused_kernels {
@@ -46,32 +48,6 @@ struct ChannelsLast {
 struct Strided {
   static constexpr int kThreads = 256, kInFlight = 8, kBlocksPerSM = 4;
 };
-
-// One load instruction of VEC * sizeof(T) bytes.
-// NOTE: the hint evict_first (__ldcs) gains after a kernel that read and loses after one that wrote, such as the convolution
-// (H200; notebook 03, exercise 3).
-template <typename T, int VEC>
-__device__ __forceinline__ Vector<T, VEC> load_vector(const T* address) {
-  using Bits = std::conditional_t<
-      VEC * sizeof(T) == 16, uint4,
-      std::conditional_t<VEC * sizeof(T) == 8, uint2,
-                         std::conditional_t<VEC * sizeof(T) == 4, uint32_t, uint16_t>>>;
-  const Bits bits = *reinterpret_cast<const Bits*>(address);
-  return reinterpret_cast<const Vector<T, VEC>&>(bits);
-}
-
-// Several pixels' winners: one store, or where they are ints, a few.
-template <int VEC>
-__device__ __forceinline__ void put_winners(Winners winners, int64_t pixel, const int (&winner)[VEC]) {
-  const auto put = [&](auto* data) {
-    using I = std::remove_pointer_t<decltype(data)>;
-    Vector<I, VEC> vector;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) vector.values[i] = static_cast<I>(winner[i]);
-    *reinterpret_cast<Vector<I, VEC>*>(data + pixel) = vector;
-  };
-  winners.wide ? put(static_cast<int32_t*>(winners.data)) : put(static_cast<uint8_t*>(winners.data));
-}
 
 // ---- NCHW ----
 
@@ -370,32 +346,38 @@ void launch_scale_min(const Tensor& input, const T* bias, Accumulator<T> scale, 
 bool is_small(const Tensor& input) { return input.numel() * input.element_size() < 2 << 20; }
 
 template <bool BIAS>
-Forward run_scale_min(const Tensor& input, const void* bias, double scale, bool early) {
+Forward run_scale_min(const Tensor& input, const std::optional<Tensor>& bias, double scale, const std::optional<Tensor>& scales,
+                      bool early) {
   Tensor output = torch::stable::new_empty(input, {input.size(0), 1, input.size(2), input.size(3)});
   const std::optional<Tensor> winners = new_winners(output, input.size(1));
   if (output.numel() == 0) return forward_result(output, winners);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    launch_scale_min<T, BIAS>(input, static_cast<const T*>(bias), static_cast<Accumulator<T>>(scale), early && is_small(input),
-                              output, winners_in(winners));
+    early = early && is_small(input);
+    if (scales || (bias && is_wider(*bias, input))) {
+      const bool channels_last = input.size(1) > 1 && is_channels_last(input);
+      return each::launch<T>(input, bias, scale, scales, early, channels_last, output, winners_in(winners));
+    }
+    const std::optional<Tensor> dense = bias && !bias->is_contiguous() ? torch::stable::contiguous(*bias) : bias;
+    launch_scale_min<T, BIAS>(input, dense ? static_cast<const T*>(dense->data_ptr()) : nullptr,
+                              static_cast<Accumulator<T>>(scale), early, output, winners_in(winners));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return forward_result(output, winners);
 }
 
-Forward scale_min_vectorized(const Tensor& input, double scale) {
+Forward scale_min_vectorized(const Tensor& input, double scale, const std::optional<Tensor>& scales) {
   check_input(input);
-  return run_scale_min<false>(input, nullptr, scale, true);
+  check_scales(scales, input, input.size(1), scale);
+  return run_scale_min<false>(input, std::nullopt, scale, scales, true);
 }
 
-Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bool early) {
+Forward scale_min_bias(const Tensor& input, const Tensor& bias, double scale, bool early, const std::optional<Tensor>& scales) {
   check_input(input);
-  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == input.size(1), "bias: expected one number for each of the input's ",
-                  input.size(1), " channels");
-  STD_TORCH_CHECK(bias.scalar_type() == input.scalar_type(), "bias: expected the input's dtype");
-  STD_TORCH_CHECK(bias.is_cuda() && bias.get_device_index() == input.get_device_index(), "bias: expected the input's device");
-  return run_scale_min<true>(input, (bias.is_contiguous() ? bias : torch::stable::contiguous(bias)).data_ptr(), scale, early);
+  check_bias(bias, input, input.size(1));
+  check_scales(scales, input, input.size(1), scale);
+  return run_scale_min<true>(input, bias, scale, scales, early);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_KERNELS_NAMESPACE, CUDA, m) {

@@ -78,6 +78,38 @@ inline Winners winners_in(const std::optional<Tensor>& winners) {
   return {winners->data_ptr(), winners->scalar_type() == torch::headeronly::ScalarType::Int};
 }
 
+// A bias has the input's dtype; beside 16-bit tensors it may be float32, in which it is added in any case.
+inline bool is_wider(const Tensor& bias, const Tensor& input) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = input.scalar_type();
+  return bias.scalar_type() == ScalarType::Float && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16);
+}
+
+inline bool are_together(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline void check_bias(const Tensor& bias, const Tensor& input, int64_t channels) {
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == channels, "bias: expected one number for each of ", channels, " channels");
+  STD_TORCH_CHECK(bias.scalar_type() == input.scalar_type() || is_wider(bias, input),
+                  "bias: expected the input's dtype, or float32 beside 16-bit tensors");
+  STD_TORCH_CHECK(are_together(bias, input), "bias: expected the input's device");
+}
+
+// Each channel's factor, in the dtype to compute in, in place of a scale that is 1 then. Neighbours may lie any distance apart:
+// none, where one factor serves all channels.
+inline void check_scales(const std::optional<Tensor>& scales, const Tensor& input, int64_t channels, double scale) {
+  using torch::headeronly::ScalarType;
+  if (!scales) return;
+  STD_TORCH_CHECK(scale == 1.0, "scale: expected 1 beside scales, got ", scale);
+  STD_TORCH_CHECK(scales->dim() == 1 && scales->size(0) == channels, "scales: expected one number for each of ", channels,
+                  " channels");
+  const ScalarType wanted = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(scales->scalar_type() == wanted, "scales: expected ", torch::headeronly::toString(wanted), ", got ",
+                  torch::headeronly::toString(scales->scalar_type()));
+  STD_TORCH_CHECK(are_together(*scales, input), "scales: expected the input's device");
+}
+
 inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups) {
@@ -88,15 +120,9 @@ inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std
   STD_TORCH_CHECK(*std::min_element(padding.begin(), padding.end()) >= 0, "padding: expected no negative number");
   STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1), "input: expected ",
                   weight.size(1) * groups, " channels in ", groups, " groups, got ", input.size(1));
-  const auto matches = [&](const Tensor& t) {
-    return t.is_cuda() == input.is_cuda() && t.is_cpu() == input.is_cpu() && t.get_device_index() == input.get_device_index() &&
-           t.scalar_type() == input.scalar_type();
-  };
-  STD_TORCH_CHECK(matches(weight), "weight: expected the input's dtype and device");
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected ", weight.size(0), " elements");
-    STD_TORCH_CHECK(matches(*bias), "bias: expected the input's dtype and device");
-  }
+  STD_TORCH_CHECK(are_together(weight, input) && weight.scalar_type() == input.scalar_type(),
+                  "weight: expected the input's dtype and device");
+  if (bias) check_bias(*bias, input, weight.size(0));
 
   ConvShape shape;
   shape.images = input.size(0), shape.groups = groups;

@@ -26,6 +26,9 @@ struct TileConfig {
   static constexpr int kMathWarps = WARPS_M * WARPS_N, kMathThreads = kMathWarps * kWarpSize;
   static constexpr int kThreads = kMathThreads + kWarpSize + kInputThreads;
   static constexpr int kStepBytes = kStepDepth * BLOCK_N * 2;  // of weights
+  // Whether it can multiply each sum before the minimum is taken. NOTE: with 128 sums of float32, ptxas spills for it (sm_80,
+  // nvcc 13.0).
+  static constexpr bool takes_scale_first(size_t element_size) { return M_TILES * N_TILES < 32 || element_size == 2; }
 };
 
 // Chosen by measurement on an H200. kStages buffers hold kStageSteps steps of weights each: a short stage ends before the next
@@ -63,8 +66,8 @@ struct ConvMmaPlan {
   int splits, blocks_per_split;             // how the output channels are cut, blockIdx.y
   bool vectors;                             // channels lie side by side and aligned: wide loads
   int minors, minor_step, major_step;       // how the threads that load walk over an item's units
-  float factor;                             // |scale|, or where a minimum does not commute with it, scale
-  bool scale_first;
+  float factor;                             // |scale|
+  bool scale_first;                         // where a minimum does not commute with it: the columns' constants hold it
   // Only if kWinners. The columns that won wait in global memory: in shared memory they would change the plan, and so the order
   // of the sums.
   int out_channels;                         // of a group
@@ -227,13 +230,19 @@ ConvMmaCandidate plan_tile(int config, const ConvShape& shape, bool vectors, int
 
 // Gives the cheapest of these configurations, of equal ones the first; its config is -1 where none fits.
 template <class... Configs>
-ConvMmaCandidate plan_conv_mma(List<Configs...>, const ConvShape& shape, bool vectors, int row_padding, const Device& device) {
+ConvMmaCandidate plan_conv_mma(List<Configs...>, const ConvShape& shape, bool vectors, int element_size, int row_padding,
+                               bool scale_first, const Device& device) {
   ConvMmaCandidate best;
   int config = 0;
-  const auto consider = [&](const ConvMmaCandidate& candidate) {
-    if (candidate.cost < best.cost) best = candidate;
+  const auto consider = [&](auto tile) {
+    using C = decltype(tile);
+    if (!scale_first || C::takes_scale_first(element_size)) {
+      const ConvMmaCandidate candidate = plan_tile<C>(config, shape, vectors, row_padding, device);
+      if (candidate.cost < best.cost) best = candidate;
+    }
+    ++config;
   };
-  (consider(plan_tile<Configs>(config++, shape, vectors, row_padding, device)), ...);
+  (consider(Configs()), ...);
   return best;
 }
 

@@ -43,6 +43,9 @@ struct TileConfig {
   static constexpr bool OVERLAPS = OVERLAPS_, SPLIT = SPLIT_;
   static constexpr int kParts = SPLIT ? 2 : 1;
   static constexpr int kRowTaps = 3;  // where it overlaps
+  // Whether it can multiply each sum before the minimum is taken. NOTE: with 128 sums of float32 and winners, ptxas spills for it
+  // (nvcc 13.0).
+  static constexpr bool takes_scale_first(size_t element_size) { return !OVERLAPS && (SUBTILES == 1 || element_size == 2); }
   // Cycles of the tensor cores for a subtile's step; and of the warp that issues a tap. From times on an H200.
   static constexpr int kCycles = (BLOCK_N == 128 ? 68 : 40) * (SPLIT ? 3 : 1), kLeastCycles = 250 * (SPLIT ? 3 : 1);
   static constexpr int kSubtiles = kWarpgroups * SUBTILES, BLOCK_M = kSubtiles * kSubtile;
@@ -324,7 +327,7 @@ ConvWgmmaCandidate plan_conv_wgmma(List<Configs...>, const ConvShape& shape, Way
   int config = 0;
   const auto consider = [&](auto tile) {
     using C = decltype(tile);
-    if (!(C::OVERLAPS && scale_first)) improve<C>(best, config, shape, way, element_size, device);
+    if (!scale_first || C::takes_scale_first(element_size)) improve<C>(best, config, shape, way, element_size, device);
     ++config;
   };
   (consider(Configs()), ...);

@@ -80,6 +80,13 @@ template <class Scalar> class Lines {
   Scalar* data() const { return (Scalar*)(((uintptr_t)memory.get() + LINE - 1) / LINE * LINE); }
 };
 
+// The numbers of a tensor of one dimension, side by side.
+template <class Scalar> inline std::vector<Scalar> numbers_of(const Tensor& tensor) {
+  std::vector<Scalar> numbers(tensor.size(0));
+  for (size_t i = 0; i < numbers.size(); i++) numbers[i] = ((const Scalar*)tensor.data_ptr())[(int64_t)i * tensor.stride(0)];
+  return numbers;
+}
+
 template <class Scalar, class Vector> inline void store(Scalar* to, const Vector& v) { std::memcpy(to, &v, sizeof v); }
 
 // Round to the nearest, of two equally near to the even one; a NaN stays one.

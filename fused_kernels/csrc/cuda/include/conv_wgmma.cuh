@@ -45,7 +45,7 @@ __device__ __forceinline__ auto& totals(Sums& sums, Rounded& rounded) {
 template <typename T, Source S, class C>
 __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     conv_wgmma_kernel(const __grid_constant__ CUtensorMap map, const Raw<T>* input, const char* weights,
-                      const float2* constants, T* output, float* partial, const __grid_constant__ ConvWgmmaPlan plan) {
+                      const float* constants, T* output, float* partial, const __grid_constant__ ConvWgmmaPlan plan) {
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kThreads = Roles<S, C::SPLIT>::kThreads;
 
@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // Where all output channels have the same power of two, as is usual, it joins the input's: one multiplication less.
   float common_factor = 0.0f;
   if constexpr (kScaled && C::OVERLAPS) {
-    const float* const factors = reinterpret_cast<const float*>(constants + first_n * C::BLOCK_N) + C::BLOCK_N;
+    const float* const factors = constants + first_n * C::BLOCK_N * kConstants + C::BLOCK_N;
     bool same = true;
     for (int column = thread % kWarpSize; column < C::BLOCK_N; column += kWarpSize) same &= factors[column] == factors[0];
     if (__all_sync(0xffffffffu, same)) common_factor = factors[0];
@@ -468,8 +468,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       for (auto& two : winners) two[0] -= C::BLOCK_N, two[1] -= C::BLOCK_N;
     }
     const float4* const biases =
-        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * C::BLOCK_N) + thread % 4;
-    const float4* const factors = biases + C::BLOCK_N / 4;
+        reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * (C::BLOCK_N * kConstants)) +
+        thread % 4;
+    const float4 *const factors = biases + C::BLOCK_N / 4, *const own_factors = factors + C::BLOCK_N / 4;
     const float back = power_of_two(-done.exponent);
     const float joined = common_factor * back;
     const auto take = [&](auto scale_first, auto joins) {
@@ -477,6 +478,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
         const float4 bias4 = biases[pair * 4], factor4 = kScaled && !decltype(joins)::value ? factors[pair * 4] : bias4;
         const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w}, factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
+        const float4 own4 = decltype(scale_first)::value ? own_factors[pair * 4] : bias4;
+        const float own[4] = {own4.x, own4.y, own4.z, own4.w};
 #pragma unroll
         for (int i = 0; i < C::SUBTILES; ++i) {
 #pragma unroll
@@ -488,7 +491,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             if constexpr (kScaled) {
               value = decltype(joins)::value ? fmaf(sum, joined, bias[column]) : fmaf(sum * back, factor[column], bias[column]);
             }
-            if (decltype(scale_first)::value) value *= plan.factor;
+            if (decltype(scale_first)::value) value *= own[column];
             take_smaller(low[i][k / 2 % 2], value, winners[i][k / 2 % 2], pair * 16 + k / 4 * 8 + k % 2);
           }
         }
@@ -496,8 +499,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     };
     if (kScaled && C::OVERLAPS && fabsf(joined) >= kSmallestNormal && fabsf(joined) < kInfinity<float>) {
       take(std::false_type(), std::true_type());
-    } else if (!C::OVERLAPS && plan.scale_first) {
-      // A scale that makes NaN of some channels multiplies each by itself.
+    } else if (C::takes_scale_first(sizeof(T)) && plan.scale_first) {
+      // A scale that makes NaN of some channels multiplies each by itself, and so does a channel's own factor.
       take(std::true_type(), std::false_type());
     } else {
       take(std::false_type(), std::false_type());
@@ -815,12 +818,13 @@ struct CoreMatrixOrder {
   static constexpr int kParts = PARTS;
   __device__ static int column(int word) { return word / 64 * 8 + word / 4 % 8; }
   __device__ static int k(int word) { return word / 32 % 2 * 8 + word % 4 * 2; }
-  // First all biases, then all factors. A thread's columns are 8 j + 2 (lane % 4) and the next: of two j, side by side.
+  // First all biases, then all powers of two, then all own factors. A thread's columns are 8 j + 2 (lane % 4) and the next: of
+  // two j, side by side.
   // NOTE: neighbouring threads' columns follow each other. Global loads have bank conflicts as well, and each one slows the
   // tensor cores down.
-  __device__ static void put(float2* block, int columns, int column, float factor, float bias) {
-    float* const at = reinterpret_cast<float*>(block) + column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
-    at[0] = bias, at[columns] = factor;
+  __device__ static void put(float* block, int columns, int column, float factor, float bias, float own) {
+    float* const at = block + column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
+    at[0] = bias, at[columns] = factor, at[2 * columns] = own;
   }
 };
 

@@ -86,21 +86,22 @@ bool encode_tensor_map(CUtensorMap& map, const Tensor& input, const ConvShape& s
 // Packs the weights, runs the kernel, and where the output channels were split between blocks combines their minima.
 template <typename T, Source S, class C>
 void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& shape, const Tensor& input, const Tensor& weight,
-                       const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners, const Device& device) {
+                       const std::optional<Tensor>& bias, const Scale& scale, Tensor& output, Winners winners,
+                       const Device& device) {
   ConvWgmmaPlan plan = candidate.plan;
-  const Scale scaled(scale);
-  plan.scale_first = scaled.first;
-  plan.factor = scaled.factor;
+  plan.scale_first = scale.first;
+  plan.factor = scale.factor;
   const int taps = plan.kernel[0] * plan.kernel[1], steps = taps * plan.chunk / kStepDepth;
   const WeightOrder order{plan.in_channels, {plan.kernel[0], plan.kernel[1]}, {plan.kernel[0], plan.kernel[1]}, 1, 1,
                           plan.chunk,       plan.chunks,                      steps,                            plan.blocks_n};
   const int64_t packed_bytes = static_cast<int64_t>(plan.blocks_n) * plan.chunks * steps * C::kStepBytes;
-  const Workspace workspace(input, packed_bytes, plan.blocks_n * C::BLOCK_N, plan.splits > 1 ? plan.splits * shape.pixels() : 0);
+  const Workspace workspace(input, packed_bytes, plan.blocks_n * C::BLOCK_N * kConstants,
+                            plan.splits > 1 ? plan.splits * shape.pixels() : 0);
   plan.out_channels = static_cast<int>(shape.out_channels);
   plan.winners = winners;
   plan.partial_winners = workspace.partial_winners;
   const cudaStream_t stream = current_stream(input);
-  pack_weights<T, CoreMatrixOrder<C::kParts>>(order, shape, C::BLOCK_N, weight, bias, scaled, workspace, device, stream);
+  pack_weights<T, CoreMatrixOrder<C::kParts>>(order, shape, C::BLOCK_N, weight, bias, scale, workspace, device, stream);
 
   CUtensorMap map{};
   if (plan.bulk) {
@@ -116,7 +117,7 @@ void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& sha
 // NOTE: static, because otherwise all libraries built from this text, changed or not, would share the variables in it.
 template <typename T, Source S, class... Configs>
 static void launch_cheapest(List<Configs...> configs, const ConvShape& shape, Way way, const Tensor& input, const Tensor& weight,
-                            const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
+                            const std::optional<Tensor>& bias, const Scale& scale, Tensor& output, Winners winners) {
   static std::map<std::string, ConvWgmmaCandidate> plans;
   static std::mutex mutex;
   constexpr size_t kMostPlans = 1024;
@@ -127,7 +128,7 @@ static void launch_cheapest(List<Configs...> configs, const ConvShape& shape, Wa
   };
   static_assert(std::has_unique_object_representations_v<Question>);
   const int index = input.get_device_index();
-  const Question question{shape, way.bulk, Scale(scale).first,
+  const Question question{shape, way.bulk, scale.first,
                           {attribute(cudaDevAttrMultiProcessorCount, index),
                            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)}};
   const std::string key(reinterpret_cast<const char*>(&question), sizeof question);
@@ -153,7 +154,7 @@ static void launch_cheapest(List<Configs...> configs, const ConvShape& shape, Wa
 
 template <typename T, class Configs>
 static void run_conv_wgmma(Configs configs, const ConvShape& shape, const Tensor& input, const Tensor& weight,
-                           const std::optional<Tensor>& bias, double scale, Tensor& output, Winners winners) {
+                           const std::optional<Tensor>& bias, const Scale& scale, Tensor& output, Winners winners) {
   const Way way = choose_way(shape, sizeof(T), is_aligned(input));
   if (way.source == Source::kPlanes) {
     launch_cheapest<T, Source::kPlanes>(configs, shape, way, input, weight, bias, scale, output, winners);

@@ -54,13 +54,18 @@ constexpr float kSmallSplitMaximum = 2048.0f;
 constexpr int kFirstSplitExponent = 12;
 
 // What a scale does to the minimum. If it is negative, the smallest product is the largest sum's: turn all signs. Zero and
-// infinity turn single sums into NaN, and must multiply before the minimum is taken.
+// infinity turn single sums into NaN, and must multiply before the minimum is taken; so must each channel's own factor.
 struct Scale {
   float factor, sign;
   bool first;
+  const float* each;  // channels' own factors, or null
+  int64_t each_stride;
 
-  explicit Scale(double scale) : factor(static_cast<float>(scale)) {
-    first = factor == 0.0f || !std::isfinite(factor);
+  Scale(double scale, const std::optional<Tensor>& scales)
+      : factor(static_cast<float>(scale)),
+        each(scales ? static_cast<const float*>(scales->data_ptr()) : nullptr),
+        each_stride(scales ? scales->stride(0) : 0) {
+    first = each || factor == 0.0f || !std::isfinite(factor);
     sign = !first && factor < 0.0f ? -1.0f : 1.0f;
     factor *= sign;
   }
@@ -92,18 +97,19 @@ inline bool rows_are_dense(const ConvShape& shape) {
          (strides[1] == 1 && strides[2] == columns * channels && strides[3] == channels);
 }
 
+constexpr int kConstants = 4;  // room for so many of each column
 constexpr int kPackColumns = 16, kPackThreads = kPackColumns * kWarpSize;
 constexpr int kUnitWords = kStepDepth * kPackColumns / 2;  // 16 columns of a step, two numbers a word
 
 // Packs the weights. A block takes 16 output channels of some input channels and filter rows; its threads write side by side,
 // and read what their neighbours' cache lines hold. Past the last output channel the last one is repeated: the minimum stays
 // the same. Order says which column and which k the words of a unit hold, and where in a block a column's constants go: the
-// power of two that undoes its weights', and its bias.
+// power of two that undoes its weights', its bias, and the factor that multiplies each of its values.
 template <typename T, class Order>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const T* bias, int64_t bias_stride,
-                        int out_channels, int units_in_block_n, float sign, uint32_t* packed, float2* constants,
-                        const __grid_constant__ WeightOrder order) {
+    pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const void* bias, bool bias_is_wider,
+                        int64_t bias_stride, int out_channels, int units_in_block_n, const __grid_constant__ Scale scale,
+                        uint32_t* packed, float* constants, const __grid_constant__ WeightOrder order) {
   // The next kernel may begin to read the input, which is complete by now.
   ptx::wait_for_previous_grid();
   ptx::let_next_grid_begin();
@@ -140,8 +146,12 @@ __global__ void __launch_bounds__(kPackThreads)
     __syncthreads();
   }
   if (lane == 0 && blockIdx.y == 0) {
-    const float value = bias ? sign * static_cast<float>(bias[channel(warp) * bias_stride]) : 0.0f;
-    Order::put(constants + block_n * block_columns, block_columns, first_column + warp, sign * power_of_two(-exponent), value);
+    const int64_t at = channel(warp) * bias_stride;
+    float value = 0.0f;
+    if (bias) value = bias_is_wider ? static_cast<const float*>(bias)[at] : static_cast<float>(static_cast<const T*>(bias)[at]);
+    const float own = scale.each ? scale.each[channel(warp) * scale.each_stride] : scale.first ? scale.factor : 1.0f;
+    Order::put(constants + block_n * block_columns * kConstants, block_columns, first_column + warp,
+               scale.sign * power_of_two(-exponent), scale.sign * value, own);
   }
 
   const int word = threadIdx.x % kUnitWords, column = Order::column(word), k = Order::k(word);
@@ -168,7 +178,7 @@ __global__ void __launch_bounds__(kPackThreads)
           if (bits[j] << 17 == 0 && value != 0.0f) bits[j] |= 1;
           bits[j] &= 0xffff, low_bits[j] &= 0xffff;
         } else {
-          bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (sign < 0.0f ? 0x8000u : 0u);
+          bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (scale.sign < 0.0f ? 0x8000u : 0u);
         }
       }
       const int piece = y / order.piece[0] * order.pieces_across + x / order.piece[1];
@@ -224,18 +234,19 @@ inline bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t
 struct Workspace {
   Tensor memory;
   uint32_t* packed;
-  float2* constants;
+  float* constants;
   float* partial;            // [share][pixel]
   int32_t* partial_winners;  // likewise
   int32_t* more_winners;     // for the kernel's own use
 
-  Workspace(const Tensor& like, int64_t packed_bytes, int64_t columns, int64_t partials, int64_t more = 0)
-      : memory(torch::stable::new_empty(like, {packed_bytes + columns * 8 + partials * 4 + (kWinners ? partials + more : 0) * 4},
-                                       torch::headeronly::ScalarType::Byte)) {
+  Workspace(const Tensor& like, int64_t packed_bytes, int64_t constants_count, int64_t partials, int64_t more = 0)
+      : memory(torch::stable::new_empty(
+            like, {packed_bytes + (constants_count + partials + (kWinners ? partials + more : 0)) * 4},
+            torch::headeronly::ScalarType::Byte)) {
     char* const start = static_cast<char*>(memory.data_ptr());
     packed = reinterpret_cast<uint32_t*>(start);
-    constants = reinterpret_cast<float2*>(start + packed_bytes);
-    partial = reinterpret_cast<float*>(start + packed_bytes + columns * 8);
+    constants = reinterpret_cast<float*>(start + packed_bytes);
+    partial = constants + constants_count;
     partial_winners = reinterpret_cast<int32_t*>(partial + partials);
     more_winners = partial_winners + partials;
   }
@@ -252,8 +263,8 @@ void pack_weights(const WeightOrder& order, const ConvShape& shape, int block_n,
   const int64_t cuts = std::clamp<int64_t>(device.multiprocessors / packers, 1, most_cuts);
   launch_early(pack_weights_kernel<T, Order>, dim3(grid_size(packers), cuts), kPackThreads, 0, stream,
                static_cast<const T*>(weight.data_ptr()), Strides4(shape.weight_strides), rows_are_dense(shape),
-               bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, bias ? bias->stride(0) : 0, shape.out_channels,
-               block_n / kPackColumns, scale.sign, workspace.packed, workspace.constants, order);
+               bias ? bias->data_ptr() : nullptr, bias && sizeof(T) == 2 && is_wider(*bias, weight), bias ? bias->stride(0) : 0,
+               shape.out_channels, block_n / kPackColumns, scale, workspace.packed, workspace.constants, order);
 }
 
 // Launches the kernel that makes one minimum, and one winner, of all shares'.
