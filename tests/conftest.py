@@ -33,6 +33,17 @@ def implementations(operator, *, public=True):
     """Give (function, device) for the public function and for every rung of an operator, on each device that it runs on."""
     named = [("public", PUBLIC[operator], None)] if public else []
     named += [(rung.name, rung, rung.device) for rung in LADDER if rung.operator == operator]
+    return _on_devices(named)
+
+
+def takes_tensor_scales(operator):
+    """Give those of them that take a tensor for the scale."""
+    named = [("public", PUBLIC[operator], None)]
+    named += [(rung.name, rung, rung.device) for rung in LADDER if rung.operator == operator and rung.takes_scales]
+    return _on_devices(named)
+
+
+def _on_devices(named):
     return [
         on(device, function, id=f"{name}-{device}")
         for name, function, only in named
@@ -136,12 +147,29 @@ def far_apart(x):
     return storage.as_strided(x.shape, (height * width, stride, width, 1)).copy_(x)
 
 
+# The forms of a tensor scale, from one factor for each channel.
+SCALES = {
+    "number": lambda s: s[0],
+    "one element": lambda s: s[:1],
+    "vector": lambda s: s,
+    "(C, 1, 1)": lambda s: s.view(-1, 1, 1),
+    "(1, C, 1, 1)": lambda s: s.view(1, -1, 1, 1),
+    "strided": lambda s: s.repeat_interleave(3)[::3],
+    "expanded": lambda s: s[:1].expand(s.shape),
+}
+
+
+def factors(scale):
+    """Give a scale as what multiplies images of float64 on the CPU."""
+    return scale.detach().cpu().double().view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale
+
+
 def exact(input, scale, weight=None, bias=None, **conv):
     """Give the result in float64, on the CPU, by PyTorch's own operations."""
     input, weight, bias = (t if t is None else t.detach().cpu().double() for t in (input, weight, bias))
     if weight is not None:
         input = F.conv2d(input, weight, bias, **conv)
-    return torch.min(input * scale, dim=1, keepdim=True).values
+    return torch.min(input * factors(scale), dim=1, keepdim=True).values
 
 
 def assert_within(result, expected, bound):

@@ -17,7 +17,7 @@ X = torch.ones(1, 3, 4, 5)
 SCALE_MIN_ERRORS = {
     "input as a list": (([1.0], 2.0), TypeError, r"input: .*\(N, C, H, W\).*list"),
     "input as an array": ((np.ones((1, 3, 4, 5)), 2.0), TypeError, r"input: .*ndarray"),
-    "three dimensions": ((X[0], 2.0), ValueError, r"input: .*4.*\(3, 4, 5\)"),
+    "two dimensions": ((X[0, 0], 2.0), ValueError, r"input: .*\(N, C, H, W\) or \(C, H, W\).*\(4, 5\)"),
     "five dimensions": ((X[None], 2.0), ValueError, r"input: .*4.*\(1, 1, 3, 4, 5\)"),
     "no channels": ((X[:, :0], 2.0), ValueError, r"input: .*channel.*\(1, 0, 4, 5\)"),
     "integers": ((X.int(), 2.0), TypeError, r"input: .*float32.*int32"),
@@ -25,7 +25,14 @@ SCALE_MIN_ERRORS = {
     "complex": ((X.cfloat(), 2.0), TypeError, r"input: .*float32.*complex64"),
     "float8": ((X.to(torch.float8_e4m3fn), 2.0), TypeError, r"input: .*float32.*float8"),
     "sparse": ((X.to_sparse(), 2.0), TypeError, r"input: .*strided.*sparse"),
-    "scale a tensor": ((X, torch.tensor(2.0)), TypeError, r"scale: .*number.*tensor of shape \(\)"),
+    "image without channels": ((X[0, :0], 2.0), ValueError, r"input: .*channel.*\(1, 0, 4, 5\)"),
+    "scales two": ((X, torch.ones(2)), ValueError, r"scale: .*\(3,\), \(3, 1, 1\) or \(1, 3, 1, 1\).*\(2,\)"),
+    "scales of columns": ((X, torch.ones(1, 3)), ValueError, r"scale: .*\(3, 1, 1\).*\(1, 3\)"),
+    "scales of pixels": ((X, torch.ones(3, 4, 5)), ValueError, r"scale: .*\(3, 1, 1\).*\(3, 4, 5\)"),
+    "no scales": ((X, torch.ones(0)), ValueError, r"scale: .*one element.*\(0,\)"),
+    "scales complex": ((X, torch.ones(3).cfloat()), TypeError, r"scale: .*real.*complex64"),
+    "scales sparse": ((X, torch.ones(3).to_sparse()), TypeError, r"scale: .*dense.*sparse"),
+    "scales elsewhere": ((X, torch.ones(3, device="meta")), ValueError, r"scale: .*cpu.*meta"),
     "scale a string": ((X, "2"), TypeError, r"scale: .*number.*'2'"),
     "scale complex": ((X, 2j), TypeError, r"scale: .*number.*2j"),
     "scale None": ((X, None), TypeError, r"scale: .*number.*None"),
@@ -33,7 +40,9 @@ SCALE_MIN_ERRORS = {
 
 x, w, b = torch.ones(1, 4, 8, 9), torch.ones(6, 4, 3, 3), torch.ones(6)
 CONV_ERRORS = {
-    "input three dimensions": ((x[0], w, b), {}, ValueError, r"input: .*4.*\(4, 8, 9\)"),
+    "input two dimensions": ((x[0, 0], w, b), {}, ValueError, r"input: .*\(N, C, H, W\) or \(C, H, W\).*\(8, 9\)"),
+    "input five dimensions": ((x[None], w, b), {}, ValueError, r"input: .*\(C, H, W\).*\(1, 1, 4, 8, 9\)"),
+    "image's channels": ((x[0, :3], w, b), {}, ValueError, r"input: .*4 channels.*got 3"),
     "input integers": ((x.long(), w, b), {}, TypeError, r"input: .*float32.*int64"),
     "input complex": ((x.cdouble(), w, b), {}, TypeError, r"input: .*float32.*complex128"),
     "input None": ((None, w, b), {}, TypeError, r"input: .*tensor.*None"),
@@ -55,7 +64,12 @@ CONV_ERRORS = {
     "bias dtype": ((x, w, b.half()), {}, ValueError, r"bias: .*float32.*float16"),
     "bias device": ((x, w, b.to("meta")), {}, ValueError, r"bias: .*cpu.*meta"),
     "bias a bool": ((x, w, True), {}, TypeError, r"bias: .*tensor.*bool"),
-    "scale a tensor": ((x, w, b, b), {}, TypeError, r"scale: .*number.*\(6,\)"),
+    "bias float64": ((x.half(), w.half(), b.double()), {}, ValueError, r"bias: .*float16 or torch.float32, got .*float64"),
+    "bias of another 16 bits": ((x.half(), w.half(), b.bfloat16()), {}, ValueError, r"bias: .*float16 or .*float32.*bfloat16"),
+    "bias wider than float32": ((x, w, b.double()), {}, ValueError, r"bias: .*float32, got torch.float64"),
+    "scales of the input's channels": ((x, w, b, x[0, :, 0, 0]), {}, ValueError, r"scale: .*\(6,\).*got shape \(4,\)"),
+    "scales elsewhere": ((x, w, b, b.to("meta")), {}, ValueError, r"scale: .*cpu.*meta"),
+    "scale a list": ((x, w, b, [1.0]), {}, TypeError, r"scale: .*number or a tensor.*list"),
     "kernel too large": ((x[:, :, :2], w, b), {}, ValueError, r"weight: .*padded input 2 x 9.*3 x 3"),
     "dilated kernel too large": ((x, w, b), {"dilation": 4}, ValueError, r"weight: .*8 x 9.*3 x 3.*4"),
     "stride zero": ((x, w, b), {"stride": 0}, ValueError, r"stride: .*at least 1.*got 0"),
@@ -98,7 +112,7 @@ def test_conv2d_scale_min(function, device, case):
 @pytest.mark.parametrize(
     ("arguments", "error", "pattern"),
     [
-        ({"scale_factor": torch.ones(())}, TypeError, r"scale.*number.*tensor"),
+        ({"scale_factor": torch.ones(4)}, ValueError, r"scale: .*\(6,\).*got shape \(4,\)"),
         ({"scale_factor": "x"}, TypeError, r"scale.*number.*'x'"),
         ({"precision": "fp8"}, ValueError, r'precision: .*"ieee".*fp8'),
         ({"groups": 3}, ValueError, r".*groups.*3"),

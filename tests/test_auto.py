@@ -122,6 +122,41 @@ def test_scale_min_and_its_winners_export():
     }
 
 
+@ON
+@pytest.mark.parametrize("how", ["exported", "strict", "decomposed", "jit", "compiled"])
+@pytest.mark.parametrize("shape", [(), (6,), (6, 1, 1), (1, 6, 1, 1)], ids=str)
+def test_programs_of_a_learned_scale(shape, how, device):
+    """It is read when the program is called."""
+    torch._dynamo.reset()
+    layer = fk.Conv2dScaleMin(4, 6, 3, torch.nn.Parameter(torch.randn(shape)), padding=1, device=device).to(device)
+    input, other = SMALL.draw(device), SMALL.draw(device, batch=2)
+    program = TRACES[how](layer, (input,))
+    with torch.no_grad():
+        layer.scale_factor.mul_(-0.7)
+    found, expected = program(other), layer(other)
+    close(found, expected)
+    assert found.requires_grad
+
+
+def test_a_scale_exports_as_one_operator_with_any_batch():
+    layer = fk.Conv2dScaleMin(4, 6, 3, torch.randn(6), padding=1)
+    program = export(layer, (SMALL.draw("cpu"),), dynamic_shapes={"input": {0: Dim("B")}})
+    assert [name for name in calls(program) if "fused" in name] == [EXPORTED]
+    assert "scale_factor" in program.state_dict
+    input = SMALL.draw("cpu", batch=5)
+    close(program.module()(input), layer(input))
+    close(moved(program, "cpu")(input), layer(input))
+
+
+@ON
+def test_one_image_exports(device):
+    layer, input = SMALL.make(device), SMALL.draw(device)
+    for trace in (TRACES["exported"], TRACES["jit"], TRACES["compiled"]):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            close(trace(layer, (input[0],))(input[1]), layer(input)[1])
+
+
 def moved(program, device):
     """Save a program, load it, and move it, as one would from a machine to another."""
     buffer = io.BytesIO()
@@ -415,6 +450,35 @@ GEOMETRIES = [
 
 
 @ON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "out_channels", "kernel", "conv"), GEOMETRIES)
+def test_without_python_of_tensor_scales(shape, out_channels, kernel, conv, dtype, device, without_python):
+    """Bit for bit what an eager call gives; and of a bias that is float32, which on a CPU a library's convolution lacks."""
+    input = torch.randn(shape, device=device).to(dtype)
+    weight = torch.randn(out_channels, shape[1] // conv.get("groups", 1), kernel, kernel, device=device).to(dtype)
+    bias, scales = torch.randn(out_channels, device=device), torch.randn(out_channels, device=device)
+    geometry, _ = arguments.check_conv(
+        input, weight, bias, *({"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | conv).values()
+    )
+    with torch.no_grad():
+        expected = fk.conv2d_scale_min(input, weight, bias, scales, **conv, return_indices=True)
+        operators = [getattr(torch.ops.fused_kernels, f"conv2d_scale_min_{name}auto") for name in ("", "winners_")]
+        for _ in range(2):
+            found = [operator(input, weight, bias, 1.0, *geometry, "auto", scales) for operator in operators]
+            assert_bits(found[0], expected[0])
+            assert_bits(found[1][0], expected[0])
+            assert found[1][1].long().equal(expected[1])
+            assert_bits(
+                torch.ops.fused_kernels.scale_min_auto(input, 1.0, input[0, :, 0, 0].float()),
+                fk.scale_min(input, input[0, :, 0, 0]),
+            )
+
+
+def assert_bits(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@ON
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("precision", ["auto", "ieee", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -573,6 +637,16 @@ GRADIENTS = {
         lambda *tensors: fk.conv2d_scale_min(*tensors, 2.0, stride=(1, 2), padding="valid", groups=2),
         lambda *tensors: (torch.nn.functional.conv2d(*tensors, (1, 2), 0, 1, 2) * 2.0).amin(1, keepdim=True),
         [(2, 4, 6, 7), (6, 2, 3, 2), (6,)],
+    ),
+    "tensor scale": (
+        lambda input, weight, bias, scale: fk.conv2d_scale_min(input, weight, bias, scale, stride=(1, 2)),
+        lambda input, weight, bias, scale: (torch.conv2d(input, weight, bias, (1, 2)) * scale).amin(1, keepdim=True),
+        [(2, 4, 6, 7), (6, 4, 3, 2), (6,), (6, 1, 1)],
+    ),
+    "tensor scale alone": (
+        lambda input, scale: fk.scale_min(input, scale),
+        lambda input, scale: (input * scale).amin(1, keepdim=True),
+        [(2, 5, 4, 3), (1, 5, 1, 1)],
     ),
     "padded": (
         lambda *tensors: fk.conv2d_scale_min(*tensors, scale=2.0, padding="same", dilation=2),

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import DEVICES, call, compiled, implementations, precision_for, skip_unless_takes
+from conftest import DEVICES, SCALES, call, compiled, implementations, precision_for, skip_unless_takes, takes_tensor_scales
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import fused_kernels as fk
@@ -32,6 +33,7 @@ def distinct(*shape, device, step=0.1):
 
 
 def composed(input, weight, bias, scale, **conv):
+    scale = scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale
     return torch.min(F.conv2d(input, weight, bias, **conv) * scale, dim=1, keepdim=True).values
 
 
@@ -113,6 +115,118 @@ def test_no_gradient_where_none_is_wanted(function, device, mode):
         assert not call(function, *tensors(device), 2.0).requires_grad
 
 
+@pytest.mark.parametrize(("function", "device"), takes_tensor_scales("scale_min"))
+class TestTensorScalesOfScaleMin:
+    @pytest.mark.parametrize("form", SCALES)
+    def test_gradcheck(self, function, device, form):
+        """The scale's gradient has the scale's own form."""
+        scales = torch.tensor([1.5, -0.7, 0.4, 2.0, -1.1], dtype=torch.float64, device=device)
+        scales = SCALES[form](scales).detach().clone().requires_grad_()
+        input = distinct(2, 5, 3, 2, device=device)
+        assert torch.autograd.gradcheck(function, (input, scales))
+        assert torch.autograd.gradgradcheck(function, (input, scales))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("of", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_gradients(self, function, device, dtype, of, layout):
+        input = torch.randn(2, 9, 17, 25, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        scales = torch.randn(9, 1, 1, device=device).to(of).requires_grad_()
+        exact = [t.detach().double().requires_grad_() for t in (input, scales)]
+        found = gradients(function(input, scales), [input, scales])
+        expected = gradients((exact[0] * exact[1]).amin(1, keepdim=True), exact)
+        for one, other, tensor in zip(found, expected, (input, scales), strict=True):
+            assert one.dtype == tensor.dtype
+            assert one.shape == tensor.shape
+            tolerance = 2 * torch.finfo(torch.promote_types(dtype, of) if dtype == of else torch.bfloat16).eps
+            torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+    def test_the_scales_alone(self, function, device):
+        input, scales = torch.randn(2, 9, 7, 5, device=device), torch.randn(9, device=device, requires_grad=True)
+        (found,) = gradients(function(input, scales), [scales])
+        (expected,) = gradients((input * scales.view(-1, 1, 1)).amin(1, keepdim=True), [scales])
+        torch.testing.assert_close(found, expected)
+        assert gradients(function(input, scales), [scales])[0].equal(found)
+
+
+@pytest.mark.parametrize(("function", "device"), takes_tensor_scales("conv2d_scale_min"))
+class TestTensorScalesOfConvolutions:
+    @pytest.mark.parametrize("form", SCALES)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_gradcheck(self, function, device, form, bias):
+        skip_unless_takes(function, torch.float64)
+        scales = torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64, device=device)
+        scales = SCALES[form](scales).detach().clone().requires_grad_()
+        inputs = [distinct(1, 2, 4, 4, device=device), distinct(3, 2, 2, 2, device=device)]
+        inputs += [distinct(3, device=device, step=0.037)] if bias else []
+
+        def fused(scales, input, weight, bias=None):
+            return function(input, weight, bias, scales, padding=1, stride=2)
+
+        assert torch.autograd.gradcheck(fused, (scales, *inputs))
+        assert torch.autograd.gradgradcheck(fused, (scales, *inputs))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("conv", GEOMETRIES, ids=str)
+    @pytest.mark.parametrize("learned", [True, False])
+    def test_gradients(self, function, device, dtype, conv, learned, set_conv_precision):
+        skip_unless_takes(function, dtype, **conv)
+        set_conv_precision("ieee")
+        inputs = tensors(device, dtype, **conv)
+        scales = torch.randn(6, device=device, dtype=dtype, requires_grad=learned)
+        wanted = [*inputs, scales][: 4 if learned else 3]
+        found = gradients(function(*inputs, scales, **conv), wanted)
+        for one, other in zip(found, gradients(composed(*inputs, scales, **conv), wanted), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("needed", [(3,), (0, 3), (1, 3), (2, 3), (0,), (2,)], ids=str)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_some_arguments_alone(self, function, device, needed, bias, set_conv_precision):
+        skip_unless_takes(function, torch.float32)
+        set_conv_precision("ieee")
+        inputs = [*tensors(device), torch.randn(6, device=device)]
+        if not bias:
+            inputs[2], needed = None, tuple(i for i in needed if i != 2) or (3,)
+        for i, tensor in enumerate(inputs):
+            if tensor is not None:
+                tensor.requires_grad_(i in needed)
+        wanted = [inputs[i] for i in needed]
+        for one, other in zip(gradients(function(*inputs), wanted), gradients(composed(*inputs), wanted), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+    def test_same_bits_every_time(self, function, device):
+        inputs = [*tensors(device), torch.randn(6, device=device, requires_grad=True)]
+        first = gradients(call(function, *inputs), inputs)
+        for _ in range(3):
+            assert all(one.equal(other) for one, other in zip(first, gradients(call(function, *inputs), inputs), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("function", "device"), [p for p in implementations("conv2d_scale_min") if "conv_direct" not in p.id and "ieee" not in p.id]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+class TestFloat32Bias:
+    @pytest.mark.parametrize("kind", ["number", "tensor", "learned tensor"])
+    @pytest.mark.parametrize("needed", [(0, 1, 2), (2,)], ids=str)
+    def test_gradients(self, function, device, dtype, kind, needed):
+        """The bias's is a sum in float32, of whose terms none is rounded where the scale is a number."""
+        scales = -1.5 if kind == "number" else torch.randn(6, device=device, requires_grad=kind == "learned tensor")
+        inputs = [t.detach().to(d) for t, d in zip(tensors(device), (dtype, dtype, torch.float32), strict=True)]
+        wanted = [inputs[i].requires_grad_() for i in needed] + ([scales] if kind == "learned tensor" else [])
+        output = function(*inputs, scales)
+        torch.manual_seed(1)
+        grad = torch.randn(output.shape).to(output)
+        found = torch.autograd.grad(output, wanted, grad)
+        assert [one.dtype for one in found] == [tensor.dtype for tensor in wanted]
+        exact = {id(t): t.detach().double().requires_grad_() for t in (*inputs, *([scales] if kind != "number" else []))}
+        conv = F.conv2d(*(exact[id(t)] for t in inputs))
+        scaled = conv * (scales if kind == "number" else exact[id(scales)].view(-1, 1, 1))
+        expected = torch.autograd.grad(scaled.amin(1, keepdim=True), [exact[id(t)] for t in wanted], grad.double())
+        for one, other, tensor in zip(found, expected, wanted, strict=True):
+            eps = 1e-6 if tensor is inputs[2] and kind != "tensor" else 4 * torch.finfo(dtype).eps
+            assert (one.double() - other).norm() <= eps * other.norm()
+
+
 @ON
 @pytest.mark.parametrize("name", ["conv2d_scale_min", "Conv2dScaleMin", "ModelNew"])
 def test_autocast_casts_like_a_convolution(device, name):
@@ -189,14 +303,61 @@ def test_opcheck(rung, device, requires_grad):
             (input, weight, bias, 2.0, *plain, precision),
             (input, weight, None, -1.0, stride, [1, 0, 2, 1], [1, 2], 1, auto),
         ]
+    if rung.takes_scales:
+        scales = torch.randn(4 if rung.operator == "scale_min" else 6, device=device, requires_grad=requires_grad)
+        place = 1 if rung.operator == "scale_min" else 3
+        samples.append((*samples[0][:place], 1.0, *samples[0][place + 1 :], scales))
     for sample in samples:
         torch.library.opcheck(operator, sample)
+
+
+@ON
+@pytest.mark.parametrize("name", ["conv2d_scale_min", "Conv2dScaleMin", "ModelNew"])
+def test_autocast_leaves_a_scale_in_float32(device, name):
+    """As it does the multiplication of a convolution's output; that and the minimum are rounded once."""
+    dtype, scales = (
+        torch.bfloat16 if device == "cpu" else torch.float16,
+        torch.nn.Parameter(torch.randn(6, 1, 1, device=device)),
+    )
+    layer = (fk.ModelNew if name == "ModelNew" else fk.Conv2dScaleMin)(4, 6, 3, scales).to(device)
+    weight, bias = (parameter for parameter in layer.parameters() if parameter is not scales)
+    input = torch.randn(2, 4, 9, 11, device=device)
+    with torch.autocast(device, dtype):
+        result = fk.conv2d_scale_min(input, weight, bias, scales) if name == "conv2d_scale_min" else layer(input)
+        expected = composed(input, weight, bias, scales)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+    result.float().sum().backward()
+    assert scales.grad.dtype == torch.float32
+    assert scales.grad.abs().sum() > 0
 
 
 @ON
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
 class TestCompile:
+    @pytest.mark.parametrize("form", ["number", "(C, 1, 1)"])
+    def test_tensor_scale(self, device, dynamic, requires_grad, form):
+        """And each new value without compiling anew."""
+        counter = CompileCounterWithBackend("aot_eager")
+        functions = (
+            fk.conv2d_scale_min,
+            lambda input, weight, bias, scale: fk.scale_min(input[:, :3], scale.view(-1)[:1] * bias[:3]),
+        )
+        for function in functions:
+            run, frames = compiled(function, dynamic, counter), 0
+            for value in (1.0, -2.0):
+                inputs = [t.detach().requires_grad_(requires_grad) for t in tensors(device)]
+                inputs.append(SCALES[form](torch.randn(6, device=device)).mul(value).requires_grad_(requires_grad))
+                result, expected = run(*inputs), function(*inputs)
+                torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+                if requires_grad:
+                    wanted = [inputs[0], inputs[3]]
+                    for one, other in zip(gradients(result, wanted), gradients(expected, wanted), strict=True):
+                        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+                frames = frames or counter.frame_count
+            assert counter.frame_count == frames
+
     def test_scale_min(self, device, dynamic, requires_grad):
         function = compiled(fk.scale_min, dynamic)
         for height in (9, 6):
@@ -256,6 +417,10 @@ def test_forward_mode_and_func_transforms_are_torchs_own():
     for transform in (torch.func.jacfwd, torch.func.jacrev):
         for argument in (0, 1):
             torch.testing.assert_close(transform(own, argument)(input, weight), transform(torchs, argument)(input, weight))
+    scales = torch.randn(4, dtype=torch.float64)
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        found = transform(lambda s: fk.conv2d_scale_min(input, weight, None, s))(scales)
+        torch.testing.assert_close(found, transform(lambda s: composed(input, weight, None, s))(scales))
     batched = torch.func.vmap(own, (0, None))(input[None].repeat(3, 1, 1, 1, 1), weight)
     torch.testing.assert_close(batched, torchs(input, weight).expand_as(batched))
 

@@ -9,14 +9,17 @@ from conftest import (
     DEVICES,
     DTYPES,
     LAYOUTS,
+    SCALES,
     assert_within,
     call,
     compiled,
     dtype_for,
     exact,
+    factors,
     far_apart,
     implementations,
     precision_for,
+    takes_tensor_scales,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,13 +42,14 @@ def problem(device, input_shape, out_channels, kernel, dtype=torch.float32, grou
 def error_bound(input, weight, bias, scale, expected, precision, roundings=2, **conv):
     """Bound a pixel's error: the sums' roundings, the operands' under TF32, the result's; |min a - min b| <= max |a - b|."""
     magnitudes = F.conv2d(*(t if t is None else t.detach().cpu().double().abs() for t in (input, weight, bias)), **conv)
+    scale = abs(factors(scale))
     terms = weight[0].numel() + roundings
     unit = 2**-53 if input.dtype == torch.float64 else 2**-24
     operands = 2 * 2**-11 if precision == "tf32" and input.dtype == torch.float32 else 0
     result = 0 if input.dtype in (torch.float32, torch.float64) else 1.01 * torch.finfo(input.dtype).eps
     # cuDNN rounds a 16-bit convolution once before it adds the bias, too.
-    rounded = expected.abs() + (0 if bias is None else abs(scale) * bias.detach().cpu().double().abs().max())
-    return (terms * unit + operands) * abs(scale) * magnitudes.amax(1, keepdim=True) + result * rounded + 1e-30
+    added = 0 if bias is None else (scale * bias.detach().cpu().double().abs().view(-1, 1, 1)).max()
+    return (terms * unit + operands) * (scale * magnitudes).amax(1, keepdim=True) + result * (expected.abs() + added) + 1e-30
 
 
 def rms_error(result, expected):
@@ -386,6 +390,148 @@ def test_nan_weight_makes_every_pixel_nan(function, device):
     input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3))
     weight[5, 2, 1, 1] = math.nan
     assert call(function, input, weight, bias, -2.0).isnan().all()
+
+
+TENSOR_SCALES = pytest.mark.parametrize(("function", "device"), takes_tensor_scales("conv2d_scale_min"))
+
+
+@TENSOR_SCALES
+class TestTensorScales:
+    """A scale that is a tensor: one factor, or one for each output channel, which multiplies the sum with its bias."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts_and_dtypes(self, function, device, dtype, layout, poisoned):
+        input, weight, bias = problem(device, (2, 6, 9, 11), 10, (3, 3), dtype, layout=layout)
+        check(function, input, weight, bias, torch.randn(10, device=device))
+        check(function, input, weight, bias.repeat_interleave(3)[::3], torch.randn(10, device=device).to(dtype))
+
+    @pytest.mark.parametrize("form", SCALES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_forms(self, function, device, form, dtype):
+        input, weight, bias = problem(device, (2, 16, 9, 12), 48, (3, 3), dtype)
+        check(function, input, weight, bias, SCALES[form](torch.randn(48, device=device)))
+
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_geometry(self, function, device, layout, geometry, poisoned):
+        shape, out_channels, kernel, conv = GEOMETRIES[geometry]
+        for bias in (True, False):
+            tensors = problem(device, shape, out_channels, kernel, groups=conv.get("groups", 1), layout=layout, bias=bias)
+            check(function, *tensors, torch.randn(out_channels, device=device), **conv)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+    @pytest.mark.parametrize(
+        ("shape", "out_channels"), [((4, 64, 60, 90), 128), ((3, 32, 50, 90), 200), ((3, 144, 40, 50), 200)], ids=str
+    )
+    def test_large(self, function, device, shape, out_channels, layout, dtype, poisoned):
+        tensors = problem(device, shape, out_channels, (3, 3), dtype, layout=layout)
+        check(function, *tensors, torch.randn(out_channels, device=device))
+
+    @given(data=st.data(), form=st.sampled_from(sorted(SCALES)))
+    def test_drawn(self, function, device, data, form):
+        torch.manual_seed(0)
+        tensors, conv = data.draw(draw_problem(function))
+        input, weight, bias = problem(device, *tensors)
+        check(function, input, weight, bias, SCALES[form](torch.randn(len(weight), device=device)), **conv)
+
+    @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+    @pytest.mark.parametrize("factor", [1e-8, 1e8])
+    def test_any_magnitude(self, function, device, magnitude, factor):
+        """A factor is applied to each sum as it is: it neither widens nor narrows what the operands may be."""
+        input, weight, bias = problem(device, (1, 32, 12, 17), 24, (3, 3))
+        scales = torch.randn(24, device=device) * factor
+        if not 1e-30 < magnitude * factor < 1e30:
+            scales = scales / factor
+        check(function, input * magnitude, weight, bias * magnitude, scales, "ieee" if not isinstance(function, Rung) else None)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, math.nan])
+    def test_special_factors(self, function, device, dtype, value):
+        """All sums are exact and none is zero, so that an infinite factor makes no NaN; an infinity times zero does."""
+        dtype = dtype_for(function, dtype)
+        input, weight, bias = (
+            t.mul(2).round().clamp(-5, 5) + shift
+            for t, shift in zip(problem(device, (1, 4, 12, 14), 6, (3, 3), dtype), (0, 0, 0.5), strict=True)
+        )
+        input[0, 2, 9, 2], input[0, 3, 2, 10] = math.inf, -math.inf
+        scales = torch.randn(6, device=device)
+        scales[[1, 4]] = value
+        result, expected = call(function, input, weight, bias, scales).cpu(), exact(input, scales, weight, bias)
+        assert result.isnan().equal(expected.isnan())
+        assert result.isinf().equal(expected.isinf())
+        assert result[expected.isinf()].double().equal(expected[expected.isinf()])
+
+    def test_a_factor_multiplies_its_channel_alone(self, function, device):
+        """Zero for all channels but the last, whose sum is negative: wherever the factors lay, they would be read there."""
+        for out_channels in (1, 7, 64, 130, 300):
+            input, weight, _ = problem(device, (1, 5, 8, 9), out_channels, (3, 3))
+            bias = torch.full((out_channels,), -100.0, device=device)
+            scales = torch.zeros(out_channels, device=device)
+            scales[-1] = 0.5
+            check(function, input, weight, bias, scales)
+
+
+TAKES_16_BIT = [p for p in implementations("conv2d_scale_min") if "conv_direct" not in p.id and "ieee" not in p.id]
+
+
+@pytest.mark.parametrize(("function", "device"), TAKES_16_BIT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+class TestFloat32Bias:
+    """Beside 16-bit tensors a bias may be float32, in which it is added anyway."""
+
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_geometry(self, function, device, dtype, layout, geometry, poisoned):
+        shape, out_channels, kernel, conv = GEOMETRIES[geometry]
+        input, weight, _ = problem(device, shape, out_channels, kernel, dtype, conv.get("groups", 1), layout)
+        bias = torch.randn(out_channels, device=device)
+        check(function, input, weight, bias, -1.3, **conv)
+        check(function, input, weight, bias.repeat_interleave(3)[::3], torch.randn(out_channels, device=device), **conv)
+
+    @pytest.mark.parametrize("tensor_scale", [False, True])
+    def test_it_is_not_rounded_first(self, function, device, dtype, tensor_scale):
+        """Each sum without it is -1, so that of a bias near 1 only what a 16-bit type would lose is left."""
+        input, weight = torch.ones(1, 8, 9, 11, device=device).to(dtype), torch.zeros(6, 8, 3, 3, device=device).to(dtype)
+        weight[:, 3, 1, 1] = -1
+        bias = 1 + torch.finfo(dtype).eps * torch.linspace(0.1, 0.3, 6, device=device)
+        scale = torch.full((6,), 3.0, device=device) if tensor_scale else 3.0
+        expected = ((bias - 1) * 3.0).amin().to(dtype)
+        assert expected > 0
+        assert call(function, input, weight, bias, scale).eq(expected).all()
+
+
+@EVERY
+def test_one_image(function, device):
+    """Without a batch around it."""
+    input, weight, bias = problem(device, (2, 5, 8, 9), 6, (3, 3))
+    assert call(function, input[1], weight, bias, -1.5).shape == (1, 6, 7)
+    check_one = call(function, input[1], weight, bias, -1.5)
+    torch.testing.assert_close(check_one, call(function, input[1:], weight, bias, -1.5)[0], rtol=0, atol=0)
+    if function is conv2d_scale_min:
+        values, winners = conv2d_scale_min(input[1], weight, bias, -1.5, return_indices=True)
+        assert values.shape == winners.shape == (1, 6, 7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tensor_scale_is_never_read_by_the_processor(dtype, precision):
+    input, weight, _ = problem("cuda", (2, 64, 30, 34), 128, (3, 3), dtype)
+    bias, scales = torch.randn(128, device="cuda"), torch.randn(128, device="cuda")
+    conv2d_scale_min(input, weight, bias, scales, precision=precision)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        conv2d_scale_min(input, weight, bias, scales, precision=precision)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = conv2d_scale_min(input, weight, bias, scales, precision=precision)
+    scales.mul_(-0.3)
+    graph.replay()
+    torch.testing.assert_close(result, conv2d_scale_min(input, weight, bias, scales, precision=precision))
 
 
 @pytest.fixture(scope="module", params=["conv_wgmma", "conv_wgmma_ieee"])

@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, SCALES
 from torch import nn
+from torch.nn import functional as F
 
 import fused_kernels as fk
 
@@ -83,6 +84,108 @@ def test_layer_with_every_option(device, padding, memory_format):
     with torch.no_grad():
         expected = torch.min(conv(input.cpu().double()) * -0.5, dim=1, keepdim=True).values
         torch.testing.assert_close(layer(input).cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, (2, 1), "same", "valid"], ids=str)
+@pytest.mark.parametrize("batched", [True, False])
+def test_padding_modes_are_conv2ds(mode, padding, batched):
+    options = {"padding": padding, "padding_mode": mode, "dilation": (1, 2)}
+    layer = fk.Conv2dScaleMin(3, 6, (3, 2), -0.5, **options)
+    conv = nn.Conv2d(3, 6, (3, 2), **options, dtype=torch.float64)
+    conv.load_state_dict(layer.state_dict())
+    input = torch.randn(*([2] if batched else []), 3, 9, 8, requires_grad=True)
+    found, expected = layer(input), (conv(input.double()) * -0.5).amin(-3, keepdim=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    found, expected = (torch.autograd.grad(y.sum(), input)[0] for y in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert ("padding_mode" in repr(layer)) == (mode != "zeros")
+
+
+@pytest.mark.parametrize("options", [{"padding_mode": "mirror"}, {"padding_mode": "reflect", "padding": 9}], ids=str)
+def test_padding_modes_errors_are_conv2ds(options):
+    said = []
+    for make in (lambda: fk.Conv2dScaleMin(3, 6, 3, 1.0, **options), lambda: nn.Conv2d(3, 6, 3, **options)):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            make()(torch.randn(1, 3, 8, 9))
+        said.append((error.type, str(error.value)))
+    assert said[0] == said[1]
+
+
+def a_scale(form, kind):
+    scale = SCALES[form](torch.randn(7)).detach().clone()
+    return nn.Parameter(scale) if kind == "parameter" else scale
+
+
+SCALE_IN_LAYER = pytest.mark.parametrize(
+    ("form", "kind"), [(form, kind) for form in ("number", "vector", "(C, 1, 1)") for kind in ("parameter", "buffer")]
+)
+
+
+@SCALE_IN_LAYER
+def test_a_tensor_scale_is_part_of_the_layer(form, kind):
+    layer, twin = (fk.Conv2dScaleMin(3, 7, 3, a_scale(form, kind)) for _ in range(2))
+    assert list(layer.state_dict()) == ["weight", "bias", "scale_factor"]
+    assert ("scale_factor" in dict(layer.named_parameters())) == (kind == "parameter")
+    assert ("scale_factor" in dict(layer.named_buffers())) == (kind == "buffer")
+    twin.load_state_dict(layer.state_dict())
+    input = torch.randn(2, 3, 8, 9)
+    assert twin(input).equal(layer(input))
+    for copied in COPIES:
+        other = copied(layer)
+        assert other(input).equal(layer(input))
+        with torch.no_grad():
+            other.scale_factor.zero_()
+        assert not other(input).equal(layer(input))
+    assert f"of shape {tuple(layer.scale_factor.shape)}" in repr(layer)
+
+
+@ON
+@SCALE_IN_LAYER
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_tensor_scale_goes_where_the_layer_goes(device, form, kind, dtype, set_conv_precision):
+    set_conv_precision("ieee")
+    layer = fk.Conv2dScaleMin(3, 7, 3, a_scale(form, kind), device=device).to(device, dtype)
+    assert layer.scale_factor.device.type == device
+    assert layer.scale_factor.dtype == dtype
+    input = torch.randn(2, 3, 9, 9, device=device).to(dtype)
+    with torch.no_grad():
+        expected = F.conv2d(*(t.double() for t in (input, layer.weight, layer.bias)))
+        expected = (expected * layer.scale_factor.double().view(-1, 1, 1)).amin(1, keepdim=True)
+        result = layer(input)
+    assert result.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), expected, rtol=2 * eps, atol=8 * eps)
+
+
+def test_a_scale_is_learned():
+    layer = fk.Conv2dScaleMin(3, 7, 3, nn.Parameter(torch.ones(7)))
+    optimizer, input = torch.optim.SGD(layer.parameters(), 0.1), torch.randn(2, 3, 8, 9)
+    before = layer.scale_factor.clone()
+    layer(input).square().mean().backward()
+    optimizer.step()
+    assert not layer.scale_factor.equal(before)
+
+
+@pytest.mark.parametrize("kind", ["number", "buffer", "parameter"])
+def test_model_new_takes_the_scales_that_model_takes(kind):
+    scale = {"number": 2.0, "buffer": torch.randn(7, 1, 1), "parameter": nn.Parameter(torch.randn(7, 1, 1))}[kind]
+    old, new = (seeded(lambda kind=kind: kind(3, 7, 3, scale)) for kind in (fk.Model, fk.ModelNew))
+    assert set(new.state_dict()) == set(old.state_dict())
+    new.load_state_dict(old.state_dict())
+    input = torch.rand(2, 3, 20, 30)
+    torch.testing.assert_close(new(input), old(input), rtol=1e-5, atol=1e-5)
+    for image in (new, fk.Conv2dScaleMin(3, 7, 3, scale)):
+        assert image(input[0]).shape == (1, 18, 28)
+
+
+@ON
+def test_explain_takes_tensor_scales_and_single_images(device):
+    input, weight, scale = (torch.ones(shape, device=device) for shape in ((2, 3, 8, 8), (7, 3, 3, 3), (7,)))
+    assert fk.explain(input, weight, None, scale) == fk.explain(input, weight)
+    assert fk.explain(input[0], weight) == fk.explain(input[:1], weight)
+    mixed = fk.explain(input.bfloat16(), weight.bfloat16(), scale)
+    assert mixed.rung == fk.explain(input.bfloat16(), weight.bfloat16()).rung
 
 
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "torch.save", "pickle"])

@@ -4,11 +4,22 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, LAYOUTS, assert_one_sentence, assert_within, exact, far_apart, implementations
+from conftest import (
+    DEVICES,
+    DTYPES,
+    LAYOUTS,
+    SCALES,
+    assert_one_sentence,
+    assert_within,
+    exact,
+    far_apart,
+    implementations,
+    takes_tensor_scales,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_kernels import rungs
+from fused_kernels import rungs, scale_min
 
 EVERY = pytest.mark.parametrize(("function", "device"), implementations("scale_min"))
 # scale_min_naive keeps the source document's faults: it drops NaN.
@@ -23,6 +34,10 @@ NAIVE_MAX_CHANNELS = 1024
 
 def torch_own(input, scale):
     return torch.min(input * scale, dim=1, keepdim=True).values
+
+
+def assert_same(result, expected):
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def check(function, input, scale):
@@ -179,6 +194,136 @@ def test_16_bit_is_scaled_in_float32_and_rounded_once(function, device, dtype):
     input = torch.linspace(1, 2, 4096, device=device).to(dtype).view(1, 1, 64, 64)
     scale = 1 + 0.75 * torch.finfo(dtype).eps
     assert function(input, scale).equal((input.float() * scale).to(dtype))
+
+
+TENSOR_SCALES = pytest.mark.parametrize(("function", "device"), takes_tensor_scales("scale_min"))
+
+
+@TENSOR_SCALES
+class TestTensorScales:
+    """A scale that is a tensor: one factor, or one for each channel."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts_and_dtypes(self, function, device, dtype, layout, poisoned):
+        input = LAYOUTS[layout](torch.randn(3, 7, 11, 13, device=device).to(dtype))
+        scales = torch.randn(7, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        check(function, input, scales)
+
+    @pytest.mark.parametrize("form", SCALES)
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_forms(self, function, device, layout, form, dtype):
+        input = LAYOUTS[layout](torch.randn(2, 48, 9, 12, device=device).to(dtype))
+        check(function, input, SCALES[form](torch.randn(48, device=device)))
+
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+    @pytest.mark.parametrize(
+        "shape",
+        [(1, 1, 1, 1), (1, 3, 1, 509), (2, 8, 16, 16), (2, 129, 17, 19), (1, 1000, 3, 5), (3, 600, 15, 17), (2, 128, 97, 101)],
+        ids=str,
+    )
+    def test_shapes(self, function, device, shape, layout, poisoned):
+        input, scales = LAYOUTS[layout](torch.randn(shape, device=device)), torch.randn(shape[1], device=device)
+        check(function, input, scales)
+        check(function, input.bfloat16(), scales)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("of", [*DTYPES, torch.int64, torch.bool], ids=str)
+    def test_the_output_has_the_inputs_dtype(self, function, device, dtype, of):
+        input, scales = torch.randn(2, 6, 5, 7, device=device).to(dtype), torch.randn(6, device=device).mul(3).to(of)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        check(function, input, scales)
+        assert function(input, scales).equal(function(input, scales.to(wide)))
+
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_special_factors_are_torchs(self, function, device, dtype, layout):
+        """Of channels with such a factor; a zero times an infinity is NaN, and the minimum."""
+        values = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, 3e38, -2.0], device=device)
+        input = torch.randn(2, 16, 8, 9, device=device).to(dtype)
+        input[0, :, 3, 4], input[0, 5, 5], input[1, 9, :, 2], input[1, 2, 6] = 0.0, math.inf, -math.inf, math.nan
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for value in values:
+            scales = torch.randn(16, device=device, dtype=wide)
+            scales[[2, 9]] = value.to(wide)
+            expected = torch_own(input.to(wide), scales.view(-1, 1, 1)).to(dtype)
+            assert_same(function(LAYOUTS[layout](input), scales), expected)
+
+    @given(
+        shape=st.tuples(st.integers(0, 4), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40)),
+        layout=st.sampled_from(sorted(LAYOUTS)),
+        dtype=st.sampled_from(DTYPES),
+        form=st.sampled_from(sorted(SCALES)),
+    )
+    def test_drawn(self, function, device, shape, layout, dtype, form):
+        torch.manual_seed(0)
+        input = LAYOUTS[layout](torch.randn(shape, device=device).to(dtype))
+        check(function, input, SCALES[form](torch.randn(shape[1], device=device)))
+
+    @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+    def test_a_number_gives_the_same_bits(self, function, device, layout):
+        for dtype in DTYPES:
+            input = LAYOUTS[layout](torch.randn(2, 37, 23, 29, device=device).to(dtype))
+            assert function(input, torch.tensor(1.25, device=device)).equal(function(input, 1.25))
+
+    def test_a_number_on_the_cpu_serves_any_device(self, function, device):
+        input = torch.randn(2, 5, 6, 7, device=device)
+        assert function(input, torch.tensor(-1.7)).equal(function(input, torch.tensor(-1.7, device=device)))
+
+    def test_strides_past_2_to_31_elements(self, function, device):
+        input = far_apart(torch.randn(1, 3, 3, 5, dtype=torch.bfloat16, device=device))
+        check(function, input, torch.randn(3, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [torch.randn(33, device="meta"), torch.tensor(2.0)], ids=["vector", "number on the CPU"])
+def test_a_tensor_scale_is_never_read_by_the_processor(scale):
+    """Neither waits for the GPU, so a graph can be captured of both; it reads the vector again at each replay."""
+    input = torch.randn(2, 33, 17, 31, device="cuda")
+    if scale.device.type == "meta":
+        scale = torch.randn(33, device="cuda")
+    expected = scale_min(input, scale)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scale_min(input, scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = scale_min(input, scale)
+    if scale.is_cuda:
+        scale.mul_(-0.3)
+        expected = scale_min(input, scale)
+    graph.replay()
+    assert result.equal(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, rung in rungs.items() if not rung.takes_scales])
+def test_a_rung_that_takes_numbers_alone_says_so(name):
+    with pytest.raises(RuntimeError, match=rf"scale: {name} expected a number, got a tensor of shape \(5,\)") as error:
+        rungs[name](torch.randn(1, 5, 3, 4, device="cuda"), torch.ones(5, device="cuda"))
+    assert_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_winners_of_scaled_channels(device):
+    input, scales = torch.randn(2, 300, 5, 6, device=device), torch.randn(300, device=device)
+    values, winners = scale_min(input, scales, return_indices=True)
+    expected = torch.min(input * scales.view(-1, 1, 1), dim=1, keepdim=True)
+    assert values.equal(expected.values)
+    assert winners.equal(expected.indices)
+
+
+@EVERY
+def test_one_image(function, device):
+    """Without a batch around it."""
+    input = torch.randn(2, 5, 6, 7, device=device)
+    assert function(input[1], -1.5).equal(function(input, -1.5)[1])
+    if function is scale_min:
+        found = scale_min(input[1], -1.5, return_indices=True)
+        assert all(one.equal(all_[1]) for one, all_ in zip(found, scale_min(input, -1.5, return_indices=True), strict=True))
 
 
 @EVERY
