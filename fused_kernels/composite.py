@@ -160,7 +160,7 @@ def reference_winners(input, scale, scales=None):
     return minimum, winners.to(winners_dtype(input.shape[1]))
 
 
-def reference_bias_winners(input, bias, scale, scales=None):
+def reference_bias_winners(input, bias, scale, early, scales=None):
     """Do the same after a number is added for each channel."""
     minimum, winners = reference_winners(input + bias.view(-1, 1, 1), scale, scales)
     return minimum.to(input.dtype), winners

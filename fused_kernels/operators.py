@@ -270,12 +270,8 @@ _BY_LIBRARY = {
     **gradients.BY_LIBRARY,
     "scale_min": composite.reference_scale_min,
     "scale_min_winners": composite.reference_winners,
-    "scale_min_bias": lambda input, bias, scale, early, *scales: composite.reference_bias_winners(input, bias, scale, *scales)[
-        0
-    ],
-    "scale_min_bias_winners": lambda input, bias, scale, early, *scales: composite.reference_bias_winners(
-        input, bias, scale, *scales
-    ),
+    "scale_min_bias": lambda *args: composite.reference_bias_winners(*args)[0],
+    "scale_min_bias_winners": composite.reference_bias_winners,
     "conv2d_scale_min": composite.by_library,
     "conv2d_scale_min_winners": composite.winners_by_library,
     "to_channels_last": lambda input, weight, early: [tensor for tensor in (input, weight) if tensor is not None],
