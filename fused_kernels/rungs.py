@@ -81,7 +81,7 @@ class Rung:
         else:
             missing = toolchain.why_no_nvcc(torch.cuda.get_device_capability(device))
         missing = missing or places.why_none()
-        asked = [OVERLOADS[dtype]] if OVERLOADS.get(dtype) in self.overloads else self.overloads
+        asked = [overload for overload in self.overloads if overload == OVERLOADS.get(dtype)] or self.overloads
         for overload in asked:
             if reason := _failed.get((self.namespace, self.name, overload)):
                 return reason
