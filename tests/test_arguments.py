@@ -144,6 +144,15 @@ def test_edit_names_an_unknown_rung():
     assert_refuses(lambda: fk.edit("scale_max", "text"), (KeyError, ValueError), r".*scale_min_naive.*scale_max")
 
 
+def test_an_edited_source_without_scales_takes_numbers_alone():
+    """Its function has no argument for them."""
+    source = fk.rungs["scale_min"].source
+    assert fk.edit("scale_min", source).takes_scales
+    edited = fk.edit("scale_min", "Tensor scale_min(const Tensor& input, double scale);")
+    assert_refuses(lambda: edited(X, torch.ones(3)), RuntimeError, r"scale: scale_min expected a number.*\(3,\)")
+    assert "scales" not in str(getattr(torch.ops, edited.namespace).scale_min.default._schema)
+
+
 @pytest.mark.parametrize("name", [rung.name for rung in LADDER if rung.device == "cuda"])
 def test_cuda_rung_on_cpu_tensors(name):
     """What a learner without a GPU does first."""
@@ -184,6 +193,16 @@ DIRECT = {
     "dtype": lambda op, x, w: op.conv2d_scale_min(x, w.half(), None, 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"),
     "bias": lambda op, x, w: op.conv2d_scale_min(x, w, w[0, 0, 0], 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"),
     "kernel": lambda op, x, w: op.conv2d_scale_min(x[..., :2], w, None, 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"),
+    "bias of two types": lambda op, x, w: op.conv2d_scale_min(
+        x, w, w[:, 0, 0, 0].half(), 2.0, [1, 1], [0] * 4, [1, 1], 1, "ieee"
+    ),
+    "scales of another number": lambda op, x, w: op.scale_min(x, 1.0, torch.ones(3)),
+    "scales of another dtype": lambda op, x, w: op.scale_min(x, 1.0, torch.ones(4).double()),
+    "scales with dimensions": lambda op, x, w: op.scale_min(x, 1.0, torch.ones(4, 1)),
+    "scales and a scale": lambda op, x, w: op.scale_min(x, 2.0, torch.ones(4)),
+    "scales of the input's channels": lambda op, x, w: op.conv2d_scale_min(
+        x, w, None, 1.0, [1, 1], [0] * 4, [1, 1], 1, "ieee", torch.ones(4)
+    ),
 }
 
 

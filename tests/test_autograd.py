@@ -133,8 +133,11 @@ class TestTensorScalesOfScaleMin:
         input = torch.randn(2, 9, 17, 25, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
         scales = torch.randn(9, 1, 1, device=device).to(of).requires_grad_()
         exact = [t.detach().double().requires_grad_() for t in (input, scales)]
-        found = gradients(function(input, scales), [input, scales])
-        expected = gradients((exact[0] * exact[1]).amin(1, keepdim=True), exact)
+        least, others = (exact[0] * exact[1]).sort(1).values.split([1, 8], 1)
+        # Of channels that tie, or nearly, any may get the gradient: so none comes in there.
+        apart = (others[:, :1] - least).detach() > 1e-6 * least.detach().abs()
+        found = gradients(function(input, scales) * apart, [input, scales])
+        expected = gradients(least * apart, exact)
         for one, other, tensor in zip(found, expected, (input, scales), strict=True):
             assert one.dtype == tensor.dtype
             assert one.shape == tensor.shape

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
       int at = channel;
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
-        loaded[k] = load_vector<T, VEC>(source);
+        loaded[k] = *reinterpret_cast<const Vector<T, VEC>*>(source);
         addend[k] = terms.addends[at], factor[k] = terms.factors[at];
         // Past the end the last channel is read again: it is in the cache, and a minimum does not mind.
         if (at + split < channels) at += split, source += split * strides.channel;
@@ -118,7 +118,9 @@ __global__ void __launch_bounds__(Planes::kThreads, Planes::kBlocksPerSM)
 #pragma unroll
     for (int i = 0; i < VEC; ++i) result.values[i] = static_cast<T>(smallest[i]);
     *reinterpret_cast<Vector<T, VEC>*>(output + vector * VEC) = result;
-    if constexpr (kWinners) put_winners(winners, vector * VEC, winner);
+    for (int i = 0; i < VEC; ++i) {
+      if constexpr (kWinners) winners.put(vector * VEC + i, winner[i]);
+    }
   }
 }
 
@@ -159,7 +161,8 @@ __global__ void __launch_bounds__(Pixels::kThreads, Pixels::kBlocksPerSM)
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       // Past the end the last pixel is read again, and no result of it is stored.
-      loaded[k] = load_vector<T, VEC>(input + min(first + k * groups, pixels - 1) * channels + channel);
+      const T* const pixel = input + min(first + k * groups, pixels - 1) * channels;
+      loaded[k] = *reinterpret_cast<const Vector<T, VEC>*>(pixel + channel);
     }
     A addend[VEC], factor[VEC];
     load_terms(terms.addends + channel, addend);
