@@ -32,7 +32,7 @@ SCALE_MIN_ERRORS = {
     "no scales": ((X, torch.ones(0)), ValueError, r"scale: .*one element.*\(0,\)"),
     "scales complex": ((X, torch.ones(3).cfloat()), TypeError, r"scale: .*real.*complex64"),
     "scales sparse": ((X, torch.ones(3).to_sparse()), TypeError, r"scale: .*dense.*sparse"),
-    "scales elsewhere": ((X, torch.ones(3, device="meta")), ValueError, r"scale: .*cpu.*meta"),
+    "scales elsewhere": ((X, torch.ones(3, device="meta")), ValueError, r"scale: .*device (cpu|cuda:0), got meta"),
     "scale a string": ((X, "2"), TypeError, r"scale: .*number.*'2'"),
     "scale complex": ((X, 2j), TypeError, r"scale: .*number.*2j"),
     "scale None": ((X, None), TypeError, r"scale: .*number.*None"),

@@ -26,17 +26,19 @@ template <class Scalar> struct One {
   Scalar of_vector(int64_t) const { return scale; }
 };
 template <class Scalar> struct Each {
-  const Scalar* scales;
-  Scalar of(int64_t channel) const { return scales[channel]; }
-  auto of_vector(int64_t channel) const { return load(scales + channel); }
+  const Scalar* factors;
+  Scalar of(int64_t channel) const { return factors[channel]; }
+  auto of_vector(int64_t channel) const { return load(factors + channel); }
 };
 
 // Any strides, and what is left over from the two kernels below. Channels are numbered from first on.
 template <class T, class Scalar, class Factors>
 void minima_of_anything(const T* x, int64_t first, int64_t channels, int64_t channel_stride, int64_t pixel_stride, int pixels,
                         Factors factors, Minima<Scalar> minima) {
-  for (int64_t c = 0; c < channels; c++, x += channel_stride)
-    for (int i = 0; i < pixels; i++) minima.take(i, Scalar(x[i * pixel_stride]) * factors.of(first + c), first + c);
+  for (int64_t c = 0; c < channels; c++, x += channel_stride) {
+    const Scalar scale = factors.of(first + c);
+    for (int i = 0; i < pixels; i++) minima.take(i, Scalar(x[i * pixel_stride]) * scale, first + c);
+  }
 }
 
 // Neighbouring pixels are neighbours in memory: pixels in lanes, a few channels after the other.
@@ -49,13 +51,18 @@ void minima_of_rows(const T* x, int64_t first, int64_t channels, int64_t channel
     int i = 0;
     for (; i + LANES<T> <= pixels; i += LANES<T>) {
       auto minimum = minima.load_vector(i);
-      for (int k = 0; k < AT_ONCE; k++)
-        minimum.take(load(x + k * channel_stride + i) * factors.of(first + c + k), zero + Index<Scalar>(first + c + k));
+      for (int k = 0; k < AT_ONCE; k++) {
+        const Scalar scale = factors.of(first + c + k);
+        minimum.take(load(x + k * channel_stride + i) * scale, zero + Index<Scalar>(first + c + k));
+      }
       minima.store_vector(i, minimum);
     }
-    for (; i < pixels; i++)
-      for (int k = 0; k < AT_ONCE; k++)
-        minima.take(i, Scalar(x[k * channel_stride + i]) * factors.of(first + c + k), first + c + k);
+    for (; i < pixels; i++) {
+      for (int k = 0; k < AT_ONCE; k++) {
+        const Scalar scale = factors.of(first + c + k);
+        minima.take(i, Scalar(x[k * channel_stride + i]) * scale, first + c + k);
+      }
+    }
   }
   minima_of_anything(x, first + c, channels - c, channel_stride, 1, pixels, factors, minima);
 }
@@ -72,12 +79,16 @@ void minima_of_pixels(const T* x, int64_t first, int64_t channels, int64_t pixel
     Index<Vector> winning[LANES<T>];
     for (int k = 0; k < LANES<T>; k++) {
       const T* pixel = x + std::min(i + k, pixels - 1) * pixel_stride;
-      Running<Vector> minimum{load(pixel) * factors.of_vector(first), numbers};
-      for (int64_t c = LANES<T>; c + LANES<T> <= channels; c += LANES<T>)
-        minimum.take(load(pixel + c) * factors.of_vector(first + c), numbers + Index<Scalar>(c));
+      auto scale = factors.of_vector(first);
+      Running<Vector> minimum{load(pixel) * scale, numbers};
+      for (int64_t c = LANES<T>; c + LANES<T> <= channels; c += LANES<T>) {
+        scale = factors.of_vector(first + c);
+        minimum.take(load(pixel + c) * scale, numbers + Index<Scalar>(c));
+      }
       // The last vector overlaps the one before it: a minimum does not mind.
       const int64_t last = channels - LANES<T>;
-      minimum.take(load(pixel + last) * factors.of_vector(first + last), numbers + Index<Scalar>(last));
+      scale = factors.of_vector(first + last);
+      minimum.take(load(pixel + last) * scale, numbers + Index<Scalar>(last));
       values[k] = minimum.value;
       if constexpr (kWinners) winning[k] = minimum.channel;
     }
