@@ -32,7 +32,7 @@ def clean():
     RuntimeError
         A folder cannot be written, or no compiler is here, so that nothing tells which builds are old.
     """
-    found = {folder: _by_stem(folder) for folder in places.folders() if folder.is_dir() and places.is_trusted(folder)}
+    found = {folder: _by_stem(folder) for folder in places.folders() if os.path.isdir(folder) and places.is_trusted(folder)}
     if not any(found.values()):
         return 0, 0
     for folder in found:

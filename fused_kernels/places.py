@@ -6,6 +6,7 @@ its final name, and to load that kills the process.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import stat
@@ -31,10 +32,11 @@ class NoPlaceError(UnavailableError):
 def cache_dir():
     """Give the folder of the built libraries: ``$FUSED_KERNELS_CACHE``, else ``fused_kernels`` in the user's cache.
 
-    Where there is no home either, or nothing can be written in that folder, it is one under the temporary folder.
+    Where there is no home either, or nothing can be written in that folder, it is one under the temporary folder; None where
+    there is not even that.
     """
     usable = [folder for folder in folders() if not why_not(folder)]
-    return (usable or folders())[0]
+    return next(iter(usable or folders()), None)
 
 
 def folders():
@@ -49,7 +51,8 @@ def why_not(folder):
     if folder == _temporary() and os.path.lexists(folder) and not _is_private(folder):
         return f"{folder} is not this user's alone"
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+    # NOTE: pathlib's is_dir raises where a link leads into somebody else's folder.
+    if not (os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)):
         return f"{folder} cannot be written"
     with contextlib.suppress(OSError):
         if os.statvfs(existing).f_flag & os.ST_NOEXEC:
@@ -185,14 +188,20 @@ def _sync(path):
 
 
 def _wanted():
-    if chosen := os.environ.get("FUSED_KERNELS_CACHE"):
-        return Path(os.path.expanduser(chosen)).absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).absolute() / "fused_kernels"
     try:
+        if chosen := os.environ.get("FUSED_KERNELS_CACHE"):
+            return _absolute(os.path.expanduser(chosen))
+        if base := os.environ.get("XDG_CACHE_HOME"):
+            return _absolute(base) / "fused_kernels"
         return Path.home() / ".cache" / "fused_kernels"
-    except RuntimeError:
+    except (OSError, RuntimeError):
         return None
+
+
+@functools.cache
+def _absolute(path):
+    """Tell once where a path leads: a process may go to another folder."""
+    return Path(path).absolute()
 
 
 def _temporary():

@@ -74,6 +74,38 @@ def test_without_a_home_the_chosen_cache_is_used(fresh, monkeypatch):
     assert build.make(**EMPTY).parent == fresh / "chosen"
 
 
+def test_a_relative_folder_stays_where_it_was(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    monkeypatch.setenv("FUSED_KERNELS_CACHE", "relative")
+    library = build.make(**EMPTY)
+    assert library.parent == fresh / "relative"
+    monkeypatch.chdir(fresh / "tmp")
+    assert build.find(**EMPTY) == library
+
+
+def test_with_no_folder_at_all_the_sentence_says_so(fresh, monkeypatch):
+    no_home(monkeypatch)
+    monkeypatch.setattr(places.tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError("no usable directory")))
+    assert places.cache_dir() is None
+    assert places.why_not_wanted() is None
+    assert_one_sentence(places.why_none())
+    with pytest.raises(build.UnavailableError, match="neither a home nor a temporary folder"):
+        build.make(**EMPTY)
+
+
+def test_a_link_into_somebody_elses_folder(fresh, monkeypatch):
+    (fresh / "cache").symlink_to(fresh / "hidden" / "cache")
+    plain = os.stat
+
+    def refused(path, *args, **options):
+        if str(path) == str(fresh / "cache") and options.get("follow_symlinks", True):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert places.why_not(fresh / "cache") == f"{fresh / 'cache'} cannot be written"
+
+
 def test_a_home_of_nobody_known(run_python, tmp_path):
     """As in a container whose user has no entry and no HOME: import, call, explain and doctor all work."""
     code = """
