@@ -126,7 +126,7 @@ def test_is_made_where_no_gradient_is_wanted(monkeypatch, needed, return_indices
 
     monkeypatch.setattr(composite, "_convolve_then_minimum", record)
     problem = check_problem(*tensors, 1, 0, 1, 1, "auto")
-    result = composite.compute(Decision(problem, "composite", ""), *tensors, 2.0, return_indices)
+    result = composite.compute(Decision(problem, "composite", ""), *tensors, 2.0, return_indices=return_indices)
     output = result[0] if return_indices else result
     assert output.requires_grad == bool(needed)
     assert wanted == [False]
