@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import getpass
 import importlib.util
+import os
 import platform
 import re
 import shlex
@@ -54,13 +56,24 @@ def doctor(_):
     print()
     for rung in LADDER:
         try:
-            missing = rung.why_unavailable()
-            # What is built already needs no compiler.
-            if not missing and broken.get(rung.device) and not all(build.find(**rung.library(*one)) for one in rung.variants):
-                missing = broken[rung.device]
+            state = _state(rung, broken.get(rung.device))
         except RuntimeError as error:
-            missing = broken.get(rung.device) or error
-        print(f"{rung.name:<22}{missing or 'ready'}")
+            state = broken.get(rung.device) or error
+        print(f"{rung.name:<22}{state}")
+
+
+def _state(rung, broken):
+    """Say whether a rung runs here, or for which dtypes alone, or why not."""
+    if missing := rung.why_unavailable():
+        ready = [str(dtype).removeprefix("torch.") for dtype in rung.dtypes if not rung.why_unavailable(dtype=dtype)]
+        return f"ready for {', '.join(ready)} alone: {missing}" if ready else missing
+    if rung.device is None:
+        return "ready"
+    built = [build.find(**rung.library(*variant)) for variant in rung.variants]
+    # What is built already needs no compiler.
+    if broken and not all(built):
+        return broken
+    return next(filter(None, (build.why_not_loading(library) for library in built if library)), "ready")
 
 
 def _compiler(broken):
@@ -79,6 +92,12 @@ def _why_no_torch_compile(broken):
     """Say in one sentence what torch.compile lacks here beside this package's needs, or None."""
     if broken:
         return broken
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        # It keeps what it compiles in a folder of the user's name.
+        if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            return "it lacks the user's name; set USER, or TORCHINDUCTOR_CACHE_DIR to a folder"
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
         return f"it lacks {header}; install Python's headers (Debian: apt install python3-dev)"

@@ -149,10 +149,29 @@ def load(name, source, *, at_once=None, quiet=False, **options):
             torch.ops.load_library(str(library))
             return library
         except OSError as error:
-            # What a folder's mount flags do not tell: somewhere else it may load.
-            if "failed to map segment" not in str(error):
-                raise UnavailableError(f"a built library does not load: {error}") from error
-            places.refuse_to_load(library)
+            reason = str(error.__cause__ or error)  # torch's own error does not give the loader's
+            if "failed to map segment" in reason:
+                # What a folder's mount flags do not tell: somewhere else it may load.
+                places.refuse_to_load(library)
+            elif Library(name, source, **options).prebuilt_key() in library.name and not toolchain.why_no_compiler():
+                # Made on a machine that differs after all, say in its C library: one made here may load.
+                places.spoiled.add(library)
+            else:
+                raise UnavailableError(does_not_load(library, reason)) from error
+
+
+def does_not_load(library, reason):
+    """Say in one sentence that a library does not load, and how to mend that."""
+    return f"a built library does not load ({reason}); remove {library.parent / library.stem}.* to have it built anew"
+
+
+def why_not_loading(library):
+    """Say in one sentence why a built library does not load, or None."""
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return does_not_load(library, error)
+    return None
 
 
 def make(name, source, *, at_once=None, quiet=False, **options):
@@ -186,7 +205,7 @@ def make(name, source, *, at_once=None, quiet=False, **options):
     while True:
         folder = places.open_one()
         if found := places.why_not_wanted():
-            progress.warn_once(found)
+            progress.warn_once("places", found)
         try:
             return build(wanted, folder / file, wanted.buildable_archs(), at_once=at_once, quiet=quiet)
         except (OSError, NotImplementedError) as error:

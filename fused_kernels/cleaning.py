@@ -99,8 +99,8 @@ def _remove(stem, paths, is_needed):
     lock = filelock.FileLock(f"{stem}.lock")
     try:
         lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return 0, 0  # being built
+    except (OSError, NotImplementedError):
+        return 0, 0  # being built, or somebody else's
     with lock:
         is_whole = is_needed and places.is_whole(stem.with_name(f"{stem.name}.so"))
         kept = (".so", ".sha256", ".lock") if is_whole else (".lock",)

@@ -238,7 +238,7 @@ def _define_implementation(rung, name, kind, winners, overload):
             if rung.edited_source is not None:
                 raise
             # Not an error of whoever called: the choice was made before this could be known.
-            progress.warn_once(f"{INSTEAD}: {error}")
+            progress.warn_once("kernels", f"{INSTEAD}: {error}")
             return _by_library(kind, args)
         return getattr(getattr(getattr(torch.ops, rung.namespace), name), found)(*args)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 _refused = {}
 # Folders from which nothing could be loaded.
 _not_loadable = set()
+# Libraries that are whole but do not load.
+spoiled = set()
 # Libraries whose digests were found right: where, and which file that was.
 _whole = {}
 
@@ -125,23 +127,29 @@ def raise_if_full(folder):
 
 def find(file):
     """Give the library of that name in the first folder that has it whole, or None."""
-    return next((folder / file for folder in folders() if is_whole(folder / file)), None)
+    return next((folder / file for folder in _searched() if is_whole(folder / file)), None)
 
 
 def matching(pattern):
     """List the libraries, whole or not, whose names match."""
     found = []
-    for folder in folders():
+    for folder in _searched():
         with contextlib.suppress(OSError):
             if is_trusted(folder):
                 found += sorted(folder.glob(pattern))
     return found
 
 
+def _searched():
+    """List the folders to look in: the temporary one only where the wanted one is of no use."""
+    wanted = _wanted()
+    return [wanted] if wanted and not why_not(wanted) else folders()
+
+
 def is_whole(library):
     """Tell whether a library is there, with the digest that it was built with."""
     try:
-        if not is_trusted(library.parent):
+        if library in spoiled or not is_trusted(library.parent):
             return False
         status = library.stat()
         found = status.st_ino, status.st_size, status.st_mtime_ns

@@ -150,4 +150,4 @@ def library():
     try:
         return ctypes.CDLL(str(found))
     except OSError as error:
-        raise build.UnavailableError(f"a built library does not load: {error}") from error
+        raise build.UnavailableError(build.does_not_load(found, error)) from error

@@ -31,12 +31,11 @@ def task(label):
     print(f"{label}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def warn_once(text):
-    """Warn, the first time in a process: what is in the way of one kernel is mostly in the way of all."""
-    global _has_warned
-    if not _has_warned:
-        _has_warned = True
+def warn_once(about, text):
+    """Warn, the first time in a process that it is about this: what is in the way of one kernel is mostly in the way of all."""
+    if about not in _warned:
+        _warned.add(about)
         warnings.warn(f"{text}; see python -m fused_kernels doctor", stacklevel=3)
 
 
-_has_warned = False
+_warned = set()

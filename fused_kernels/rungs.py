@@ -375,7 +375,7 @@ def is_available(name, device_index, dtype):
     """Tell whether it can be had; if not, the caller runs PyTorch's own operations, and one warning a process says why."""
     reason = why_unavailable(name, device_index, dtype)
     if reason:
-        progress.warn_once(f"{INSTEAD}: {reason}")
+        progress.warn_once("kernels", f"{INSTEAD}: {reason}")
     return not reason
 
 

@@ -37,7 +37,15 @@ class Toolkit:
 
 def cxx():
     """Give the command that compiles C++: ``$CXX``, else c++."""
-    return shlex.split(os.environ.get("CXX") or "c++")
+    return _words("CXX") or ["c++"]
+
+
+def _words(variable):
+    value = os.environ.get(variable) or ""
+    try:
+        return shlex.split(value)
+    except ValueError:
+        return [value]  # a quote without its end: nothing of that name will be found
 
 
 def why_no_compiler():
@@ -67,7 +75,10 @@ def compiler_version():
 
 def say(command):
     """Run a compiler and give what it prints about itself."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise RuntimeError(f"the compiler is there but cannot be started: {command[0]} ({error.strerror})") from error
     # A compiler speaks the locale's language, and need not write it in the locale's encoding.
     said = done.stdout.decode("utf-8", errors="replace")
     if done.returncode:
@@ -189,8 +200,7 @@ def _nvcc_candidates():
 
 def host_compiler():
     """Name the C++ compiler for nvcc to use, where ``$CC`` does; nvcc takes a compiler alone, nothing that calls one."""
-    words = shlex.split(os.environ.get("CC") or "")
-    found = next((word for word in words if Path(word).name not in ("ccache", "sccache", "distcc")), None)
+    found = next((word for word in _words("CC") if Path(word).name not in ("ccache", "sccache", "distcc")), None)
     return ["-ccbin", found] if found else []
 
 

@@ -232,7 +232,8 @@ def test_make_asks_for_a_place_before_it_installs(folder):
         os.chmod(checkout, 0o777)
         os.chmod(Path(checkout) / folder, 0o555)
         user = {} if os.getuid() else {"user": 65534}
-        command = ["make", "run", "PYTHON=false"]
+        # Called by another make, it would say which folder it enters.
+        command = ["make", "--no-print-directory", "run", "PYTHON=false"]
         done = subprocess.run(command, cwd=checkout, capture_output=True, encoding="utf-8", **user)
         assert done.returncode == 2
         assert_one_sentence(done.stdout.strip())

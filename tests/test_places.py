@@ -31,7 +31,8 @@ def fresh(tmp_path, monkeypatch):
     for name in ("_refused", "_whole"):
         monkeypatch.setattr(places, name, {})
     monkeypatch.setattr(places, "_not_loadable", set())
-    monkeypatch.setattr(progress, "_has_warned", False)
+    monkeypatch.setattr(places, "spoiled", set())
+    monkeypatch.setattr(progress, "_warned", set())
     return tmp_path
 
 
@@ -72,6 +73,14 @@ def test_without_a_home_the_chosen_cache_is_used(fresh, monkeypatch):
     no_home(monkeypatch)
     monkeypatch.setenv("FUSED_KERNELS_CACHE", str(fresh / "chosen"))
     assert build.make(**EMPTY).parent == fresh / "chosen"
+
+
+def test_what_lies_under_the_temporary_folder_is_not_used_where_the_cache_can_be(fresh, monkeypatch):
+    with monkeypatch.context() as elsewhere, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        no_home(elsewhere)
+        assert build.make(**EMPTY).parent.parent == fresh / "tmp"
+    assert build.make(**EMPTY).parent == fresh / "cache"
 
 
 def test_a_relative_folder_stays_where_it_was(fresh, monkeypatch):
@@ -206,7 +215,9 @@ def test_a_noexec_mount_is_seen_before_anything_is_built(fresh, monkeypatch):
 def test_a_library_that_cannot_be_mapped_is_made_elsewhere(fresh, monkeypatch):
     def load_library(path):
         if str(fresh / "cache") in path:
-            raise OSError(f"{path}: failed to map segment from shared object")
+            raise OSError(f"Could not load this library: {path}") from OSError(
+                f"{path}: failed to map segment from shared object"
+            )
         return plain(path)
 
     plain = torch.ops.load_library
@@ -310,6 +321,40 @@ print("undefined symbol" in fk.explain(x, weight).why)
 def test_libraries_that_do_not_load_are_tried_once_each_and_done_without(run_python):
     """Forward, backward and in a program; explain says what the warning said."""
     assert run_python(NOT_LOADING).split() == ["1", "True", "True", "True"]
+
+
+def spoil(library):
+    """Put something else in a library's place, with its digest."""
+    library.write_text("no library", encoding="utf-8")
+    places.digest_file(library).write_text(places._digest(library), encoding="ascii")
+
+
+def test_what_does_not_load_is_named_with_the_loaders_reason_and_what_to_do(fresh):
+    library = build.make(**EMPTY)
+    spoil(library)
+    with pytest.raises(
+        build.UnavailableError, match=r"file too short.*remove .*scale_min-\w+\.\* to have it built anew"
+    ) as error:
+        build.load(**EMPTY)
+    assert build.why_not_loading(library) == str(error.value)
+
+
+def test_a_prebuilt_library_that_does_not_load_is_built_here(fresh, few, monkeypatch):
+    monkeypatch.setenv("FUSED_KERNELS_CACHE", str(fresh / "ready"))
+    for library in fk.prebuild(fresh / "ready"):
+        spoil(library)
+    wanted = {**fk.rungs["scale_min"].library("float32"), "arch": None}
+    assert build.load(**wanted).name == build.Library(**wanted).native_file()
+
+
+def test_the_place_and_a_lost_kernel_are_two_things_to_warn_of(fresh):
+    with pytest.warns(UserWarning, match="one"):
+        progress.warn_once("places", "one")
+    with pytest.warns(UserWarning, match="two"):
+        progress.warn_once("kernels", "two")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        progress.warn_once("places", "three")
 
 
 KINDS = {
@@ -496,6 +541,39 @@ def test_doctor_tries_the_compiler(run_python, tmp_path, kind):
     for name in ("C++ compiler", "torch.compile", "scale_min", "conv2d_scale_min"):
         assert said in lines[name], lines[name]
     assert lines["composite"] == "ready"
+
+
+@pytest.mark.parametrize("value", [" ", 'g++ "', "/nonexistent/c++"])
+def test_a_compilers_name_that_is_none(run_python, value):
+    code = "import torch, fused_kernels as fk; print(fk.scale_min(torch.ones(1, 2, 3, 3), 2.0).unique().item())"
+    assert run_python(code, CXX=value).strip() == "2.0"
+
+
+def test_a_compiler_that_cannot_be_started_is_a_sentence(fresh, monkeypatch):
+    path = fresh / "compiler"
+    path.write_bytes(b"\x7fELF of another machine")
+    path.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"compiler is there but cannot be started: .*Exec format error") as error:
+        toolchain.say([str(path), "--version"])
+    assert_one_sentence(str(error.value))
+
+
+def test_doctor_says_which_dtypes_are_there(fresh, monkeypatch, capsys):
+    build.make(**fk.rungs["scale_min"].library("float32"))
+    monkeypatch.setattr(rungs, "_failed", {})
+    plain = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: fresh not in Path(path).parents and plain(path, mode))
+    main(["doctor"])
+    assert "scale_min             ready for float32 alone: no place for built kernels" in capsys.readouterr().out
+
+
+def test_doctor_says_that_torch_compile_lacks_a_users_name(capsys, monkeypatch):
+    from fused_kernels import __main__
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(__main__.getpass, "getuser", lambda: (_ for _ in ()).throw(KeyError("uid not found")))
+    main(["doctor"])
+    assert "the user's name; set USER" in capsys.readouterr().out
 
 
 def test_doctor_names_the_compiler_and_its_version(capsys):
