@@ -17,7 +17,7 @@ def prebuild(folder, archs=None):
     there must be the same version of this package and of torch. The CPU's kernels are made for several levels of its kind, of
     which a machine takes the best one that it can run; on an x86-64 CPU without AVX2, PyTorch's own operations run.
 
-    What is in the folder already is not made again. It takes some minutes for the CPU, and on 16 cores some more for each GPU
+    What is in the folder already is not made again. On a few cores it takes minutes for the CPU, and more for each GPU
     architecture; on a terminal or in a notebook each library is said.
 
     Parameters

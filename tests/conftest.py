@@ -237,3 +237,13 @@ def without_python():
     dispatch.auto.is_loaded()
     dispatch.finish_builds()
     assert dispatch.auto.is_loaded()
+
+
+def have_rules(monkeypatch, in_python):
+    """Have the library that runs a training step's rules without Python, or have Python run them, as until that is built."""
+    dispatch.from_winners.is_loaded()
+    dispatch.finish_builds()
+    assert dispatch.from_winners.is_loaded()
+    if in_python:
+        monkeypatch.setattr(dispatch.from_winners, "is_loaded", lambda: False)
+        monkeypatch.setattr(dispatch, "_rules", {})

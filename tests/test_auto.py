@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS, assert_one_sentence
+from conftest import DEVICES, LAYOUTS, assert_one_sentence, have_rules
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 from torch.export.passes import move_to_device_pass
 
 import fused_kernels as fk
-from fused_kernels import arguments, dispatch, places
+from fused_kernels import arguments, places
 
 ON = pytest.mark.parametrize("device", DEVICES)
 # torch warns where vmap runs an operator in a loop, for want of a rule.
@@ -670,12 +670,7 @@ class Function(torch.nn.Module):
 @pytest.fixture(params=["eager", "in Python", "exported"])
 def recorded(request, monkeypatch):
     """How the backward pass comes about: without Python, in Python while that is built, or by a program."""
-    dispatch.from_winners.is_loaded()
-    dispatch.finish_builds()
-    assert dispatch.from_winners.is_loaded()
-    if request.param == "in Python":
-        monkeypatch.setattr(dispatch.from_winners, "is_loaded", lambda: False)
-        monkeypatch.setattr(dispatch, "_rules", {})
+    have_rules(monkeypatch, in_python=request.param == "in Python")
     if request.param == "exported":
         return lambda function, tensors: export(Function(function), tuple(t.detach() for t in tensors)).module()
     return lambda function, tensors: function

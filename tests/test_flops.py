@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, have_rules
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,12 +36,7 @@ def of_conv2d(tensors, **conv):
 @pytest.fixture(params=["in Python", "without Python"])
 def how(request, monkeypatch):
     """Whether the library that saves Python's time in training is there."""
-    dispatch.from_winners.is_loaded()
-    dispatch.finish_builds()
-    assert dispatch.from_winners.is_loaded()
-    if request.param == "in Python":
-        monkeypatch.setattr(dispatch.from_winners, "is_loaded", lambda: False)
-        monkeypatch.setattr(dispatch, "_rules", {})
+    have_rules(monkeypatch, in_python=request.param == "in Python")
 
 
 def test_the_count_is_the_textbooks():
