@@ -40,6 +40,7 @@ ORDER = [
     "auto",
     "ops",
     "modules",
+    "bounds",
     "check",
     "export",
     "maxout",
