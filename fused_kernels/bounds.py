@@ -51,12 +51,13 @@ class Promise(NamedTuple):
 def every_channel(input, weight, bias=None, scale=1.0, **geometry):
     """Compute ``scale * conv2d(input)`` in float64; the scale is first rounded to float32, where the input is not float64."""
     bias = None if bias is None else bias.double()
-    return F.conv2d(input.double(), weight.double(), bias, **geometry) * _factors(scale, input)
+    return F.conv2d(input.double(), weight.double(), bias, **geometry) * factors(scale, input)
 
 
-def _factors(scale, input):
-    factors = torch.as_tensor(scale, dtype=None if isinstance(scale, torch.Tensor) else torch.float64, device=input.device)
-    return factors.to(input.dtype if input.dtype == torch.float64 else torch.float32).double().view(-1, 1, 1)
+def factors(scale, input):
+    """Give a scale, number or tensor, in float64 as what multiplies channels; first rounded as for :func:`every_channel`."""
+    scale = torch.as_tensor(scale, dtype=None if isinstance(scale, torch.Tensor) else torch.float64, device=input.device)
+    return scale.to(input.dtype if input.dtype == torch.float64 else torch.float32).double().view(-1, 1, 1)
 
 
 def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="ieee", groups=1, **geometry):
@@ -97,10 +98,10 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
     heaviest = sizes[1].amax((1, 2, 3)).view(-1, 1, 1)
     slack = SLACK * weight.shape[1] * heaviest * windows.repeat_interleave(len(weight) // groups, 1)
 
-    factors, info = _factors(scale, input).abs(), torch.finfo(input.dtype)
+    size, info = factors(scale, input).abs(), torch.finfo(input.dtype)
     narrow = info if input.dtype == torch.float64 else torch.finfo(torch.float32)
-    allowed = _units(weight[0].numel(), input.dtype, precision) * factors * (sums + slack)
-    allowed += narrow.smallest_normal * factors.clamp(min=1)
+    allowed = _units(weight[0].numel(), input.dtype, precision) * size * (sums + slack)
+    allowed += narrow.smallest_normal * size.clamp(min=1)
     target, best = values.min(1, keepdim=True)
     if winners is None:
         could_win = values - allowed <= (values + allowed).amin(1, keepdim=True)
@@ -110,7 +111,7 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
     allowed = torch.maximum(allowed.gather(1, best), chosen)
     if info.bits == 16:
         allowed = allowed + ((target.abs() + allowed) * (info.eps / 2)).clamp(min=info.smallest_normal * info.eps / 2)
-    sums = sums * factors.clamp(min=1)
+    sums = sums * size.clamp(min=1)
     return Promise(target, allowed, ((sums > narrow.max) & sums.isfinite()).any(1, keepdim=True))
 
 
