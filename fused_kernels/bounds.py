@@ -71,13 +71,15 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
     - "ieee": u = 2^-24 (float64: 2^-53), c = max(16, 2 * sqrt(K)).
 
     A minimum may be wrong by the larger of two such bounds, of the channel that was chosen and of the one that float64 chooses.
-    16-bit types are held to "ieee" and one rounding more. Added everywhere is float32's smallest normal number, times the scale
-    where that is larger: what underflows is not promised.
+    16-bit types are held to "ieee" and one rounding more. What underflows is not promised: added everywhere is the smallest
+    normal number of the type in which sums are made, times the scale where that is more than 1.
 
     Parameters
     ----------
-    input, weight, bias, scale, precision, groups, **geometry
-        As for :func:`fused_kernels.conv2d_scale_min`; the scale may be a tensor.
+    input, weight, bias, scale, groups, **geometry
+        As for :func:`fused_kernels.conv2d_scale_min`.
+    precision : {"ieee", "tf32"}
+        What was asked of float32; of other types it changes nothing.
     winners : Tensor, optional
         The channels that were chosen, (N, 1, H', W'). Without them, each that could win if all err by what they may.
 
