@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -33,6 +34,9 @@ constexpr int64_t DEPTH = 576;                  // terms of one patch: BLOCK x D
 constexpr int64_t PATCH_BYTES = 256 << 10;      // leaves most of an L2 cache to the weights
 constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
 constexpr int64_t WINOGRAD_BYTES = 256 << 10;   // of a tile's transformed input, all channels
+constexpr int PARTS = 4;                        // of the input channels: a few outliers do not reach all of them
+constexpr double ROUNDINGS = 12;                // Winograd's error, by experiment: see keeps_digits
+constexpr double LEAST_WEIGHT = 1e-30;          // of a channel's largest: quarters of much smaller ones have fewer digits
 constexpr int64_t MIN_WORK = 1 << 20;           // multiply-adds; less is not worth waking a thread for
 
 // ---- terms, and the patch that they are read from ----
@@ -208,6 +212,7 @@ template <class T> struct Convolution {
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
   std::unique_ptr<Element[]> weights{}, transformed_weights{};
   std::vector<Scalar> biases = std::vector<Scalar>(groups * padded_out), factors = biases;
+  Scalar shares[9] = {};  // of the taps, see keeps_digits
 
   int block_size(int64_t block) const {
     int size = 1;
@@ -437,7 +442,7 @@ template <class T> struct Convolution {
   // 36, each of a sum of the square's 4 x 4 input pixels and a sum of the weights. Summed over the channels these are 16
   // products of matrices, and a pixel is a sum of nine of their elements: F(2 x 2, 3 x 3) of Lavin and Gray, "Fast algorithms
   // for convolutional neural networks". A number that is not finite would spread over its square: it, or what may lead to one,
-  // sends its tile back to the taps.
+  // sends its tile back to the taps. So does one so large that its rounding could be seen where its weight is small.
   bool takes_winograd(Ints stride, Ints dilation) const {
     const bool is_plain = stride[0] * stride[1] == 1 && dilation[0] * dilation[1] == 1 && groups == 1;
     const int64_t least_channels = std::min(in_channels, out_channels), pixels = images * out_rows * out_columns;
@@ -446,37 +451,73 @@ template <class T> struct Convolution {
     return std::is_same_v<Element, float> && kernel_h == 3 && kernel_w == 3 && is_plain && pays;
   }
 
+  // What some output channels' weights are like. A tap's share is its sum over the input channels, divided by the sum of their
+  // largest weights; of the output channels the smallest.
+  struct Sizes {
+    double shares[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1}, largest = 1;
+    double alike = 0;  // 1 where every input channel has the same filter: then rounding errors add up instead of cancelling
+    bool fit = true;   // finite, and no quarter loses digits
+
+    void take(const double* sizes, const double* sums, double of_largest, double most) {
+      double all = 0;
+      for (int tap = 0; tap < 9; tap++) all += sizes[tap];
+      if (all == 0) return;
+      fit &= all <= std::numeric_limits<double>::max() && most >= LEAST_WEIGHT;
+      for (int tap = 0; tap < 9; tap++) {
+        shares[tap] = std::min(shares[tap], sizes[tap] / of_largest);
+        alike = std::max(alike, std::abs(sums[tap]) / of_largest);
+      }
+      largest = std::max(largest, most);
+    }
+    void take(const Sizes& other) {
+      for (int tap = 0; tap < 9; tap++) shares[tap] = std::min(shares[tap], other.shares[tap]);
+      alike = std::max(alike, other.alike), largest = std::max(largest, other.largest), fit &= other.fit;
+    }
+  };
+
   // Sums of the weights, in the order in which they are read: block of output channels, which sum, input channel, output
   // channel. Gives the largest number that the input may have, 0 if there is none.
   Scalar transform_weights() {
     const int64_t s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), s3 = weight.stride(3);
     transformed_weights.reset(new Element[padded_out * in_channels * 16]);
-    std::vector<double> largest(out_blocks);
+    std::vector<Sizes> sizes(out_blocks);
     torch::stable::parallel_for(0, out_blocks, ceil_div(MIN_WORK / 64, BLOCK * in_channels), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; block++) {
         const int64_t size = block_size(block);
         Element* to = transformed_weights.get() + block * BLOCK * in_channels * 16;
+        double sizes_of[BLOCK][9] = {}, sums_of[BLOCK][9] = {}, of_largest[BLOCK] = {}, largest[BLOCK] = {};
         for (int64_t c = 0; c < in_channels; c++)
           for (int64_t o = 0; o < size; o++) {
             const T* from = (const T*)weight.data_ptr() + packed_channel(0, block, o) * s0 + c * s1;
-            double rows[4][3];
+            double rows[4][3], most = 0;
             for (int x = 0; x < 3; x++) {
               const double a = Scalar(from[x * s3]), b = Scalar(from[s2 + x * s3]), d = Scalar(from[2 * s2 + x * s3]);
               rows[0][x] = a, rows[1][x] = (a + d + b) / 2, rows[2][x] = (a + d - b) / 2, rows[3][x] = d;
-              for (double w : {a, b, d}) largest[block] = w != w ? w : std::max(largest[block], std::abs(w));
+              const double column[3] = {a, b, d};
+              for (int y = 0; y < 3; y++) {
+                const int tap = 3 * y + x;
+                sums_of[o][tap] += column[y], sizes_of[o][tap] += std::abs(column[y]);
+                most = std::max(most, std::abs(column[y]));
+              }
             }
+            of_largest[o] += most, largest[o] = std::max(largest[o], most);
             for (int y = 0; y < 4; y++) {
               const double a = rows[y][0], b = rows[y][1], d = rows[y][2];
               const double sums[4] = {a, (a + d + b) / 2, (a + d - b) / 2, d};
               for (int x = 0; x < 4; x++) to[((4 * y + x) * in_channels + c) * size + o] = Element(sums[x]);
             }
           }
+        for (int64_t o = 0; o < size; o++) sizes[block].take(sizes_of[o], sums_of[o], of_largest[o], largest[o]);
       }
     });
+    Sizes all;
+    for (const Sizes& some : sizes) all.take(some);
+    if (!all.fit) return 0;
+    const double allowed = std::max(16.0, 2 * std::sqrt(9.0 * double(in_channels)));
+    const double roundings = ROUNDINGS * std::max(1.0, 3 * all.alike);
+    for (int tap = 0; tap < 9; tap++) shares[tap] = Scalar(all.shares[tap] * allowed / roundings);
     // A sum of four numbers of the input, times one of the weights, over all channels, nine times; and room for the bias.
-    double most = 1;
-    for (double w : largest) most = w != w ? w : std::max(most, w);
-    const double limit = std::numeric_limits<Scalar>::max() / 256.0 / double(in_channels) / most;
+    const double limit = std::numeric_limits<Scalar>::max() / 256.0 / double(in_channels) / all.largest;
     return limit > 1 ? Scalar(limit) : Scalar(0);
   }
 
@@ -492,23 +533,22 @@ template <class T> struct Convolution {
     return tiling(tile_rows, tile_columns, {1, 1}, padding, {1, 1});
   }
 
-  // The 16 numbers of each square, of some channels: [which][channel][square]. Gives whether none is too large.
-  bool transform_input(const Element* patch, int64_t channels, const Tiling& t, Scalar limit, int64_t plane, int64_t pitch,
-                    std::vector<Element>& scratch, Element* to) const {
+  // The 16 numbers of each square, of some channels: [which][channel][square]. Keeps each pixel's largest number in each part
+  // of the channels.
+  void transform_input(const Element* patch, int64_t first, int64_t channels, const Tiling& t, int64_t plane, int64_t pitch,
+                    std::vector<Element>& scratch, Element* largest, Element* to) const {
     using Vector = typename Compute<Scalar>::Vector;
-    const int64_t length = t.columns.length, in_row = t.tile_columns / 2, pixels = t.rows.length * length;
+    using Bits = Index<Vector>;
+    const int64_t length = t.columns.length, in_row = t.tile_columns / 2;
     Element* const even = scratch.data();
     Element* const odd = even + scratch.size() / 2;
-    bool fits = true;
     for (int64_t c = 0; c < channels; c++, patch += t.pitch, to += pitch) {
-      auto large = Vector{} != Vector{};
-      int64_t i = 0;
-      for (; i + N <= pixels; i += N) {
-        const Vector x = load(patch + i);
-        large |= ~((x <= limit) & (x >= -limit));
+      Element* const most = largest + (first + c) % PARTS * t.pitch;
+      for (int64_t i = 0; i < t.pitch; i += N) {
+        // Without their signs floats are in the order of their bits, and NaN above all.
+        const Bits x = (Bits)load(patch + i) & std::numeric_limits<Index<Scalar>>::max(), before = load_as<Bits>(most + i);
+        store(most + i, x > before ? x : before);
       }
-      for (; i < pixels; i++) fits &= std::abs(patch[i]) <= limit;
-      for (int k = 0; k < N; k++) fits &= !large[k];
       for (int64_t row = 0; row < t.tile_rows / 2; row++) {
         const Element* const from = patch + 2 * row * length;
         for (int y = 0; y < 4; y++) {
@@ -533,7 +573,42 @@ template <class T> struct Convolution {
         }
       }
     }
-    return fits;
+  }
+
+  // Whether every pixel of a tile keeps the digits that its own window allows: an error of c u sum(|x| |w|), with u = 2^-24 and
+  // c = max(16, 2 sqrt(9 channels)). Winograd sums only what lies in the window, but rounds an x in proportion to its channel's
+  // largest weight, not to the one at its tap, which may be small or zero. With N the sum of the channels' largest weights:
+  //   its error is below ROUNDINGS u N m (three times that where all channels are alike), m the largest of the window's means
+  //     over the parts of what is largest in them;
+  //   sum(|x| |w|) is about N sum_taps(share x), with x a number that every part reaches at that tap. Where only few channels
+  //     are large their own weights may be small: then x may be what is largest, but two taps do not count.
+  bool keeps_digits(const Item& item, const Tiling& t, Scalar limit, Element* largest) const {
+    Element *const least = largest + t.pitch, *const mean = least + t.pitch;
+    for (int64_t i = 0; i < t.pitch; i++) {
+      Element low = largest[i], high = low, sum = low;
+      for (int part = 1; part < PARTS; part++) {
+        const Element x = largest[part * t.pitch + i];
+        low = x < low ? x : low, high = x > high ? x : high, sum += x;
+      }
+      if (!(sum <= limit)) return false;  // NaN as well
+      largest[i] = high, least[i] = low, mean[i] = sum / PARTS;
+    }
+    const Scalar enough = 1 + 2 * *std::max_element(shares, shares + 9);
+    for (int64_t row = 0; row < item.row_count; row++) {
+      int bad = 0;
+      for (int64_t j = 0; j < item.column_count; j++) {
+        Scalar of_least = 0, of_largest = 0, most = 0, most_mean = 0;
+        for (int y = 0; y < 3; y++)
+          for (int x = 0; x < 3; x++) {
+            const int64_t at = (row + y) * t.columns.length + j + x;
+            of_least += shares[3 * y + x] * least[at], of_largest += shares[3 * y + x] * largest[at];
+            most = largest[at] > most ? largest[at] : most, most_mean = mean[at] > most_mean ? mean[at] : most_mean;
+          }
+        bad |= !(of_least >= most_mean) & !(of_largest >= enough * most);
+      }
+      if (bad) return false;
+    }
+    return true;
   }
 
   void run_winograd(int64_t begin, int64_t end, const Tiling& t, Scalar limit, PartialMinima<T>& minima_of_parts,
@@ -542,6 +617,7 @@ template <class T> struct Convolution {
       const int64_t in_row = t.tile_columns / 2, vectors = ceil_div(t.tile_rows / 2 * in_row, N), squares = vectors * N;
       const int64_t pitch = squares + N, plane = in_channels * pitch;
       std::vector<Element> patch(block_terms * t.pitch + 2 * N), numbers(16 * plane), scratch(2 * (in_row + 2 * N));
+      std::vector<Element> largest(PARTS * t.pitch);
       std::vector<Scalar> values(4 * squares), row_values(t.tile_columns), unfinished(16 * BLOCK * squares);
       std::vector<Index<Scalar>> winning(kWinners ? 4 * squares : 0), row_winning(kWinners ? t.tile_columns : 0);
       const Minima<Scalar> minima{values.data(), winning.data()}, row_minima{row_values.data(), row_winning.data()};
@@ -550,13 +626,13 @@ template <class T> struct Convolution {
       for (int64_t v = 0; v < vectors; v++) starts.push_back(int(v * N));
       for (int64_t i = begin; i < end; i++) {
         const Item item = this->item(i, t, minima_of_parts.parts);
-        bool fits = true;
-        for (int64_t b = 0; b < depth_blocks && fits; b++) {
+        std::fill(largest.begin(), largest.end(), Element(0));
+        for (int64_t b = 0; b < depth_blocks; b++) {
           pack(item, t, 0, b, patch.data());
           Element* const to = numbers.data() + b * block_terms * pitch;
-          fits = transform_input(patch.data(), terms_in(b), t, limit, plane, pitch, scratch, to);
+          transform_input(patch.data(), b * block_terms, terms_in(b), t, plane, pitch, scratch, largest.data(), to);
         }
-        if (!fits) continue;
+        if (!keeps_digits(item, t, limit, largest.data())) continue;
         minima.clear(4 * squares, item.first_block * BLOCK);
         for (int64_t o = item.first_block; o < item.end_block; o++) {
           const int size = block_size(o);
