@@ -514,7 +514,7 @@ template <class T> struct Convolution {
     for (const Sizes& some : sizes) all.take(some);
     if (!all.fit) return 0;
     const double allowed = std::max(16.0, 2 * std::sqrt(9.0 * double(in_channels)));
-    const double roundings = ROUNDINGS * std::max(1.0, 3 * all.alike);
+    const double roundings = ROUNDINGS * std::max(1.0, 5 * all.alike * all.alike);
     for (int tap = 0; tap < 9; tap++) shares[tap] = Scalar(all.shares[tap] * allowed / roundings);
     // A sum of four numbers of the input, times one of the weights, over all channels, nine times; and room for the bias.
     const double limit = std::numeric_limits<Scalar>::max() / 256.0 / double(in_channels) / all.largest;
@@ -578,7 +578,7 @@ template <class T> struct Convolution {
   // Whether every pixel of a tile keeps the digits that its own window allows: an error of c u sum(|x| |w|), with u = 2^-24 and
   // c = max(16, 2 sqrt(9 channels)). Winograd sums only what lies in the window, but rounds an x in proportion to its channel's
   // largest weight, not to the one at its tap, which may be small or zero. With N the sum of the channels' largest weights:
-  //   its error is below ROUNDINGS u N m (three times that where all channels are alike), m the largest of the window's means
+  //   its error is below ROUNDINGS u N m (five times that where all channels are alike), m the largest of the window's means
   //     over the parts of what is largest in them;
   //   sum(|x| |w|) is about N sum_taps(share x), with x a number that every part reaches at that tap. Where only few channels
   //     are large their own weights may be small: then x may be what is largest, but two taps do not count.
