@@ -583,30 +583,36 @@ template <class T> struct Convolution {
   //   sum(|x| |w|) is about N sum_taps(share x), with x a number that every part reaches at that tap. Where only few channels
   //     are large their own weights may be small: then x may be what is largest, but two taps do not count.
   bool keeps_digits(const Item& item, const Tiling& t, Scalar limit, Element* largest) const {
+    using Vector = typename Compute<Scalar>::Vector;
     Element *const least = largest + t.pitch, *const mean = least + t.pitch;
-    for (int64_t i = 0; i < t.pitch; i++) {
-      Element low = largest[i], high = low, sum = low;
+    auto large = Vector{} != Vector{};
+    for (int64_t i = 0; i < t.pitch; i += N) {
+      Vector low = load(largest + i), high = low, sum = low;
       for (int part = 1; part < PARTS; part++) {
-        const Element x = largest[part * t.pitch + i];
+        const Vector x = load(largest + part * t.pitch + i);
         low = x < low ? x : low, high = x > high ? x : high, sum += x;
       }
-      if (!(sum <= limit)) return false;  // NaN as well
-      largest[i] = high, least[i] = low, mean[i] = sum / PARTS;
+      large |= ~(sum <= limit);  // NaN as well
+      store(largest + i, high), store(least + i, low), store(mean + i, sum / Scalar(PARTS));
     }
+    for (int k = 0; k < N; k++)
+      if (large[k]) return false;
     const Scalar enough = 1 + 2 * *std::max_element(shares, shares + 9);
-    for (int64_t row = 0; row < item.row_count; row++) {
-      int bad = 0;
-      for (int64_t j = 0; j < item.column_count; j++) {
-        Scalar of_least = 0, of_largest = 0, most = 0, most_mean = 0;
-        for (int y = 0; y < 3; y++)
-          for (int x = 0; x < 3; x++) {
-            const int64_t at = (row + y) * t.columns.length + j + x;
-            of_least += shares[3 * y + x] * least[at], of_largest += shares[3 * y + x] * largest[at];
-            most = largest[at] > most ? largest[at] : most, most_mean = mean[at] > most_mean ? mean[at] : most_mean;
-          }
-        bad |= !(of_least >= most_mean) & !(of_largest >= enough * most);
+    for (int64_t j = 0; j < item.column_count; j += N) {
+      auto bad = Vector{} != Vector{};
+      for (int64_t row = 0; row < item.row_count; row++) {
+        Vector of_least{}, of_largest{}, most{}, most_mean{};
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; tap++) {
+          const int64_t at = (row + tap / 3) * t.columns.length + j + tap % 3;
+          const Vector x = load(largest + at), m = load(mean + at);
+          of_least += shares[tap] * load(least + at), of_largest += shares[tap] * x;
+          most = x > most ? x : most, most_mean = m > most_mean ? m : most_mean;
+        }
+        bad |= ~((of_least >= most_mean) | (of_largest >= enough * most));
       }
-      if (bad) return false;
+      for (int k = 0; k < std::min<int64_t>(N, item.column_count - j); k++)
+        if (bad[k]) return false;
     }
     return true;
   }
