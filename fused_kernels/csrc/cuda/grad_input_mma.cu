@@ -10,7 +10,8 @@
 // i-th step: no two pixels in the same banks. At the end a lane holds channels of group i ^ p; as each pixel has a column of
 // its own, nothing is mixed.
 // A warp's pixels and the gradients that reach them are its own: no warp waits for another.
-// float32 is multiplied as float16: weights times a power of two for each input channel, gradients times one for each patch.
+// float32 is multiplied as float16: weights times a power of two for each output channel, gradients times what undoes it and a
+// power of two for each patch. A patch whose gradients are too far apart for that is gone through again for the smaller ones.
 // grad_input_mma_plan.cuh cuts the work.
 // Limit: shared memory, 128 bytes per clock; then the memory that the gradient is written to.
 // Previous rung: grad_input_gather.
@@ -22,45 +23,54 @@
 
 namespace fused_kernels {
 
+constexpr float kSmallestNormalF16 = 0x1p-14f;  // what is smaller has fewer digits
+constexpr int kPackRowsThreads = 256;
+
 // ---- the weights as operand A ----
 
 // Where a channel lies in its row, so that what a lane holds of two groups are neighbours: 16 e + 2 r + s at group 2 e + s.
 __device__ __forceinline__ int place_in_row(int channel) { return channel / 16 * 16 + channel % 2 * 8 + channel % 16 / 2; }
 
-// Packs operand A: [chunk][output channel][tap][place]. A block has eight input channels, one per warp, of all output channels.
+// Packs operand A: [chunk][output channel][tap][place]. A block has an output channel; the factor undoes its power of two.
 template <typename T, int CHUNK>
-__global__ void __launch_bounds__(kGroup* kWarpSize)
-    pack_rows_kernel(const T* weight, Strides4 strides, int in_channels, int out_channels, int kernel_w, int taps, uint16_t* rows,
+__global__ void __launch_bounds__(kPackRowsThreads)
+    pack_rows_kernel(const T* weight, Strides4 strides, int in_channels, int kernel_w, int taps, uint16_t* rows,
                      float* factors) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, channel = blockIdx.x * kGroup + warp;
-  const bool exists = channel < in_channels;
-  const T* const source = weight + channel * strides.of[1];
-  const int count = out_channels * taps;
+  const int output = blockIdx.x, padded = (in_channels + CHUNK - 1) / CHUNK * CHUNK;
+  const T* const source = weight + output * strides.of[0];
   const auto value = [&](int i) {
-    const int tap = i % taps;
-    return source[i / taps * strides.of[0] + tap / kernel_w * strides.of[2] + tap % kernel_w * strides.of[3]];
+    const int channel = i % padded, tap = i / padded;
+    if (channel >= in_channels) return T(0);
+    return source[channel * strides.of[1] + tap / kernel_w * strides.of[2] + tap % kernel_w * strides.of[3]];
   };
-  int exponent = 0;
+  float power = 1.0f;
   if constexpr (sizeof(T) == 4) {
+    __shared__ uint32_t largest;
+    if (threadIdx.x == 0) largest = 0;
+    __syncthreads();
     float most = 0.0f;
-    for (int i = lane; exists && i < count; i += kWarpSize) {
+    for (int i = threadIdx.x; i < taps * padded; i += kPackRowsThreads) {
       const float magnitude = fabsf(value(i));
       most = fmaxf(most, magnitude < kInfinity<float> ? magnitude : 0.0f);
     }
-    most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
-    if (most > 0.0f) exponent = exponent_for(most);
+    const uint32_t of_warp = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
+    if (threadIdx.x % kWarpSize == 0) atomicMax(&largest, of_warp);
+    __syncthreads();
+    const int exponent = largest > 0 ? exponent_for(__uint_as_float(largest)) : 0;
+    power = power_of_two(exponent);
+    if (threadIdx.x == 0) factors[output] = power_of_two(-exponent);
   }
-  if (lane == 0) factors[channel] = power_of_two(-exponent);
-  uint16_t* const target = rows + static_cast<int64_t>(channel / CHUNK) * count * CHUNK + place_in_row(channel % CHUNK);
-  for (int i = lane; i < count; i += kWarpSize) {
-    uint16_t bits = 0;
+  for (int i = threadIdx.x; i < taps * padded; i += kPackRowsThreads) {
+    const T v = value(i);
+    uint16_t bits;
     if constexpr (sizeof(T) == 4) {
-      if (exists) bits = static_cast<uint16_t>(ptx::pack_f16(value(i) * power_of_two(exponent), 0.0f));
+      bits = static_cast<uint16_t>(ptx::pack_f16(v * power, 0.0f));
     } else {
-      const T v = exists ? value(i) : T(0);
       bits = reinterpret_cast<const uint16_t&>(v);
     }
-    target[static_cast<int64_t>(i) * CHUNK] = bits;
+    const int channel = i % padded, tap = i / padded;
+    const int64_t row = (static_cast<int64_t>(channel / CHUNK) * gridDim.x + output) * taps + tap;
+    rows[row * CHUNK + place_in_row(channel % CHUNK)] = bits;
   }
 }
 
@@ -95,7 +105,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kRowBytes = Rows<CHUNK>::kBytes, kMatrices = Rows<CHUNK>::kMatrices;
   extern __shared__ __align__(128) char shared[];
-  __shared__ alignas(8) float channel_factors[CHUNK];  // undo the weights' powers of two, for float32
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
   const int taps = TAPS > 0 ? TAPS : plan.taps, rows_bytes = plan.out_channels * taps * kRowBytes;
   uint32_t* const row_of = reinterpret_cast<uint32_t*>(shared + rows_bytes) + warp * 2 * plan.reach_pixels;
@@ -105,7 +114,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t first_row = ptx::shared_address(shared);
   const char* const source = reinterpret_cast<const char*>(rows) + static_cast<int64_t>(blockIdx.y) * rows_bytes;
   for (int i = threadIdx.x * 16; i < rows_bytes; i += kThreads * 16) ptx::cp_async_16(first_row + i, source + i, true);
-  if (threadIdx.x < CHUNK) channel_factors[threadIdx.x] = factors[blockIdx.y * CHUNK + threadIdx.x];
   ptx::cp_async_wait_all();
   __syncthreads();
 
@@ -119,16 +127,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Its place in operand B is on the diagonal for one of four lanes.
   const uint32_t on_diagonal = q != r / 2 ? 0u : r % 2 == 0 ? 0xffffu : 0xffff0000u;
 
-  for (int patch = blockIdx.x * kWarps + warp; patch < plan.patches; patch += gridDim.x * kWarps) {
+  // A patch's float32 gradients come in bands: what one power of two brings to where float16 keeps all digits. Mostly the first
+  // band has all; the next one has what is below, and is added to what is stored.
+  float below = 0.0f;  // zero: a new patch
+  for (int patch = blockIdx.x * kWarps + warp; patch < plan.patches; patch += below > 0.0f ? 0 : gridDim.x * kWarps) {
     const int first_x = patch % plan.patches_across[1] * kPatchColumns;
     const int first_y = patch / plan.patches_across[1] % plan.patches_across[0] * kPatchRows;
     const int image = patch / plan.patches_across[1] / plan.patches_across[0];
+    const int64_t plane = static_cast<int64_t>(plan.input[0]) * plan.input[1];
     // ---- winners and gradients of the output pixels that reach the patch ----
     // Of each its winner's first row, and its gradient, twice, as an operand.
     const int top = first_y + plan.padding[0] - (plan.kernel[0] - 1) * plan.dilation[0];
     const int left = first_x + plan.padding[1] - (plan.kernel[1] - 1) * plan.dilation[1];
     const int64_t first_output = static_cast<int64_t>(image) * plan.output[0] * plan.output[1];
     const T* const first_grad = grad + image * plan.grad_strides[0];
+    const bool adds = below > 0.0f;
     float most = 0.0f;
     __syncwarp();
 #pragma unroll 4
@@ -138,11 +151,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                           static_cast<unsigned>(x) < static_cast<unsigned>(plan.output[1]);
       uint32_t row = 0, bits = 0;
       if (inside) {
-        row = winners[first_output + static_cast<int64_t>(y) * plan.output[1] + x] * (taps * kRowBytes);
+        const int winner = winners[first_output + static_cast<int64_t>(y) * plan.output[1] + x];
+        row = winner * (taps * kRowBytes);
         const T g = first_grad[y * plan.grad_strides[2] + x * plan.grad_strides[3]];
         if constexpr (kScaled) {
-          bits = __float_as_uint(g);
-          most = fmaxf(most, fabsf(g) < kInfinity<float> ? fabsf(g) : 0.0f);
+          const float scaled = g * __ldg(factors + winner);
+          if (!adds || fabsf(scaled) < below) bits = __float_as_uint(scaled);
+          const float magnitude = fabsf(__uint_as_float(bits));
+          most = fmaxf(most, magnitude < kInfinity<float> ? magnitude : 0.0f);
         } else {
           bits = reinterpret_cast<const uint16_t&>(g) * 0x10001u;
         }
@@ -155,10 +171,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
       const int exponent = bits > 0 ? exponent_for(__uint_as_float(bits)) : 0;
       back *= power_of_two(-exponent);
+      below = exponent < kLargestExponent ? kSmallestNormalF16 * power_of_two(-exponent) : 0.0f;
+      bool more = false;
       for (int i = lane; i < plan.reach_pixels; i += kWarpSize) {
-        const float g = __uint_as_float(gradient_of[i]) * power_of_two(exponent);
-        gradient_of[i] = ptx::pack_f16(g, g);
+        const float g = __uint_as_float(gradient_of[i]);
+        const bool waits = fabsf(g) < below;
+        more |= waits && g != 0.0f;
+        const float scaled = waits ? 0.0f : g * power_of_two(exponent);
+        gradient_of[i] = ptx::pack_f16(scaled, scaled);
       }
+      if (!__any_sync(0xffffffffu, more)) below = 0.0f;
     }
     __syncwarp();
 
@@ -212,21 +234,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       // ---- epilogue: scale and store ----
       // Channels 16 e + 2 r and the next, where e = m ^ q: of pixel 2q they are sums 0 and 2, of pixel 2q + 1 sums 3 and 1.
 #pragma unroll
-      for (int m = 0; m < kMatrices; ++m) {
-        float2 factor = make_float2(scale, scale);
-        if constexpr (kScaled) {
-          factor = *reinterpret_cast<const float2*>(channel_factors + (m ^ (q & (kMatrices - 1))) * 16 + 2 * r);
-          factor.x *= back, factor.y *= back;
-        }
+      for (auto& of_strip : sums) {
 #pragma unroll
-        for (auto& of_strip : sums) {
-          of_strip[m][0] *= factor.x, of_strip[m][3] *= factor.x;
-          of_strip[m][1] *= factor.y, of_strip[m][2] *= factor.y;
+        for (auto& of_matrix : of_strip) {
+#pragma unroll
+          for (float& sum : of_matrix) sum *= back;
         }
       }
-      const int64_t plane = static_cast<int64_t>(plan.input[0]) * plan.input[1];
       const int out_x = first_x + x, first_channel = blockIdx.y * CHUNK;
       const int64_t line = static_cast<int64_t>(first_y + y) * plan.input[1];
+      // Atomic because then no register waits for what is stored: nobody else adds to these elements.
+      const auto put = [&](T* to, float value) {
+        if constexpr (kScaled) {
+          if (adds) {
+            atomicAdd(to, value);
+            return;
+          }
+        }
+        *to = static_cast<T>(value);
+      };
       if (plan.channels_last) {
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
@@ -239,15 +265,15 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int m = 0; m < kMatrices; ++m) {
               const int channel = (m ^ (q & (kMatrices - 1))) * 16 + 2 * r;
               const float first = sums[strip][m][odd ? 3 : 0], second = sums[strip][m][odd ? 1 : 2];
-              if (plan.vectors && first_channel + channel < plan.in_channels) {
+              if (plan.vectors && !adds && first_channel + channel < plan.in_channels) {
                 if constexpr (kScaled) {
                   __stwb(reinterpret_cast<float2*>(to + channel), make_float2(first, second));
                 } else {
                   __stwb(reinterpret_cast<unsigned*>(to + channel), pack_pair<T>(first, second));
                 }
               } else {
-                if (first_channel + channel < plan.in_channels) to[channel] = static_cast<T>(first);
-                if (first_channel + channel + 1 < plan.in_channels) to[channel + 1] = static_cast<T>(second);
+                if (first_channel + channel < plan.in_channels) put(to + channel, first);
+                if (first_channel + channel + 1 < plan.in_channels) put(to + channel + 1, second);
               }
             }
           }
@@ -273,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             T* const to = output + (static_cast<int64_t>(image) * plan.in_channels + channel) * plane + line + out_x;
             const int column = column_of(2 * q, 0);
             // NOTE: __stwb, because nvcc merges plain stores of the two branches into one, of single elements.
-            if (plan.vectors) {
+            if (plan.vectors && !adds) {
               if (out_x + column >= plan.input[1]) continue;
               if constexpr (kScaled) {
                 __stwb(reinterpret_cast<float4*>(to + column),
@@ -285,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             } else {
 #pragma unroll
               for (int i = 0; i < 2 * kStrips; ++i) {
-                if (out_x + column + i < plan.input[1]) to[column + i] = static_cast<T>(values[i / 2][i % 2][e]);
+                if (out_x + column + i < plan.input[1]) put(to + column + i, values[i / 2][i % 2][e]);
               }
             }
           }
@@ -303,14 +329,13 @@ void launch_grad_input_mma(const GradInputMmaPlan& plan, int shared_bytes, const
   const int chunks = static_cast<int>(ceil_div(plan.in_channels, CHUNK)), device = grad.get_device_index();
   const int64_t rows_bytes = static_cast<int64_t>(chunks) * plan.out_channels * plan.taps * CHUNK * 2;
   const Tensor memory =
-      torch::stable::new_empty(weight, {rows_bytes + chunks * CHUNK * 4}, torch::headeronly::ScalarType::Byte);
+      torch::stable::new_empty(weight, {rows_bytes + plan.out_channels * 4}, torch::headeronly::ScalarType::Byte);
   uint16_t* const rows = static_cast<uint16_t*>(memory.data_ptr());
   float* const factors = reinterpret_cast<float*>(static_cast<char*>(memory.data_ptr()) + rows_bytes);
   const cudaStream_t stream = current_stream(grad);
   const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  pack_rows_kernel<T, CHUNK><<<chunks * CHUNK / kGroup, kGroup * kWarpSize, 0, stream>>>(
-      static_cast<const T*>(weight.data_ptr()), Strides4(strides), plan.in_channels, plan.out_channels, plan.kernel[1], plan.taps,
-      rows, factors);
+  pack_rows_kernel<T, CHUNK><<<plan.out_channels, kPackRowsThreads, 0, stream>>>(
+      static_cast<const T*>(weight.data_ptr()), Strides4(strides), plan.in_channels, plan.kernel[1], plan.taps, rows, factors);
   const auto kernel = grad_input_kernel<T, CHUNK, TAPS>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int blocks = std::max(multiprocessors(device) / chunks, 1);

@@ -16,7 +16,9 @@
 // Every sum has one owner and one order: the same bits every time.
 // NOTE: ldmatrix reads eight rows at once, and rows at the same place modulo 8 are in the same banks. So a step's pixels are
 // chosen by their place: the first eight have all eight places, as far as there are such pixels, and so do the second eight.
-// float32 is multiplied as float16, times powers of two that the largest values of a tile ask for.
+// float32 is multiplied as float16, times powers of two that the largest values of a tile ask for. A tile whose values are too
+// far apart for that comes in bands, one after the other through the same pipeline: the largest values, then the largest of
+// those left, until none are.
 // grad_weight_sorted_plan.cuh cuts the work.
 // Limit: shared memory, 128 bytes per clock.
 // Previous rung: grad_weight_private.
@@ -52,12 +54,16 @@ __device__ __forceinline__ Place place_of(const GradWeightSortedPlan& plan, int 
 
 // ---- float32's powers of two ----
 
-// Where a tile has other powers of two than the sums so far, these are multiplied by the quotient, but on the way up by no more
-// than 2^kMostRise: where small values follow large ones, the small values are multiplied by less.
-constexpr int kMostRise = 48;
+// Where a tile has other powers of two than the sums so far, these are multiplied by the quotient. Further than 2^kMostApart
+// from where they began, sums could leave float32's range: they are added up in memory, and others begin.
+constexpr int kMostApart = 32;
 constexpr int kNoExponent = INT32_MAX;  // of a tile of zeros
 // A power of two was right if the largest float16 is in [2^6, 2^14): here as bits.
 constexpr uint32_t kLeastSeen = 0x5400, kMostSeen = 0x7400;
+constexpr float kSmallestNormalF16 = 0x1p-14f;  // what is smaller has fewer digits
+// As float16 an input is off by 2^-11 of itself, or by 2^-25 if that is more: which is no more than 2^-20 of the largest of its
+// pixel's channels where one of them is as large as this.
+constexpr float kLargeEnough = 0x1p-5f;
 
 // The power of two for a tile's largest value; in steps of eight, so that most tiles have the same one. The largest value is
 // still at least 64.
@@ -68,14 +74,31 @@ __device__ __forceinline__ int common_exponent(float largest) {
 
 __device__ __forceinline__ float finite_magnitude(float value) { return fabsf(value) < kInfinity<float> ? fabsf(value) : 0.0f; }
 
+// Values that one power of two brings to where float16 keeps all their digits.
+struct Band {
+  int exponent;
+  float least, below;  // their magnitudes: from one to below the other. Below infinity: what is not finite, too
+
+  __device__ __forceinline__ Band(float largest, float below) : exponent(exponent_for(largest)), below(below) {
+    // The largest power of two takes what is left.
+    least = exponent < kLargestExponent ? kSmallestNormalF16 * power_of_two(-exponent) : 0.0f;
+  }
+  // A value times the power of two, or zero if another band has it.
+  __device__ __forceinline__ float operator()(float value) const {
+    const bool has = !(fabsf(value) < least) && (fabsf(value) < below || below == kInfinity<float>);
+    return has ? value * power_of_two(exponent) : 0.0f;
+  }
+};
+
 // ---- sort_kernel ----
 
-// Lists: [tile][entry]. Where each list begins, in steps: [tile][list], one more for the end. Sums for the bias:
-// [tile][channel].
+// Lists: [tile][entry]. The entries' exact gradients, only of tiles where float16 loses digits: likewise. Where each list
+// begins, in steps: [tile][list], one more for the end. A tile's exponent, times two, and one more if digits are lost. Sums for
+// the bias: [tile][channel].
 template <typename T>
 __global__ void __launch_bounds__(kSortThreads)
-    sort_kernel(const T* grad, Winners winners, uint32_t* entries, uint16_t* begins, int* exponents, float* bias_parts,
-                const __grid_constant__ GradWeightSortedPlan plan) {
+    sort_kernel(const T* grad, Winners winners, uint32_t* entries, float* exact, uint16_t* begins, int* exponents,
+                float* bias_parts, const __grid_constant__ GradWeightSortedPlan plan) {
   constexpr int kRounds = kMostPixels / kSortThreads;
   extern __shared__ __align__(128) char shared[];
   const int bins = plan.lists * kPlaces;
@@ -85,11 +108,11 @@ __global__ void __launch_bounds__(kSortThreads)
   int* const spare = in_bin + bins;                                                 // where a bin's surplus begins in the list's
   int* const first_round = spare + bins;                                            // a list's, in eights
   uint16_t* const before = reinterpret_cast<uint16_t*>(first_round + plan.lists + 1);  // [warp][bin]
-  __shared__ uint32_t largest;
+  __shared__ uint32_t largest, smallest;
 
   for (int i = threadIdx.x; i < plan.capacity; i += kSortThreads) sorted[i] = 0.0f, sorted_entries[i] = 0;
   for (int i = threadIdx.x; i < kSortWarps * bins; i += kSortThreads) before[i] = 0;
-  if (threadIdx.x == 0) largest = 0;
+  if (threadIdx.x == 0) largest = 0, smallest = __float_as_uint(kInfinity<float>);
   __syncthreads();
 
   // ---- count: which bin each pixel is in, and its rank there ----
@@ -99,7 +122,7 @@ __global__ void __launch_bounds__(kSortThreads)
   const int pixels = plan.tile[0] * plan.tile[1];
   float gradients[kRounds];
   int bin_of[kRounds], rank[kRounds], place[kRounds], column[kRounds];
-  float most = 0.0f;
+  float most = 0.0f, least = kInfinity<float>;
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) {
     const int pixel = (warp * kRounds + k) * kWarpSize + lane;
@@ -114,6 +137,7 @@ __global__ void __launch_bounds__(kSortThreads)
       column[k] = winner % kColumns;
       bin_of[k] = winner / kColumns * kPlaces + place[k] % kPlaces;
       most = fmaxf(most, finite_magnitude(gradients[k]));
+      if (gradients[k] != 0.0f) least = fminf(least, fabsf(gradients[k]));
     }
   }
 #pragma unroll
@@ -125,8 +149,11 @@ __global__ void __launch_bounds__(kSortThreads)
     if (bin_of[k] >= 0 && (same >> lane) == 1) *count += __popc(same);
     __syncwarp();
   }
-  const uint32_t of_warp = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
-  if (lane == 0) atomicMax(&largest, of_warp);
+  if constexpr (sizeof(T) == 4) {
+    const uint32_t most_of_warp = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
+    const uint32_t least_of_warp = __reduce_min_sync(0xffffffffu, __float_as_uint(least));
+    if (lane == 0) atomicMax(&largest, most_of_warp), atomicMin(&smallest, least_of_warp);
+  }
   __syncthreads();
 
   // ---- where bins and lists begin ----
@@ -171,7 +198,10 @@ __global__ void __launch_bounds__(kSortThreads)
   __syncthreads();
 
   // ---- place the pixels ----
-  const int exponent = sizeof(T) == 4 ? common_exponent(__uint_as_float(largest)) : 0;
+  // The power of two that neighbours have, too, if the smallest gradient lets it.
+  int exponent = common_exponent(__uint_as_float(largest));
+  const auto loses_digits = [&] { return __uint_as_float(smallest) * power_of_two(exponent) < kSmallestNormalF16; };
+  if (loses_digits()) exponent = exponent_for(__uint_as_float(largest));
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) {
     if (bin_of[k] < 0) continue;
@@ -207,7 +237,11 @@ __global__ void __launch_bounds__(kSortThreads)
   for (int list = threadIdx.x; list <= plan.lists; list += kSortThreads) {
     begins[static_cast<int64_t>(blockIdx.x) * (plan.lists + 1) + list] = static_cast<uint16_t>(first_round[list] / 2);
   }
-  if (threadIdx.x == 0) exponents[blockIdx.x] = largest > 0 ? exponent : kNoExponent;
+  if (threadIdx.x == 0) exponents[blockIdx.x] = largest > 0 ? exponent * 2 + loses_digits() : kNoExponent;
+  if (loses_digits()) {
+    float* const to = exact + static_cast<int64_t>(blockIdx.x) * plan.capacity;
+    for (int i = threadIdx.x; i < count; i += kSortThreads) to[i] = sorted[i];
+  }
   // The bias: for each of a list's eight columns, four lanes sum a quarter each.
   for (int list = warp; list < plan.lists; list += kSortWarps) {
     const int end = first_round[list + 1] * kPlaces;
@@ -226,6 +260,9 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // ---- sum_kernel ----
 
+// What a stage asks for: to add up the sums so far in memory first; to go on to the next tile after it.
+constexpr int kAddsUp = 2, kEndsTile = 1;
+
 // A place in the pipeline. Each stage has two barriers: one says that it is full, one that it is empty again.
 struct Stage {
   int index, phase;
@@ -235,10 +272,17 @@ struct Stage {
   }
 };
 
+// What a thread saw of an input tile: the largest magnitudes, two float16, and whether float16 lost digits that count.
+struct Seen {
+  uint32_t most = 0;
+  bool loses_digits = false;
+};
+
 // Stores eight channels of a pixel as operand A.
 template <typename T>
-__device__ __forceinline__ void put_group(const Raw<T>(&values)[8], float factor, uint32_t& most, char* target) {
+__device__ __forceinline__ void put_group(const Raw<T>(&values)[8], float factor, Seen& seen, char* target) {
   uint32_t packed[4];
+  [[maybe_unused]] uint32_t most = 0;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     const Raw<T> low = values[2 * c], high = values[2 * c + 1];
@@ -247,6 +291,13 @@ __device__ __forceinline__ void put_group(const Raw<T>(&values)[8], float factor
       most = ptx::max_magnitudes_f16(most, packed[c]);
     } else {
       packed[c] = low | static_cast<uint32_t>(high) << 16;
+    }
+  }
+  if constexpr (sizeof(T) == 4) {
+    seen.most = ptx::max_magnitudes_f16(seen.most, most);
+    if (__hblt2(reinterpret_cast<const __half2&>(most), __float2half2_rn(kLargeEnough))) {
+#pragma unroll
+      for (float value : values) seen.loses_digits |= value != 0.0f && fabsf(value * factor) < kSmallestNormalF16;
     }
   }
   *reinterpret_cast<uint4*>(target) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
@@ -274,15 +325,15 @@ struct InputTile {
   }
 };
 
-// Brings an input tile: [pixel][channel] in 16 bits, zeros in the padding. Gives the largest magnitude that it saw, of two
-// float16. Past the last pixel the last one is read again, so that a whole tile's loads have no conditions.
+// Brings an input tile: [pixel][channel] in 16 bits, zeros in the padding. Past the last pixel the last one is read again, so
+// that a whole tile's loads have no conditions.
 template <typename T, bool DENSE, bool WHOLE, class C>
-__device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, const GradWeightSortedPlan& plan, int thread,
-                                                float factor, char* target) {
+__device__ __forceinline__ Seen bring_input(const InputTile<T, C>& tile, const GradWeightSortedPlan& plan, int thread,
+                                            float factor, char* target) {
   const int pixels = plan.input_tile[0] * plan.input_tile[1];
   const int row_stride = static_cast<int>(plan.input_strides[2]), column_stride = static_cast<int>(plan.input_strides[3]);
   const int channel_stride = static_cast<int>(plan.input_strides[1]);
-  uint32_t most = 0;
+  Seen seen;
   // DENSE: eight threads have the same group of channels of eight neighbouring pixels; otherwise all threads have neighbouring
   // pixels. Both write to different banks.
   constexpr int kStride = DENSE ? C::kInputThreads / C::kGroups : C::kInputThreads;
@@ -332,50 +383,70 @@ __device__ __forceinline__ uint32_t bring_input(const InputTile<T, C>& tile, con
         const int pixel = first + k * kStride;
         if (pixel >= pixels) break;
 #pragma unroll
-        for (int r = 0; r < kRuns; ++r) put_group<T>(values[k][r], factor, most, to + pixel * C::kPixelBytes + r * 16);
+        for (int r = 0; r < kRuns; ++r) put_group<T>(values[k][r], factor, seen, to + pixel * C::kPixelBytes + r * 16);
       }
+    }
+  }
+  return seen;
+}
+
+// Brings a band of an input tile.
+template <typename T, class C>
+__device__ __forceinline__ void bring_band(const InputTile<T, C>& tile, const GradWeightSortedPlan& plan, int thread,
+                                           const Band& band, char* target) {
+  for (int i = thread; i < plan.input_tile[0] * plan.input_tile[1] * C::kGroups; i += C::kInputThreads) {
+    const int pixel = i / C::kGroups, first = i % C::kGroups * 8;
+    const int row = __umulhi(pixel, plan.width_inverse), column = pixel - row * plan.input_tile[1];
+    const Raw<T>* const source = tile.first + row * plan.input_strides[2] + column * plan.input_strides[3];
+    Raw<T> values[8] = {};
+    if (tile.has(plan, row, column)) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        if (first + c < tile.channels) values[c] = band(source[(first + c) * plan.input_strides[1]]);
+      }
+    }
+    Seen seen;
+    put_group<T>(values, 1.0f, seen, target + pixel * C::kPixelBytes + first * 2);
+  }
+}
+
+// Reads an input tile once more, for its largest value below a limit.
+template <typename T, class C>
+__device__ __forceinline__ float largest_below(float limit, const InputTile<T, C>& tile, const GradWeightSortedPlan& plan,
+                                               int thread) {
+  float most = 0.0f;
+  for (int pixel = thread; pixel < plan.input_tile[0] * plan.input_tile[1]; pixel += C::kInputThreads) {
+    const int row = __umulhi(pixel, plan.width_inverse), column = pixel - row * plan.input_tile[1];
+    if (!tile.has(plan, row, column)) continue;
+    const Raw<T>* source = tile.first + row * plan.input_strides[2] + column * plan.input_strides[3];
+    for (int c = 0; c < tile.channels; ++c, source += plan.input_strides[1]) {
+      const float magnitude = fabsf(*source);
+      most = fmaxf(most, magnitude < limit ? magnitude : 0.0f);
     }
   }
   return most;
 }
 
-// Reads an input tile once more, for its largest value that is finite.
-template <typename T, class C>
-__device__ __forceinline__ float largest_finite(const InputTile<T, C>& tile, const GradWeightSortedPlan& plan, int thread) {
-  float most = 0.0f;
-  for (int pixel = thread; pixel < plan.input_tile[0] * plan.input_tile[1]; pixel += C::kInputThreads) {
-    const int row = pixel / plan.input_tile[1], column = pixel % plan.input_tile[1];
-    if (!tile.has(plan, row, column)) continue;
-    const Raw<T>* const source = tile.first + row * plan.input_strides[2] + column * plan.input_strides[3];
-    for (int c = 0; c < tile.channels; ++c) most = fmaxf(most, finite_magnitude(source[c * plan.input_strides[1]]));
-  }
-  return most;
-}
-
 // Makes two entries two neighbours of operand B: their gradients if the column is this lane's, otherwise zero.
-template <typename T>
-__device__ __forceinline__ uint32_t operand_b(uint2 two, __half2 column, __half2 factor) {
-  uint32_t gradients = __byte_perm(two.x, two.y, 0x7632);
-  if constexpr (sizeof(T) == 4) {
-    const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(gradients), factor);
-    gradients = reinterpret_cast<const uint32_t&>(scaled);
-  }
+__device__ __forceinline__ uint32_t operand_b(uint2 two, __half2 column) {
+  const uint32_t gradients = __byte_perm(two.x, two.y, 0x7632);
   const uint32_t columns = __byte_perm(two.x, two.y, 0x5410) & (kColumns - 1) * (0x10001u << kColumnShift);
   return gradients & __heq2_mask(reinterpret_cast<const __half2&>(columns), column);
 }
 
-// Partial sums: [slice][tap][output channel][input channel].
+// Partial sums: [slice][output channels of a block][chunk][tap][list][16 input channels][lane][its four].
 template <typename T, bool DENSE>
 __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
-    sum_kernel(const T* input, const uint32_t* entries, const uint16_t* begins, const int* exponents, float* partial,
-               const __grid_constant__ GradWeightSortedPlan plan) {
+    sum_kernel(const T* input, const uint32_t* entries, const float* exact, const uint16_t* begins, const int* exponents,
+               float* partial, const __grid_constant__ GradWeightSortedPlan plan) {
   using C = Cut<T, DENSE>;
   extern __shared__ __align__(128) char shared[];
   const int input_bytes = plan.input_tile[0] * plan.input_tile[1] * C::kPixelBytes,
             stage_bytes = input_bytes + plan.capacity / kStep * kStepBytes;
   __shared__ uint16_t list_begins[kStages][kLists + 1];
-  __shared__ int stage_exponents[kStages];
+  __shared__ int stage_exponents[kStages];  // times four, with kAddsUp and kEndsTile
   __shared__ uint32_t largest[2];
+  __shared__ bool any_loses[2];
   __shared__ uint64_t barriers[2 * kStages];
   const int first_tap = blockIdx.y * kTaps, taps = min(plan.taps - first_tap, kTaps);
   const uint32_t first_barrier = ptx::shared_address(barriers);
@@ -388,6 +459,7 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
     }
     ptx::mbarrier_init_fence();
     largest[0] = largest[1] = 0;
+    any_loses[0] = any_loses[1] = false;
   }
   __syncthreads();
 
@@ -404,65 +476,130 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
     const int thread = threadIdx.x - kTaps * kWarpSize;
     const uint32_t n = lane / 4 << kColumnShift, both = n * 0x10001u;
     const __half2 column = reinterpret_cast<const __half2&>(both);
-    int exponent = sizeof(T) == 4 ? 8 : 0, turn = 0, least = 4 * kLargestExponent, total = 0;
+    int exponent = sizeof(T) == 4 ? 8 : 0, turn = 0;
+    // The largest number of all producers, and whether any of them lost digits.
+    const auto largest_of_all = [&](uint32_t bits, bool& loses_digits) {
+      bits = __reduce_max_sync(0xffffffffu, bits);
+      loses_digits = __any_sync(0xffffffffu, loses_digits);
+      if (lane == 0) {
+        atomicMax(&largest[turn], bits);
+        if (loses_digits) any_loses[turn] = true;
+      }
+      ptx::barrier_sync(1, C::kInputThreads);
+      bits = largest[turn], loses_digits = any_loses[turn];
+      turn ^= 1;
+      if (thread == 0) largest[turn] = 0, any_loses[turn] = false;
+      ptx::barrier_sync(1, C::kInputThreads);
+      return bits;
+    };
+    // The sums' exponent, and what it was after they were last added up in memory.
+    int total = 0, first_total = kNoExponent;
+    const auto announce = [&](int of_stage, bool ends_tile) {
+      const bool adds_up = first_total != kNoExponent && abs(of_stage - first_total) > kMostApart;
+      if (adds_up || first_total == kNoExponent) first_total = of_stage;
+      total = of_stage;
+      if (thread == 0) stage_exponents[stage.index] = total * 4 + (adds_up ? kAddsUp : 0) + (ends_tile ? kEndsTile : 0);
+    };
     for (int tile = begin; tile < end; ++tile) {
-      char* const target = shared + stage.index * stage_bytes;
       const uint16_t* const tile_begins = begins + static_cast<int64_t>(tile) * (plan.lists + 1) + first_list;
       const int steps = tile_begins[lists] - tile_begins[0];
       const uint32_t* const source = entries + static_cast<int64_t>(tile) * plan.capacity + tile_begins[0] * kStep;
-      ptx::mbarrier_wait(empty(stage), stage.phase ^ 1);
-      if (thread <= kLists) list_begins[stage.index][thread] = static_cast<uint16_t>(tile_begins[min(thread, lists)] - tile_begins[0]);
       const InputTile<T, C> input_tile(input, plan, place_of(plan, tile), chunk * C::kChunk);
+      const auto begin_stage = [&] {
+        ptx::mbarrier_wait(empty(stage), stage.phase ^ 1);
+        if (thread <= kLists) {
+          list_begins[stage.index][thread] = static_cast<uint16_t>(tile_begins[min(thread, lists)] - tile_begins[0]);
+        }
+        return shared + stage.index * stage_bytes;
+      };
+      const auto put_step = [&](char* target, int step, uint2 low, uint2 high, uint32_t entry) {
+        uint2* const operands = reinterpret_cast<uint2*>(target + input_bytes) + step * kWarpSize;
+        operands[lane] = make_uint2(operand_b(low, column), operand_b(high, column));
+        if (lane < kStep) {
+          uint32_t* const rows = reinterpret_cast<uint32_t*>(target + input_bytes + plan.capacity / kStep * kWarpSize * 8);
+          rows[step * kStep + lane] = (entry & ((1 << kColumnShift) - 1)) * C::kPixelBytes;
+        }
+      };
+      char* const target = begin_stage();
       const auto bring = [&] {
         const float factor = power_of_two(exponent);
         return input_tile.whole ? bring_input<T, DENSE, true>(input_tile, plan, thread, factor, target)
                                 : bring_input<T, DENSE, false>(input_tile, plan, thread, factor, target);
       };
-      uint32_t seen = bring();
+      Seen seen = bring();
       if constexpr (sizeof(T) == 4) {
         // The power of two was a guess, the last tile's. If it was wrong, bring the tile again.
-        const auto largest_of_all = [&](uint32_t bits) {
-          bits = __reduce_max_sync(0xffffffffu, bits);
-          if (lane == 0) atomicMax(&largest[turn], bits);
-          ptx::barrier_sync(1, C::kInputThreads);
-          bits = largest[turn];
-          turn ^= 1;
-          if (thread == 0) largest[turn] = 0;
-          ptx::barrier_sync(1, C::kInputThreads);
-          return bits;
+        bool loses_digits = seen.loses_digits, ignored = false;
+        uint32_t most = largest_of_all(max(seen.most & 0xffff, seen.most >> 16), loses_digits);
+        const auto largest_input = [&](float limit) {
+          return __uint_as_float(largest_of_all(__float_as_uint(largest_below(limit, input_tile, plan, thread)), ignored));
         };
-        seen = largest_of_all(max(seen & 0xffff, seen >> 16));
-        if (seen < kLeastSeen || seen >= kMostSeen) {
-          seen = largest_of_all(__float_as_uint(largest_finite(input_tile, plan, thread)));
-          const float most = __uint_as_float(seen);
-          if (most > 0.0f && common_exponent(most) != exponent) {
-            exponent = common_exponent(most);
-            bring();
+        if (most < kLeastSeen || most >= kMostSeen) {
+          const float value = largest_input(kInfinity<float>);
+          most = __float_as_uint(value);
+          if (value > 0.0f && common_exponent(value) != exponent) {
+            exponent = common_exponent(value);
+            seen = bring();
+            loses_digits = seen.loses_digits;
+            largest_of_all(0, loses_digits);
           }
         }
-      }
-      int excess = 0;
-      if constexpr (sizeof(T) == 4) {
-        if (const int of_gradients = exponents[tile]; of_gradients != kNoExponent && seen > 0) {
-          total = exponent + of_gradients;
-          least = min(least, total);
-          excess = max(total - least - kMostRise, 0);
-          total -= excess;
+        const int of_gradients = exponents[tile];
+        const bool adds = of_gradients != kNoExponent && most > 0;
+        if (adds && (loses_digits || of_gradients & 1)) {
+          // Each band of the inputs with each of the gradients, a stage for each two.
+          const auto gradient_at = [&](int i) {
+            if (of_gradients & 1) return __ldg(exact + (source - entries) + i);
+            return __half2float(__ushort_as_half(__ldg(source + i) >> 16)) * power_of_two(-(of_gradients >> 1));
+          };
+          const auto largest_gradient = [&](float limit) {
+            float largest = 0.0f;
+            for (int i = thread; i < steps * kStep; i += C::kInputThreads) {
+              const float magnitude = fabsf(gradient_at(i));
+              largest = fmaxf(largest, magnitude < limit ? magnitude : 0.0f);
+            }
+            return __uint_as_float(largest_of_all(__float_as_uint(largest), ignored));
+          };
+          Band inputs(largest_input(kInfinity<float>), kInfinity<float>);
+          while (true) {
+            const float next_input = largest_input(inputs.least);
+            Band gradients(largest_gradient(kInfinity<float>), kInfinity<float>);
+            while (true) {
+              const float next_gradient = largest_gradient(gradients.least);
+              char* const target = begin_stage();
+              bring_band(input_tile, plan, thread, inputs, target);
+              for (int step = thread / kWarpSize; step < steps; step += C::kInputWarps) {
+                const int i = step * kStep + lane % kStep;
+                const uint32_t entry = __ldg(source + i);
+                const uint32_t mine = ptx::pack_f16(0.0f, gradients(gradient_at(i))) | (entry & 0xffff);
+                uint32_t of_lane[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) of_lane[j] = __shfl_sync(0xffffffffu, mine, lane % 4 * 2 + j % 2 + j / 2 * 8);
+                put_step(target, step, make_uint2(of_lane[0], of_lane[1]), make_uint2(of_lane[2], of_lane[3]), entry);
+              }
+              announce(inputs.exponent + gradients.exponent, next_input == 0.0f && next_gradient == 0.0f);
+              ptx::mbarrier_arrive(full(stage));
+              stage.advance();
+              if (next_gradient == 0.0f) break;
+              gradients = Band(next_gradient, gradients.least);
+            }
+            if (next_input == 0.0f) break;
+            inputs = Band(next_input, inputs.least);
+          }
+          continue;
         }
-        if (thread == 0) stage_exponents[stage.index] = total;
+        if (adds) {
+          announce(exponent + (of_gradients >> 1), true);
+        } else if (thread == 0) {
+          stage_exponents[stage.index] = total * 4 + kEndsTile;
+        }
       }
       // The lists, in the order in which the tensor cores read them.
-      const __half2 factor = __float2half2_rn(power_of_two(-min(excess, kLargestExponent)));
 #pragma unroll 4
       for (int step = thread / kWarpSize; step < steps; step += C::kInputWarps) {
         const uint2* const four = reinterpret_cast<const uint2*>(source + step * kStep) + lane % 4;
         const uint2 low = __ldg(four), high = __ldg(four + 4);
-        uint2* const operands = reinterpret_cast<uint2*>(target + input_bytes) + step * kWarpSize;
-        operands[lane] = make_uint2(operand_b<T>(low, column, factor), operand_b<T>(high, column, factor));
-        if (lane < kStep) {
-          uint32_t* const rows = reinterpret_cast<uint32_t*>(target + input_bytes + plan.capacity / kStep * kWarpSize * 8);
-          rows[step * kStep + lane] = (__ldg(source + step * kStep + lane) & ((1 << kColumnShift) - 1)) * C::kPixelBytes;
-        }
+        put_step(target, step, low, high, lane < kStep ? __ldg(source + step * kStep + lane) : 0);
       }
       ptx::cp_async_wait_all();
       ptx::mbarrier_arrive(full(stage));
@@ -475,24 +612,51 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
   // ---- consumers: one tap per warp ----
   float sums[kLists][C::kChunk / 16][4] = {};
   int exponent = 0;
+  // Adds the sums to this block's in memory, if it has any there.
+  bool is_stored = false;
+  float* const target = partial + (static_cast<int64_t>(blockIdx.x) * plan.taps + first_tap + warp) * C::kSums + lane * 4;
+  const auto put = [&] {
+    const float back = power_of_two(-exponent / 2), rest = power_of_two(-(exponent - exponent / 2));
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) {
+      if (i >= lists) break;
+#pragma unroll
+      for (int m = 0; m < C::kChunk / 16; ++m) {
+        float* const at = target + (i * C::kChunk / 16 + m) * 4 * kWarpSize;
+        const float(&sum)[4] = sums[i][m];
+        float4 all = is_stored ? *reinterpret_cast<const float4*>(at) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        all.x += sum[0] * back * rest, all.y += sum[1] * back * rest;
+        all.z += sum[2] * back * rest, all.w += sum[3] * back * rest;
+        *reinterpret_cast<float4*>(at) = all;
+      }
+    }
+    is_stored = true;
+  };
   const int slot = lane % 8 + lane / 16 * 8;  // the pixel whose row this lane gives to ldmatrix
   const uint32_t shift = plan.tap_offset[first_tap + warp] + lane / 8 % 2 * 16;
-  for (int tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < end;) {
     const char* const inputs = shared + stage.index * stage_bytes;
     const uint2* operand = reinterpret_cast<const uint2*>(inputs + input_bytes) + lane;
     const uint2* const first_operand = operand;
     const uint32_t* row_of = reinterpret_cast<const uint32_t*>(inputs + input_bytes + plan.capacity / kStep * kWarpSize * 8) + slot;
     const uint32_t first_row = ptx::shared_address(inputs) + shift;
     ptx::mbarrier_wait(full(stage), stage.phase);
-    const int change = sizeof(T) == 4 ? stage_exponents[stage.index] - exponent : 0;
+    const int announced = sizeof(T) == 4 ? stage_exponents[stage.index] : kEndsTile;
+    if (announced & kEndsTile) ++tile;
+    const int change = sizeof(T) == 4 ? (announced >> 2) - exponent : 0;
     if (change != 0) {
+      float first = power_of_two(change / 2);  // or zero: no branch has fewer registers
+      if (announced & kAddsUp) {
+        put();
+        first = 0.0f;
+      }
       exponent += change;
 #pragma unroll
       for (auto& of_list : sums) {
 #pragma unroll
         for (auto& of_matrix : of_list) {
 #pragma unroll
-          for (float& sum : of_matrix) sum = sum * power_of_two(change / 2) * power_of_two(change - change / 2);
+          for (float& sum : of_matrix) sum = sum * first * power_of_two(change - change / 2);
         }
       }
     }
@@ -520,38 +684,26 @@ __global__ void __launch_bounds__(Cut<T, DENSE>::kThreads, 1)
     stage.advance();
   }
 
-  // ---- epilogue: store this block's sums ----
-  const float back = power_of_two(-exponent / 2), rest = power_of_two(-(exponent - exponent / 2));
-  const int padded = plan.chunks * C::kChunk;
-  float* const target = partial + (static_cast<int64_t>(slice) * plan.taps + first_tap + warp) * plan.out_channels * padded + chunk * C::kChunk;
-#pragma unroll
-  for (int i = 0; i < kLists; ++i) {
-#pragma unroll
-    for (int m = 0; m < C::kChunk / 16; ++m) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int output = (first_list + i) * kColumns + lane % 4 * 2 + k % 2, channel = m * 16 + lane / 4 + k / 2 * 8;
-        if (output < plan.out_channels) target[static_cast<int64_t>(output) * padded + channel] = sums[i][m][k] * back * rest;
-      }
-    }
-  }
+  put();
 }
 
 // ---- reduce_kernel ----
 
-// Adds the slices' sums: one thread per weight.
-template <typename T>
+// Adds the slices' sums: one thread per weight, in the order of sum_kernel's lanes.
+template <typename T, class C>
 __global__ void __launch_bounds__(256)
-    reduce_kernel(const float* partial, float scale, T* grad_weight, int padded,
-                  const __grid_constant__ GradWeightSortedPlan plan) {
-  const int64_t count = static_cast<int64_t>(plan.taps) * plan.out_channels * padded;
+    reduce_kernel(const float* partial, float scale, T* grad_weight, const __grid_constant__ GradWeightSortedPlan plan) {
+  const int64_t count = static_cast<int64_t>(plan.chunks) * plan.ranges * plan.taps * C::kSums;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int channel = i % padded;
-  if (i >= count || channel >= plan.in_channels) return;
+  if (i >= count) return;
+  const int k = i % 4, lane = i / 4 % kWarpSize, in_block = i % C::kSums / (4 * kWarpSize), block = i / C::kSums / plan.taps;
+  const int list = block / plan.chunks * kLists + in_block / (C::kChunk / 16), m = in_block % (C::kChunk / 16);
+  const int64_t output = list * kColumns + lane % 4 * 2 + k % 2, tap = i / C::kSums % plan.taps;
+  const int channel = block % plan.chunks * C::kChunk + m * 16 + lane / 4 + k / 2 * 8;
+  if (output >= plan.out_channels || channel >= plan.in_channels) return;
   float sum = 0.0f;
 #pragma unroll 8
   for (int slice = 0; slice < plan.slices; ++slice) sum += partial[slice * count + i];
-  const int64_t output = i / padded % plan.out_channels, tap = i / padded / plan.out_channels;
   grad_weight[(output * plan.in_channels + channel) * plan.taps + tap] = static_cast<T>(sum * scale);
 }
 
@@ -584,32 +736,34 @@ void launch_grad_weight_sorted(GradWeightSortedPlan plan, const Tensor& grad, co
 
   // Workspace, all parts multiples of 16 bytes.
   const auto rounded = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
-  const int64_t padded = static_cast<int64_t>(plan.chunks) * C::kChunk, sums = plan.taps * plan.out_channels * padded;
-  const int64_t sizes[] = {rounded(tiles * plan.capacity * 4), rounded(tiles * (plan.lists + 1) * 2), rounded(tiles * 4),
+  const int64_t sums = static_cast<int64_t>(plan.chunks) * plan.ranges * plan.taps * C::kSums;
+  const int64_t sizes[] = {rounded(tiles * plan.capacity * 4),     rounded(sizeof(T) == 4 ? tiles * plan.capacity * 4 : 0),
+                           rounded(tiles * (plan.lists + 1) * 2),  rounded(tiles * 4),
                            rounded(tiles * plan.out_channels * 4), rounded(plan.slices * sums * 4)};
   int64_t bytes = 0;
   for (int64_t size : sizes) bytes += size;
   const Tensor memory = torch::stable::new_empty(input, {bytes}, torch::headeronly::ScalarType::Byte);
   char* next = static_cast<char*>(memory.data_ptr());
-  char* parts[5];
-  for (int i = 0; i < 5; ++i) parts[i] = next, next += sizes[i];
+  char* parts[6];
+  for (int i = 0; i < 6; ++i) parts[i] = next, next += sizes[i];
   const auto entries = reinterpret_cast<uint32_t*>(parts[0]);
-  const auto begins = reinterpret_cast<uint16_t*>(parts[1]);
-  const auto exponents = reinterpret_cast<int*>(parts[2]);
-  const auto bias_parts = reinterpret_cast<float*>(parts[3]), partial = reinterpret_cast<float*>(parts[4]);
+  const auto exact = reinterpret_cast<float*>(parts[1]);
+  const auto begins = reinterpret_cast<uint16_t*>(parts[2]);
+  const auto exponents = reinterpret_cast<int*>(parts[3]);
+  const auto bias_parts = reinterpret_cast<float*>(parts[4]), partial = reinterpret_cast<float*>(parts[5]);
 
   const cudaStream_t stream = current_stream(input);
   const int bins = plan.lists * kPlaces;
   const int sort_bytes = plan.capacity * 8 + bins * 8 + (plan.lists + 1) * 4 + kSortWarps * bins * 2;
   STD_CUDA_CHECK(cudaFuncSetAttribute(sort_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sort_bytes));
-  sort_kernel<T><<<plan.tiles, kSortThreads, sort_bytes, stream>>>(static_cast<const T*>(grad.data_ptr()), winners_in(winners),
-                                                                  entries, begins, exponents, bias_parts, plan);
+  sort_kernel<T><<<plan.tiles, kSortThreads, sort_bytes, stream>>>(
+      static_cast<const T*>(grad.data_ptr()), winners_in(winners), entries, exact, begins, exponents, bias_parts, plan);
   const auto kernel = sum_kernel<T, DENSE>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   kernel<<<dim3(plan.chunks * plan.ranges * plan.slices, tap_sets), C::kThreads, shared_bytes, stream>>>(
-      static_cast<const T*>(input.data_ptr()), entries, begins, exponents, partial, plan);
-  reduce_kernel<T><<<grid_size(ceil_div(sums, 256)), 256, 0, stream>>>(
-      partial, scale, static_cast<T*>(grad_weight.data_ptr()), static_cast<int>(padded), plan);
+      static_cast<const T*>(input.data_ptr()), entries, exact, begins, exponents, partial, plan);
+  reduce_kernel<T, C><<<grid_size(ceil_div(sums, 256)), 256, 0, stream>>>(partial, scale,
+                                                                          static_cast<T*>(grad_weight.data_ptr()), plan);
   reduce_bias_kernel<T><<<grid_size(plan.out_channels), 256, 0, stream>>>(
       bias_parts, scale, static_cast<T*>(grad_bias.data_ptr()), plan.tiles, plan.out_channels);
 }

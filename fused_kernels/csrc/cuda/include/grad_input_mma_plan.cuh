@@ -71,7 +71,7 @@ inline GradInputMmaCandidate plan_grad_input_mma(const ConvShape& shape, const T
 
   // The weights of 64 input channels, or of 32.
   const auto bytes = [&](int64_t chunk) {
-    return plan.out_channels * plan.taps * chunk * 2 + int64_t{kWarps} * plan.reach_pixels * 8 + chunk * 4;
+    return plan.out_channels * plan.taps * chunk * 2 + int64_t{kWarps} * plan.reach_pixels * 8;
   };
   const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, grad.get_device_index());
   const bool narrow = shape.in_channels <= 32 || bytes(64) > available;

@@ -28,6 +28,7 @@ struct Cut {
   static constexpr int kPixelBytes = kChunk * 2 + 16;  // padded so that places modulo 8 are different banks
   static constexpr int kInputWarps = kCopies ? 3 : 11, kInputThreads = kInputWarps * kWarpSize;
   static constexpr int kThreads = kTaps * kWarpSize + kInputThreads;
+  static constexpr int kSums = kLists * kColumns * kChunk;  // of a tap
 };
 
 // ---- the plan ----
