@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (float& sum : of_matrix) sum *= back;
         }
       }
+      T* const first_pixel = output + image * plane * plan.in_channels;
       const int out_x = first_x + x, first_channel = blockIdx.y * CHUNK;
       const int64_t line = static_cast<int64_t>(first_y + y) * plan.input[1];
       // Atomic because then no register waits for what is stored: nobody else adds to these elements.
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int odd = 0; odd < 2; ++odd) {
             const int column = out_x + column_of(2 * q + odd, strip);
             if (column >= plan.input[1]) continue;
-            T* const to = output + (image * plane + line + column) * plan.in_channels + first_channel;
+            T* const to = first_pixel + (line + column) * plan.in_channels + first_channel;
 #pragma unroll
             for (int m = 0; m < kMatrices; ++m) {
               const int channel = (m ^ (q & (kMatrices - 1))) * 16 + 2 * r;
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int e = 0; e < kMatrices; ++e) {
             const int channel = first_channel + e * 16 + 2 * r + s;
             if (channel >= plan.in_channels) continue;
-            T* const to = output + (static_cast<int64_t>(image) * plan.in_channels + channel) * plane + line + out_x;
+            T* const to = first_pixel + channel * plane + line + out_x;
             const int column = column_of(2 * q, 0);
             // NOTE: __stwb, because nvcc merges plain stores of the two branches into one, of single elements.
             if (plan.vectors && !adds) {
