@@ -20,8 +20,8 @@ class Promise(NamedTuple):
     allowed : Tensor
         How far a result may be from it.
     may_overflow : Tensor
-        Where sums of finite numbers may leave the range in which they are made: there an infinite sum, or the channel that wins
-        instead, is no error.
+        Where sums of finite numbers may leave the range in which they are made: there a result need not be finite, and the
+        channel that float64 chooses may have lost to a larger one.
     """
 
     target: torch.Tensor
@@ -37,7 +37,8 @@ class Promise(NamedTuple):
         info, result = torch.finfo(result.dtype), result.detach().cpu()
         limit = info.max * (1 + info.eps / 4)
         found, target = (values.double().clamp(-limit, limit) for values in (result, self.target))
-        shares = torch.where(self.may_overflow, 0.0, (found - target).abs() / self.allowed)
+        excused = self.may_overflow & (~result.isfinite() | (found > target))
+        shares = torch.where(excused, 0.0, (found - target).abs() / self.allowed)
         special = ~self.target.isfinite()
         same = (result == self.target) | (result.isnan() & self.target.isnan())
         return torch.where(special, torch.where(same, 0.0, math.inf), shares.nan_to_num(nan=math.inf, posinf=math.inf))
