@@ -100,7 +100,7 @@ def _check_grad_input_mma(name, problem, hardware):
         return f"{name} counts rows and columns in 32 bits, chunks of channels in 16"
     # The weights of 32 input channels, and what each of 20 warps works on.
     tile = (4 + (kernel_h - 1) * problem.dilation[0]) * (32 + (kernel_w - 1) * problem.dilation[1])
-    if out_channels * problem.taps * 64 + 20 * tile * 8 + 128 > hardware.shared_bytes:
+    if out_channels * problem.taps * 64 + 20 * tile * 8 > hardware.shared_bytes:
         return f"{name} has no room in shared memory for {out_channels} channels of {problem.taps} weights"
     return None
 

@@ -1,4 +1,4 @@
-"""No pixel of a fused convolution pays for its neighbours: every kernel, at each pixel, within the bound of its own window."""
+"""No pixel of a fused convolution pays for its neighbours: of kernels that promise it, each keeps its own window's bound."""
 
 import math
 
