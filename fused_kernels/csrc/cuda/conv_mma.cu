@@ -14,13 +14,15 @@
 // by cp.async; everything else passes through registers, which transposes and converts. The grid is persistent.
 // float32 is computed with float16 operands: the same 10-bit mantissa as TF32, rounded to nearest, at twice TF32's rate. One
 // power of two per tile and one per output channel keep the largest values inside float16's range: the device notices a tile
-// that leaves it, and reads it again. What a small value next to a large one loses is at most 2^-31 of the largest in its tile.
+// that leaves it, and reads it again. It also notices results so small, beside the largest values of their tile, that they may
+// have lost digits: at the end those are made again, with powers of their own (again.cuh).
 // conv_mma_plan.h cuts the work.
 // Limit: mma.sync, which reaches two thirds of the rate that wgmma gets out of Hopper's tensor cores.
 // Previous rung: conv_direct.
 
-#include "implicit_gemm.cuh"
+#include "again.cuh"
 #include "conv_mma_plan.h"
+#include "implicit_gemm.cuh"
 #include "parts.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
@@ -34,8 +36,6 @@ using namespace mma;
 // ---- constants ----
 
 constexpr int kRowPadding = 16;  // bytes after a pixel's channels; makes the pitch an odd multiple of 16
-// Powers of two up to this can multiply those of the weights without leaving float32's range.
-constexpr int kExactExponent = 12;
 
 // Where the chip has bulk copies, one instruction of one thread brings a stage of weights.
 #if __CUDA_ARCH__ >= 900
@@ -43,6 +43,21 @@ constexpr bool kBulkCopies = true;
 #else
 constexpr bool kBulkCopies = false;
 #endif
+
+// ---- how the weights are packed ----
+
+// A lane of mma.sync holds four registers of a pair of operand B's matrices: a column and two neighbouring k in each.
+struct LaneOrder {
+  static constexpr int kParts = 1;
+  __device__ static int column(int word) { return word % 4 / 2 * 8 + word / 16; }
+  __device__ static int k(int word) { return word % 2 * 8 + word / 4 % 4 * 2; }
+  __device__ static int word(int lane, int i) { return lane * 4 + i; }
+  // First the columns' powers of two and biases in turn, then their own factors at the same distances.
+  struct Places {
+    int bias, factor, own;
+  };
+  __device__ static Places places(int columns, int column) { return {column * 2 + 1, column * 2, (columns + column) * 2}; }
+};
 
 // ---- producers: the input tile ----
 
@@ -250,7 +265,7 @@ __device__ __forceinline__ int* columns_of(const ConvMmaPlan& plan, int result, 
 template <typename T, class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     conv_mma_kernel(const Raw<T>* input, const uint4* weights, const float* constants, T* output, float* partial,
-                    const __grid_constant__ ConvMmaPlan plan) {
+                    const __grid_constant__ ConvMmaPlan plan, const __grid_constant__ WindowPlan window_plan) {
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kStepVectors = C::kStepBytes / 16;
 
@@ -262,6 +277,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   InputPixel* const input_table = reinterpret_cast<InputPixel*>(inputs + kInputBuffers * input_bytes);
   int* const step_table = reinterpret_cast<int*>(input_table + plan.input_tile_pixels);
   __shared__ float minima[kResults][C::WARPS_N][C::BLOCK_M];
+  __shared__ float largest_factors[kResults][C::WARPS_N];  // that undo powers of two
+  __shared__ uint32_t doubts[kDoubts / 32];                // this block's tiles with results to make again
   __shared__ uint32_t largest[2][kInputWarps];
   __shared__ int lane_table[C::kMathThreads];
   // Of each input tile; a change: from the item before, where both are summed together.
@@ -293,6 +310,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     const int m = warp / C::WARPS_N * C::M_TILES * 16 + threadIdx.x % 16;
     lane_table[threadIdx.x] = input_row(plan, m) + threadIdx.x % kWarpSize / 16 * 16;
   }
+  if (kScaled && threadIdx.x < kDoubts / 32) doubts[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(weight_ring.full(i), kBulkCopies ? 1 : kWarpSize);
@@ -313,6 +331,33 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   const int items = plan.pieces * plan.chunks;
   // One item and one group: an input tile serves all the output channels.
   const bool keep_input = items == 1 && plan.groups == 1;
+
+  const auto pixel_of = [&](const Tile& tile, int m) {
+    OutputPixel pixel;
+    place(plan, m, pixel.image, pixel.row, pixel.column);
+    pixel.image += tile.image(), pixel.row += tile.row(), pixel.column += tile.column();
+    return pixel;
+  };
+  const auto doubt_of = [&](int tile) { return tile / gridDim.x % kDoubts; };
+  const auto exists = [&](const OutputPixel& pixel) {
+    return pixel.image < plan.images && pixel.row < plan.output[0] && pixel.column < plan.output[1];
+  };
+  const auto put = [&](const OutputPixel& at, float smallest, [[maybe_unused]] int column) {
+    const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
+    const int64_t pixel = at.image * plane + static_cast<int64_t>(at.row) * plan.output[1] + at.column;
+    if constexpr (kWinners) {
+      // Past a group's last channel its weights were repeated.
+      const int block_n = column / C::BLOCK_N, in_group = block_n % plan.blocks_n * C::BLOCK_N + column % C::BLOCK_N;
+      const int winner = block_n / plan.blocks_n * plan.out_channels + min(in_group, plan.out_channels - 1);
+      plan.winners.put(blockIdx.y * plan.images * plane + pixel, winner);
+    }
+    if (!plan.scale_first) smallest *= plan.factor;
+    if (plan.splits == 1) {
+      output[pixel] = static_cast<T>(smallest);
+    } else {
+      partial[blockIdx.y * plan.images * plane + pixel] = smallest;
+    }
+  };
 
   // ---- producer: weights ----
   if (warp == C::kMathWarps) {
@@ -370,33 +415,30 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       result_ring.wait_full();
       // NOTE: kept from tile to tile, the place was spilled (nvcc 13.0, sm_80).
       if constexpr (kWinners) done.locate();
+      float enough = 0.0f;
+      bool doubtful = false;
+      if constexpr (kScaled) {
+        for (float factor : largest_factors[result_ring.slot]) enough = fmaxf(enough, factor);
+        enough *= least_result(false, plan.in_channels * window_plan.order.kernel[0] * window_plan.order.kernel[1]);
+      }
 #pragma unroll 1
       for (int m = thread; m < C::BLOCK_M; m += kInputThreads) {
         float smallest = minima[result_ring.slot][0][m];
 #pragma unroll
         for (int w = 1; w < C::WARPS_N; ++w) smallest = min_nan(smallest, minima[result_ring.slot][w][m]);
-        int image, row, column;
-        place(plan, m, image, row, column);
-        image += done.image(), row += done.row(), column += done.column();
-        if (image >= plan.images || row >= plan.output[0] || column >= plan.output[1]) continue;
-        const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
-        const int64_t pixel = image * plane + static_cast<int64_t>(row) * plan.output[1] + column;
+        const OutputPixel pixel = pixel_of(done, m);
+        if (!exists(pixel)) continue;
+        // A NaN counts where weights are infinite: what times infinity is NaN may have been no zero.
+        if (kScaled) doubtful |= fabsf(smallest) < enough || (enough == kInfinity<float> && smallest != smallest);
+        int column = 0;
         if constexpr (kWinners) {
           int share = 0;  // the first whose minimum it is
           while (share + 1 < C::WARPS_N && !same_bits(minima[result_ring.slot][share][m], smallest)) ++share;
-          // Past a group's last channel its weights were repeated.
-          const int column = columns_of<C>(plan, result_ring.slot, share)[m], block_n = column / C::BLOCK_N;
-          const int in_group = block_n % plan.blocks_n * C::BLOCK_N + column % C::BLOCK_N;
-          const int winner = block_n / plan.blocks_n * plan.out_channels + min(in_group, plan.out_channels - 1);
-          plan.winners.put(blockIdx.y * plan.images * plane + pixel, winner);
+          column = columns_of<C>(plan, result_ring.slot, share)[m];
         }
-        if (!plan.scale_first) smallest *= plan.factor;
-        if (plan.splits == 1) {
-          output[pixel] = static_cast<T>(smallest);
-        } else {
-          partial[blockIdx.y * plan.images * plane + pixel] = smallest;
-        }
+        put(pixel, smallest, column);
       }
+      if (kScaled && doubtful) atomicOr(&doubts[doubt_of(done.index) / 32], 1u << doubt_of(done.index) % 32);
       result_ring.advance();
       done.advance();
     };
@@ -422,7 +464,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
               plan.vectors ? loader.template find_largest_finite<true>() : loader.template find_largest_finite<false>();
               most = fmaxf(largest_summed, largest_of_all());
               if (!fits(most)) {
-                exponent = exponent_for(most);
+                exponent = even_exponent_for(most);
                 loader.begin(tile, block_n / plan.blocks_n, item);
                 loader.fill(buffer, power_of_two(exponent));
               }
@@ -447,6 +489,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     }
     while (done.exists()) store_results();
     ptx::cp_async_wait_all();
+    if (kScaled) ptx::barrier_sync(2, C::kMathThreads + kInputThreads);
     return;
   }
 
@@ -550,8 +593,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       constant = my_constants();
       // A scale that makes NaN of some channels multiplies each channel's value, and so does a channel's own factor; and a power
       // of two whose product with the weights' may leave float32's range.
-      const float back = power_of_two(-exponent);
-      const bool apart = plan.scale_first || abs(exponent) > kExactExponent;
+      const float root = power_of_two(-exponent / 2), back = root * root;
+      const bool apart = plan.scale_first || abs(exponent) > kMostJoined;
+      float largest_factor = 0.0f;
 #pragma unroll
       for (int j = 0; j < C::N_TILES; ++j) {
         float4 two = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
@@ -563,12 +607,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           for (int i = 0; i < C::M_TILES; ++i) {
 #pragma unroll
             for (int h = 0; h < 4; ++h) {
-              sums[i][j][h] = fmaf(sums[i][j][h] * back, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) *
+              sums[i][j][h] = scale_back(sums[i][j][h], root, h % 2 == 0 ? two.x : two.z, h % 2 == 0 ? two.y : two.w) *
                               (h % 2 == 0 ? own.x : own.z);
             }
           }
+          if (kScaled) largest_factor = fmaxf(largest_factor, fmaxf(fabsf(two.x * own.x), fabsf(two.z * own.z)));
           two = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
         } else {
+          if (kScaled) largest_factor = fmaxf(largest_factor, fmaxf(fabsf(two.x), fabsf(two.z)));
           two.x *= back, two.z *= back;
         }
 #pragma unroll
@@ -600,40 +646,63 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           if (lane % 4 == 0) smallest = block_n == first_n ? low[i][h] : min_nan(smallest, low[i][h]);
         }
       }
+      if constexpr (kScaled) {
+        // Past the largest exponent there is nothing to gain.
+        largest_factor *= exponent < kLargestExponent ? back : kSmallestNormal;
+        largest_factor = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest_factor)));
+        float& of_result = largest_factors[result][warp_n];
+        if (warp_m == 0 && lane == 0) of_result = block_n == first_n ? largest_factor : fmaxf(of_result, largest_factor);
+      }
     }
 
     ptx::mbarrier_arrive(result_ring.full(n % kResults));
   }
+
+  // ---- consumers: results with too few digits, again ----
+  if constexpr (kScaled) {
+    // All results are where they belong.
+    ptx::barrier_sync(2, C::kMathThreads + kInputThreads);
+    // As for the input's warps: this SM's cache may hold what was there before.
+    bool any = false;
+    for (uint32_t bits : doubts) any |= bits != 0;
+    if (!any) return;
+    __threadfence();
+    const int lane = ptx::thread_index() % kWarpSize;
+    for (Tile tile(plan); tile.exists(); tile.advance()) {
+      if ((doubts[doubt_of(tile.index) / 32] >> doubt_of(tile.index) % 32 & 1) == 0) continue;
+#pragma unroll 1
+      for (int first = ptx::thread_index() / kWarpSize * 16; first < C::BLOCK_M; first += C::kMathWarps * 16) {
+        const OutputPixel pixels[2] = {pixel_of(tile, first + lane / 4), pixel_of(tile, first + lane / 4 + 8)};
+        Smallest results[2];
+        Again<LaneOrder, C::BLOCK_N>{window_plan, reinterpret_cast<const float*>(input),
+                                     reinterpret_cast<const uint32_t*>(weights), constants, pixels, lane}
+            .run(first_n, end_n, results);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (lane % 4 == 0 && exists(pixels[h])) put(pixels[h], results[h].value, results[h].column);
+        }
+      }
+    }
+  }
 }
 
-// ---- host: how the weights are packed, launch ----
-
-// A lane of mma.sync holds four registers of a pair of operand B's matrices: a column and two neighbouring k in each.
-struct LaneOrder {
-  static constexpr int kParts = 1;
-  __device__ static int column(int word) { return word % 4 / 2 * 8 + word / 16; }
-  __device__ static int k(int word) { return word % 2 * 8 + word / 4 % 4 * 2; }
-  // First the columns' powers of two and biases in turn, then their own factors at the same distances.
-  __device__ static void put(float* block, int columns, int column, float factor, float bias, float own) {
-    block[column * 2] = factor, block[column * 2 + 1] = bias, block[(columns + column) * 2] = own;
-  }
-};
+// ---- host: launch ----
 
 template <typename T, class C>
 struct MmaLaunch {
-  static void run(const Tensor& input, const Workspace& workspace, Tensor& output, const ConvMmaPlan& plan, int shared_bytes,
-                  dim3 grid, cudaStream_t stream);
+  static void run(const Tensor& input, const Workspace& workspace, Tensor& output, const ConvMmaPlan& plan,
+                  const WindowPlan& windows, int shared_bytes, dim3 grid, cudaStream_t stream);
 };
 
 #if !LAUNCHES_LIE_ELSEWHERE
 template <typename T, class C>
 void MmaLaunch<T, C>::run(const Tensor& input, const Workspace& workspace, Tensor& output, const ConvMmaPlan& plan,
-                          int shared_bytes, dim3 grid, cudaStream_t stream) {
+                          const WindowPlan& windows, int shared_bytes, dim3 grid, cudaStream_t stream) {
   const auto kernel = conv_mma_kernel<T, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   launch_early(kernel, grid, C::kThreads, shared_bytes, stream, static_cast<const Raw<T>*>(input.data_ptr()),
                reinterpret_cast<const uint4*>(workspace.packed), workspace.constants, static_cast<T*>(output.data_ptr()),
-               workspace.partial, plan);
+               workspace.partial, plan, windows);
 }
 #endif
 
@@ -669,7 +738,7 @@ void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, 
   plan.out_channels = static_cast<int>(shape.out_channels);
   plan.columns = workspace.more_winners;
   plan.winners = plan.splits == 1 ? winners : Winners{workspace.partial_winners, true};
-  MmaLaunch<T, C>::run(input, workspace, output, plan, candidate.shared_bytes, grid, stream);
+  MmaLaunch<T, C>::run(input, workspace, output, plan, WindowPlan(order, shape, scale.first), candidate.shared_bytes, grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 

@@ -23,7 +23,6 @@
 
 namespace fused_kernels {
 
-constexpr float kSmallestNormalF16 = 0x1p-14f;  // what is smaller has fewer digits
 constexpr int kPackRowsThreads = 256;
 
 // ---- the weights as operand A ----

@@ -60,7 +60,6 @@ constexpr int kMostApart = 32;
 constexpr int kNoExponent = INT32_MAX;  // of a tile of zeros
 // A power of two was right if the largest float16 is in [2^6, 2^14): here as bits.
 constexpr uint32_t kLeastSeen = 0x5400, kMostSeen = 0x7400;
-constexpr float kSmallestNormalF16 = 0x1p-14f;  // what is smaller has fewer digits
 // As float16 an input is off by 2^-11 of itself, or by 2^-25 if that is more: which is no more than 2^-20 of the largest of its
 // pixel's channels where one of them is as large as this.
 constexpr float kLargeEnough = 0x1p-5f;

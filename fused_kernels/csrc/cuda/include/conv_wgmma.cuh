@@ -9,6 +9,7 @@
 // Two warpgroups consume: wgmma, then the epilogue (bias, scale, min) in registers.
 // conv_wgmma_plan.h cuts the work; conv_wgmma_launch.cuh launches it.
 
+#include "again.cuh"
 #include "conv_wgmma_plan.h"
 #include "conv_wgmma_walk.cuh"
 #include "implicit_gemm.cuh"
@@ -20,6 +21,29 @@
 #include "ptx/wgmma.cuh"
 
 namespace fused_kernels::wgmma {
+
+// ---- how the weights are packed ----
+
+// Operand B's core matrices: 8 columns by 8 k, two side by side.
+template <int PARTS>
+struct CoreMatrixOrder {
+  static constexpr int kParts = PARTS;
+  __device__ static int column(int word) { return word / 64 * 8 + word / 4 % 8; }
+  __device__ static int k(int word) { return word / 32 % 2 * 8 + word % 4 * 2; }
+  // The words that a lane of mma.sync has of a unit.
+  __device__ static int word(int lane, int i) { return i * 32 + lane; }
+  // First all biases, then all powers of two, and so on. A thread's columns are 8 j + 2 (lane % 4) and the next: of two j, side
+  // by side.
+  // NOTE: neighbouring threads' columns follow each other. Global loads have bank conflicts as well, and each one slows the
+  // tensor cores down.
+  struct Places {
+    int bias, factor, own;
+  };
+  __device__ static Places places(int columns, int column) {
+    const int at = column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
+    return {at, at + columns, at + 2 * columns};
+  }
+};
 
 // ---- helpers ----
 
@@ -45,7 +69,8 @@ __device__ __forceinline__ auto& totals(Sums& sums, Rounded& rounded) {
 template <typename T, Source S, class C>
 __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     conv_wgmma_kernel(const __grid_constant__ CUtensorMap map, const Raw<T>* input, const char* weights,
-                      const float* constants, T* output, float* partial, const __grid_constant__ ConvWgmmaPlan plan) {
+                      const float* constants, T* output, float* partial, const __grid_constant__ ConvWgmmaPlan plan,
+                      const __grid_constant__ WindowPlan window_plan) {
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kThreads = Roles<S, C::SPLIT>::kThreads;
 
@@ -63,6 +88,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   __shared__ float finite[kInputWarps];
   __shared__ int exponents[kMostSlots];
   __shared__ int changes[kMostSlots];  // sliding: a new run begins here; else: of the exponent, from the chunk before
+  __shared__ uint32_t doubts[kMathThreads / kWarpSize][kDoubts / 32];  // a consumer warp's tiles with results to make again
 
   // NOTE: the shuffle tells the compiler that all lanes have the same warp: what follows from it fits in uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -85,6 +111,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     }
     ptx::mbarrier_init_fence();
   }
+  if (kScaled && threadIdx.x < sizeof doubts / 4) doubts[0][threadIdx.x] = 0;
   if (S != Source::kTiles) {
     const int across = plan.blocks / (plan.tile_images * plan.slot_rows);
     for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
@@ -388,7 +415,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             most_of_all = fmaxf(largest_summed, finite_most);
             if (!fits(most_of_all)) {
               const int before = exponent;
-              exponent = exponent_for(most_of_all);
+              exponent = even_exponent_for(most_of_all);
               if (plan.sliding) {
                 // A new run of rows: those that the previous tile uses as well are brought again.
                 for (int row = 0; row < window; ++row) {
@@ -446,7 +473,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     for (int column = thread % kWarpSize; column < C::BLOCK_N; column += kWarpSize) same &= factors[column] == factors[0];
     if (__all_sync(0xffffffffu, same)) common_factor = factors[0];
   }
-
+  const float least = kScaled ? least_result(C::SPLIT, taps * plan.in_channels) : 0.0f;
+  float largest_factor = 0.0f;  // of all channels so far: this thread's
   // NOTE: tensor cores truncate their sums instead of rounding them, so errors grow with the number of products. Split: the
   // sums of each tap are added to `rounded`, outside the tensor cores.
   float rounded[C::SUBTILES][C::SPLIT ? C::BLOCK_N / 2 : 1];
@@ -456,6 +484,42 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   struct Done {
     int block_n, exponent, image, row, column;
   };
+  // Where a tile's results of this thread are; of those that lie in the image.
+  const auto pixel_of = [&](const auto& tile, int i, int h) {
+    OutputPixel pixel{tile.image, tile.row, tile.column};
+    const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
+    if (plan.sliding) {
+      pixel.row += subtile;
+      pixel.column += m;
+    } else {
+      const int in_image = subtile % plan.image_subtiles * kSubtile + m, line = divide(in_image, plan.pitch_inverse);
+      const int in_line = in_image - line * plan.pitch;
+      pixel.image += subtile / plan.image_subtiles;
+      pixel.row += line;
+      pixel.column += in_line;
+      const bool inside = subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
+      if (!inside) pixel.image = plan.images;
+    }
+    return pixel;
+  };
+  const auto exists = [&](const OutputPixel& pixel) {
+    return pixel.image < plan.images && pixel.row < plan.output[0] && pixel.column < plan.output[1];
+  };
+  const auto put = [&](const OutputPixel& at, float smallest, [[maybe_unused]] int winner) {
+    if (!plan.scale_first) smallest *= plan.factor;
+    const int64_t pixel = (static_cast<int64_t>(at.image) * plan.output[0] + at.row) * plan.output[1] + at.column;
+    if (plan.splits == 1) {
+      output[pixel] = static_cast<T>(smallest);
+      if (kWinners) plan.winners.put(pixel, min(winner, plan.out_channels - 1));
+    } else {
+      const int64_t pixels = static_cast<int64_t>(plan.images) * plan.output[0] * plan.output[1];
+      partial[blockIdx.y * pixels + pixel] = smallest;
+      if (kWinners) plan.partial_winners[blockIdx.y * pixels + pixel] = min(winner, plan.out_channels - 1);
+    }
+  };
+  // Where a tile with results to make again is noted. Tiles may share a place: then more are made again.
+  const auto doubt_of = [&](const auto& tile) { return (tile.row + tile.column * 3 + tile.image * 7) % kDoubts; };
+
   // ---- epilogue: bias, scale and min, in the registers that have the sums ----
   const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2], const Done& done) {
     if (C::OVERLAPS || done.block_n == first_n) {
@@ -463,6 +527,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
 #pragma unroll
       for (auto& two : winners) two[0] = two[1] = 0;
+      largest_factor = 0.0f;
     } else if (kWinners) {
 #pragma unroll
       for (auto& two : winners) two[0] -= C::BLOCK_N, two[1] -= C::BLOCK_N;
@@ -471,15 +536,25 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * (C::BLOCK_N * kConstants)) +
         thread % 4;
     const float4 *const factors = biases + C::BLOCK_N / 4, *const own_factors = factors + C::BLOCK_N / 4;
-    const float back = power_of_two(-done.exponent);
-    const float joined = common_factor * back;
+    const float root = power_of_two(-done.exponent / 2);
+    const float back = root * root, joined = common_factor * back;
     const auto take = [&](auto scale_first, auto joins) {
+      constexpr bool kJoins = kScaled && decltype(joins)::value;
+      if (kJoins && C::OVERLAPS) largest_factor = fabsf(common_factor);
 #pragma unroll
       for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
-        const float4 bias4 = biases[pair * 4], factor4 = kScaled && !decltype(joins)::value ? factors[pair * 4] : bias4;
-        const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w}, factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
+        const float4 bias4 = biases[pair * 4], factor4 = kScaled && !(kJoins && C::OVERLAPS) ? factors[pair * 4] : bias4;
+        const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w};
+        float factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
         const float4 own4 = decltype(scale_first)::value ? own_factors[pair * 4] : bias4;
         const float own[4] = {own4.x, own4.y, own4.z, own4.w};
+        if constexpr (kScaled && !(kJoins && C::OVERLAPS)) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            largest_factor = fmaxf(largest_factor, fabsf(decltype(scale_first)::value ? factor[k] * own[k] : factor[k]));
+            if (kJoins) factor[k] *= back;
+          }
+        }
 #pragma unroll
         for (int i = 0; i < C::SUBTILES; ++i) {
 #pragma unroll
@@ -487,17 +562,24 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             const float sum = sums[i][pair * 8 + k];
             const int column = k / 4 * 2 + k % 2;
             float value = sum + bias[column];
-            // The two powers of two one by one, where their product may leave float32's range.
             if constexpr (kScaled) {
-              value = decltype(joins)::value ? fmaf(sum, joined, bias[column]) : fmaf(sum * back, factor[column], bias[column]);
+              value = !kJoins ? scale_back(sum, root, factor[column], bias[column])
+                              : fmaf(sum, C::OVERLAPS ? joined : factor[column], bias[column]);
             }
             if (decltype(scale_first)::value) value *= own[column];
             take_smaller(low[i][k / 2 % 2], value, winners[i][k / 2 % 2], pair * 16 + k / 4 * 8 + k % 2);
           }
         }
       }
+      if constexpr (kScaled && !(kJoins && C::OVERLAPS)) {
+        // Four lanes have all channels.
+        largest_factor = fmaxf(largest_factor, __shfl_xor_sync(0xffffffffu, largest_factor, 1));
+        largest_factor = fmaxf(largest_factor, __shfl_xor_sync(0xffffffffu, largest_factor, 2));
+      }
     };
-    if (kScaled && C::OVERLAPS && fabsf(joined) >= kSmallestNormal && fabsf(joined) < kInfinity<float>) {
+    const bool joins = C::OVERLAPS ? fabsf(joined) >= kSmallestNormal && fabsf(joined) < kInfinity<float>
+                                   : done.exponent >= -kMostJoined && done.exponent <= kMostJoined && !plan.scale_first;
+    if (kScaled && joins) {
       take(std::false_type(), std::true_type());
     } else if (C::takes_scale_first(sizeof(T)) && plan.scale_first) {
       // A scale that makes NaN of some channels multiplies each by itself, and so does a channel's own factor.
@@ -507,6 +589,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     }
     if (!C::OVERLAPS && done.block_n + 1 < end_n) return;
 
+    // Past the largest exponent there is nothing to gain.
+    const float enough = largest_factor * (done.exponent < kLargestExponent ? least * back : kSmallestNormal);
+    bool doubtful = false;
     // Four lanes share a pixel.
 #pragma unroll
     for (int i = 0; i < C::SUBTILES; ++i) {
@@ -516,33 +601,17 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         int winner = done.block_n * C::BLOCK_N + thread % 4 * 2 + winners[i][h];
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2) take_smaller_of_lanes(smallest, winner, distance);
-        if (!plan.scale_first) smallest *= plan.factor;
-        const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
-        int image = done.image, row = done.row, column = done.column;
-        bool inside = thread % 4 == 0;
-        if (plan.sliding) {
-          row += subtile;
-          column += m;
-        } else {
-          const int in_image = subtile % plan.image_subtiles * kSubtile + m, line = divide(in_image, plan.pitch_inverse);
-          const int in_line = in_image - line * plan.pitch;
-          image += subtile / plan.image_subtiles;
-          row += line;
-          column += in_line;
-          inside &= subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
-        }
-        if (inside && image < plan.images && row < plan.output[0] && column < plan.output[1]) {
-          const int64_t pixel = (static_cast<int64_t>(image) * plan.output[0] + row) * plan.output[1] + column;
-          if (plan.splits == 1) {
-            output[pixel] = static_cast<T>(smallest);
-            if (kWinners) plan.winners.put(pixel, min(winner, plan.out_channels - 1));
-          } else {
-            const int64_t pixels = static_cast<int64_t>(plan.images) * plan.output[0] * plan.output[1];
-            partial[blockIdx.y * pixels + pixel] = smallest;
-            if (kWinners) plan.partial_winners[blockIdx.y * pixels + pixel] = min(winner, plan.out_channels - 1);
-          }
+        const OutputPixel pixel = pixel_of(done, i, h);
+        if (thread % 4 == 0 && exists(pixel)) {
+          // A NaN counts where weights are infinite: what times infinity is NaN may have been no zero.
+          if (kScaled) doubtful |= fabsf(smallest) < enough || (enough == kInfinity<float> && smallest != smallest);
+          put(pixel, smallest, winner);
         }
       }
+    }
+    if (kScaled && __any_sync(0xffffffffu, doubtful)) {
+      const uint32_t doubt = doubt_of(done);
+      if (thread % kWarpSize == 0) doubts[warp][doubt / 32] |= 1u << doubt % 32;
     }
   };
 
@@ -808,24 +877,33 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       input_ring = input_ring + window;
     }
   }
-}
 
-// ---- how the weights are packed ----
-
-// Operand B's core matrices: 8 columns by 8 k, two side by side.
-template <int PARTS>
-struct CoreMatrixOrder {
-  static constexpr int kParts = PARTS;
-  __device__ static int column(int word) { return word / 64 * 8 + word / 4 % 8; }
-  __device__ static int k(int word) { return word / 32 % 2 * 8 + word % 4 * 2; }
-  // First all biases, then all powers of two, then all own factors. A thread's columns are 8 j + 2 (lane % 4) and the next: of
-  // two j, side by side.
-  // NOTE: neighbouring threads' columns follow each other. Global loads have bank conflicts as well, and each one slows the
-  // tensor cores down.
-  __device__ static void put(float* block, int columns, int column, float factor, float bias, float own) {
-    float* const at = block + column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
-    at[0] = bias, at[columns] = factor, at[2 * columns] = own;
+  // ---- consumers: results with too few digits, again; each warp its own ----
+  if constexpr (kScaled) {
+    __syncwarp();
+    const bool any = thread % kWarpSize < kDoubts / 32 && doubts[warp][thread % kWarpSize] != 0;
+    if (!__any_sync(0xffffffffu, any)) return;
+    // As for the input's warps: this SM's cache may hold what was there before.
+    __threadfence();
+    for (Tile again(plan); again.exists(); again.advance()) {
+      const OutputPixel first{again.image * plan.tile_images, again.row * plan.tile_rows, again.column * plan.tile_columns};
+      const uint32_t doubt = doubt_of(first);
+      if ((doubts[warp][doubt / 32] >> doubt % 32 & 1) == 0) continue;
+#pragma unroll 1
+      for (int i = 0; i < C::SUBTILES; ++i) {
+        const OutputPixel pixels[2] = {pixel_of(first, i, 0), pixel_of(first, i, 1)};
+        Smallest results[2];
+        Again<CoreMatrixOrder<C::kParts>, C::BLOCK_N>{window_plan, reinterpret_cast<const float*>(input),
+                                                      reinterpret_cast<const uint32_t*>(weights), constants, pixels,
+                                                      thread % kWarpSize}
+            .run(first_n, end_n, results);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (thread % 4 == 0 && exists(pixels[h])) put(pixels[h], results[h].value, results[h].column);
+        }
+      }
+    }
   }
-};
+}
 
 }  // namespace fused_kernels::wgmma

@@ -15,18 +15,19 @@ namespace fused_kernels::wgmma {
 template <typename T, Source S, class C>
 struct WgmmaLaunch {
   static void run(const CUtensorMap& map, const Tensor& input, const Workspace& workspace, Tensor& output,
-                  const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid, cudaStream_t stream);
+                  const ConvWgmmaPlan& plan, const WindowPlan& windows, int shared_bytes, dim3 grid, cudaStream_t stream);
 };
 
 #if !LAUNCHES_LIE_ELSEWHERE
 template <typename T, Source S, class C>
 void WgmmaLaunch<T, S, C>::run(const CUtensorMap& map, const Tensor& input, const Workspace& workspace, Tensor& output,
-                               const ConvWgmmaPlan& plan, int shared_bytes, dim3 grid, cudaStream_t stream) {
+                               const ConvWgmmaPlan& plan, const WindowPlan& windows, int shared_bytes, dim3 grid,
+                               cudaStream_t stream) {
   const auto kernel = conv_wgmma_kernel<T, S, C>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   launch_early(kernel, grid, Roles<S, C::SPLIT>::kThreads, shared_bytes, stream, map,
                static_cast<const Raw<T>*>(input.data_ptr()), reinterpret_cast<const char*>(workspace.packed),
-               workspace.constants, static_cast<T*>(output.data_ptr()), workspace.partial, plan);
+               workspace.constants, static_cast<T*>(output.data_ptr()), workspace.partial, plan, windows);
 }
 #endif
 
@@ -108,7 +109,8 @@ void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& sha
     STD_TORCH_CHECK(encode_tensor_map<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
   }
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
-  WgmmaLaunch<T, S, C>::run(map, input, workspace, output, plan, candidate.shared_bytes, grid, stream);
+  WgmmaLaunch<T, S, C>::run(map, input, workspace, output, plan, WindowPlan(order, shape, scale.first),
+                            candidate.shared_bytes, grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 

@@ -1,57 +1,25 @@
 #pragma once
-// What the rungs on tensor cores share, all of them implicit GEMMs: float32 in float16 operands, the weights packed in the
-// order in which tensor cores read operand B, and a minimum over blocks.
+// What the rungs on tensor cores share, all of them implicit GEMMs: the weights packed in the order in which tensor cores read
+// operand B, and a minimum over blocks. How float32 lies in float16 operands: powers.cuh.
 
 #include "launch.cuh"
 #include "numerics.cuh"
 #include "plan.h"
+#include "powers.cuh"
 #include "ptx/grid_dependency.cuh"
-#include "ptx/mma.cuh"
 
 #include <cmath>
-#include <cuda_fp16.h>
 #include <string>
 
 namespace fused_kernels {
 
-// ---- float32 in float16 operands ----
+// ---- elements, and what multiplies them ----
 
 // How an element lies in memory, and the type that the tensor cores take it as.
 template <typename T>
 using Raw = std::conditional_t<sizeof(T) == 2, uint16_t, float>;
 template <typename T>
 using Operand = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16>, ptx::BF16, ptx::F16>;
-
-// float32 is multiplied by a power of two before it becomes float16, so that the largest values land just inside its range.
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
-
-constexpr int kLargestExponent = 126;
-constexpr float kSmallestNormal = 1.17549435e-38f;
-
-// The exponent that brings x into [2^13, 2^14): a factor of four below float16's end. A power of two that float32 has.
-__device__ __forceinline__ int exponent_for(float x) {
-  const int exponent = x >= kSmallestNormal ? (__float_as_int(x) >> 23) - 127 : -127;
-  return min(13 - exponent, kLargestExponent);
-}
-
-constexpr float kLargestF16 = 65504.0f;
-// Below this the largest value leaves too little room to float16's smallest.
-constexpr float kSmallMaximum = 64.0f;
-// The first guess suits largest values between 0.25 and 255.
-constexpr int kFirstExponent = 8;
-
-// Two numbers as sums of two float16 each: high parts and low parts.
-// NOTE: an infinity's high part is the largest finite number, and only its low part is infinite: infinity minus infinity would
-// be NaN. A low part is multiplied by high parts only, and a weight's high part is zero only where the weight is.
-__device__ __forceinline__ void split_f16(float first, float second, uint32_t& high, uint32_t& low) {
-  high = ptx::pack_finite_f16(first, second);
-  const float2 kept = __half22float2(reinterpret_cast<const __half2&>(high));
-  low = ptx::pack_f16(first - kept.x, second - kept.y);
-}
-
-// Split: below this the largest value leaves too little room for small ones' low parts, and the first guess is another.
-constexpr float kSmallSplitMaximum = 2048.0f;
-constexpr int kFirstSplitExponent = 12;
 
 // What a scale does to the minimum. If it is negative, the smallest product is the largest sum's: turn all signs. Zero and
 // infinity turn single sums into NaN, and must multiply before the minimum is taken; so must each channel's own factor.
@@ -87,6 +55,13 @@ struct WeightOrder {
   int chunk, chunks;                     // of the channels, multiples of kStepDepth
   int steps;                             // of an item
   int blocks_n;                          // of a group
+
+  // Which step has sixteen channels of a filter tap.
+  __device__ __forceinline__ int64_t step(int block_n, int y, int x, int block_c) const {
+    const int in_piece = y % piece[0] * piece[1] + x % piece[1], steps_per_tap = chunk / kStepDepth;
+    const int item = (block_n * pieces + y / piece[0] * pieces_across + x / piece[1]) * chunks + block_c / steps_per_tap;
+    return static_cast<int64_t>(item) * steps + in_piece * steps_per_tap + block_c % steps_per_tap;
+  }
 };
 
 // Whether an output channel's weights lie side by side, in whichever of the two usual orders.
@@ -124,10 +99,15 @@ __global__ void __launch_bounds__(kPackThreads)
   __shared__ int exponents[kPackColumns];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   int exponent = 0;
+  bool infinite = false;
   if constexpr (sizeof(T) == 4) {
     const T* const row = weight + channel(warp) * strides.of[0];
     float most = 0.0f;
-    const auto look = [&](const T* at) { most = fmaxf(most, fabsf(*at) < kInfinity<float> ? fabsf(*at) : 0.0f); };
+    const auto look = [&](const T* at) {
+      const float magnitude = fabsf(*at);
+      most = fmaxf(most, magnitude < kInfinity<float> ? magnitude : 0.0f);
+      infinite |= magnitude == kInfinity<float>;
+    };
     if (rows_are_dense) {
 #pragma unroll 16
       for (int i = lane; i < order.in_channels * order.kernel[0] * order.kernel[1]; i += kWarpSize) look(row + i);
@@ -139,6 +119,7 @@ __global__ void __launch_bounds__(kPackThreads)
       }
     }
     most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
+    infinite = __any_sync(0xffffffffu, infinite);
     if (most > 0.0f) exponent = exponent_for(most);
     // In steps of eight, so that most channels have the same one: the largest weight is still at least kSmallMaximum.
     if (Order::kParts == 1 && exponent < kLargestExponent / 8 * 8) exponent &= ~7;
@@ -150,8 +131,12 @@ __global__ void __launch_bounds__(kPackThreads)
     float value = 0.0f;
     if (bias) value = bias_is_wider ? static_cast<const float*>(bias)[at] : static_cast<float>(static_cast<const T*>(bias)[at]);
     const float own = scale.each ? scale.each[channel(warp) * scale.each_stride] : scale.first ? scale.factor : 1.0f;
-    Order::put(constants + block_n * block_columns * kConstants, block_columns, first_column + warp,
-               scale.sign * power_of_two(-exponent), scale.sign * value, own);
+    const typename Order::Places places = Order::places(block_columns, first_column + warp);
+    float* const block = constants + block_n * block_columns * kConstants;
+    block[places.bias] = scale.sign * value;
+    // An infinite weight makes all results infinite or NaN: so may its factor be, and be seen by that.
+    block[places.factor] = scale.sign * (infinite ? kInfinity<float> : power_of_two(-exponent));
+    block[places.own] = own;
   }
 
   const int word = threadIdx.x % kUnitWords, column = Order::column(word), k = Order::k(word);
@@ -181,11 +166,7 @@ __global__ void __launch_bounds__(kPackThreads)
           bits[j] = reinterpret_cast<const uint16_t&>(value) ^ (scale.sign < 0.0f ? 0x8000u : 0u);
         }
       }
-      const int piece = y / order.piece[0] * order.pieces_across + x / order.piece[1];
-      const int tap = y % order.piece[0] * order.piece[1] + x % order.piece[1];
-      const int item = (block_n * order.pieces + piece) * order.chunks + block_c / steps_per_tap;
-      const int64_t step = static_cast<int64_t>(item) * order.steps + tap * steps_per_tap + block_c % steps_per_tap;
-      const int64_t first_unit = step * units_in_block_n * Order::kParts + first_column / kPackColumns;
+      const int64_t first_unit = order.step(block_n, y, x, block_c) * units_in_block_n * Order::kParts + first_column / kPackColumns;
       packed[first_unit * kUnitWords + word] = bits[0] | bits[1] << 16;
       if constexpr (Order::kParts == 2) packed[(first_unit + units_in_block_n) * kUnitWords + word] = low_bits[0] | low_bits[1] << 16;
     }
