@@ -184,9 +184,8 @@ class Verdict:
 def verdict(rung, device=None, *, nan=True):
     """Run a rung, your own edited one too, on small random cases that it takes and compare with float64.
 
-    A fused convolution's kernel that keeps :func:`fused_kernels.bounds.promise` at every pixel is also held to that, beside
-    outliers to that alone. The others get no outliers, nor do rungs made of PyTorch's own operations, whose libraries promise
-    nothing there.
+    A fused convolution's kernel is also held to :func:`fused_kernels.bounds.promise` at every pixel, beside outliers to that
+    alone. Rungs made of PyTorch's own operations are not, and get no outliers: its libraries promise nothing there.
 
     Parameters
     ----------
@@ -225,7 +224,7 @@ def verdict(rung, device=None, *, nan=True):
 
 
 def _takes(rung, label, tensors, scale, options):
-    if label in OUTLIERS and not (rung.device and rung.every_pixel):
+    if label in OUTLIERS and rung.device is None:
         return False
     if rung.device == "cpu":
         return True
@@ -251,7 +250,7 @@ def _judge(rung, label, tensors, scale, options):
     found = errors(result, target)
     if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, tensors, strict=True)):
         found = Errors(math.inf, math.inf, math.inf)  # It wrote to its input.
-    share = promise(*tensors, scale=scale, **options).share(result) if is_conv and rung.device and rung.every_pixel else 0.0
+    share = promise(*tensors, scale=scale, **options).share(result) if is_conv and rung.device else 0.0
     return Case(label, found, limit, share)
 
 

@@ -113,14 +113,13 @@ def conv2d_scale_min(
         For float32: how exact the convolution must be, at any magnitude. "ieee": an rms error over the result no larger than
         a float32 convolution's. "tf32": operands of a 10-bit mantissa with float32 accumulation are allowed, with an rms
         error no larger than a TF32 convolution's. "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the
-        call. On a CPU no pixel pays for its neighbours: beside values of any size, no-data values of 1e20 or a dark half of an
-        image, each pixel keeps the digits that its own window lets it have, by the bound that ``fused_kernels.bounds.promise``
-        gives; an infinity or NaN reaches the pixels that it reaches in PyTorch, and no other. The gradients keep the same
-        promises everywhere, for the values that they sum. On a GPU's tensor cores the operands are float16 times a power of two
-        for each output channel and each part of the image, at "ieee" sums of two such numbers; where a part's values leave
-        float16's range, the GPU reads it again and takes another power, without asking the processor. There small values may
-        keep fewer digits beside much larger ones in the same rows of an image: ten thousand times as large at "ieee", a million
-        times at "tf32"; and where they are so small that they count as zero, they give NaN with an infinite weight.
+        call. No pixel pays for its neighbours: beside values of any size, no-data values of 1e20 or a dark half of an image,
+        each pixel keeps the digits that its own window lets it have, by the bound that ``fused_kernels.bounds.promise`` gives;
+        an infinity or NaN reaches the pixels that it reaches in PyTorch, and no other. Every fused kernel keeps that, and so do
+        the gradients, for the values that they sum; the library's convolution, where that runs, promises no such thing. On a
+        GPU's tensor cores the operands are float16 times a power of two for each output channel and each part of the image, at
+        "ieee" sums of two such numbers. Where a part's values leave float16's range, or some of its pixels would keep too few
+        digits, the GPU takes another power for them, without asking the processor.
     return_indices : bool
         Whether to give the winning channels as well, as for :func:`scale_min`.
 

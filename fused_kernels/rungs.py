@@ -42,9 +42,6 @@ class Rung:
         Whether its source can also be compiled to give each pixel's winner, from which gradients are made.
     tensor_scales : bool
         Whether the scale may be a tensor; an edited source must have the argument `scales` for that.
-    every_pixel : bool
-        Whether a convolution keeps :func:`fused_kernels.bounds.promise` at every pixel, beside values of any size: not with one
-        power of two for each part of an image.
     namespace : str
         The namespace of its operator in ``torch.ops``.
     """
@@ -60,7 +57,6 @@ class Rung:
     strides_and_groups: bool = True
     winners: bool = False
     tensor_scales: bool = True
-    every_pixel: bool = True
     namespace: str = build.NAMESPACE
     edited_source: str | None = None
 
@@ -284,7 +280,6 @@ LADDER = (
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         float32_precisions=("tf32",),
         winners=True,
-        every_pixel=False,
     ),
     Rung(
         "conv_wgmma",
@@ -296,7 +291,6 @@ LADDER = (
         float32_precisions=("tf32",),
         strides_and_groups=False,
         winners=True,
-        every_pixel=False,
     ),
     Rung(
         "conv_wgmma_ieee",
@@ -308,7 +302,6 @@ LADDER = (
         float32_precisions=("ieee",),
         strides_and_groups=False,
         winners=True,
-        every_pixel=False,
     ),
     Rung(
         "composite",
