@@ -206,6 +206,41 @@ DIRECT = {
 }
 
 
+GEOMETRY = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1]}
+
+
+def refuses_other_lengths(operator, *args, rest=()):
+    """Call an operator with each list of a geometry too short and too long."""
+    for name, plain in GEOMETRY.items():
+        for length in {0, 1, len(plain) - 1, len(plain) + 1}:
+            given = GEOMETRY | {name: [1] * length}
+            with pytest.raises(RuntimeError, match=rf"\b{name}: expected {len(plain)} integers, got {length}(\n|$)"):
+                operator(*args, *given.values(), 1, "ieee", *rest)
+
+
+def test_a_direct_call_with_lists_of_another_length():
+    """A schema's int[4] takes a list of any length."""
+    if missing := fk.rungs["conv2d_scale_min"].why_unavailable():
+        pytest.skip(missing)
+    op, x, w = torch.ops.fused_kernels, torch.rand(1, 4, 8, 9), torch.rand(6, 4, 3, 3)
+    for operator in (op.conv2d_scale_min, op.conv2d_scale_min_winners):
+        refuses_other_lengths(operator, x, w, None, 2.0)
+    grad, winners = torch.rand(1, 1, 6, 7), torch.zeros(1, 1, 6, 7, dtype=torch.uint8)
+    refuses_other_lengths(op.grad_input, grad, winners, w, 2.0, [8, 9], rest=(False,))
+    refuses_other_lengths(op.grad_weight, grad, winners, x, 2.0, 6, [3, 3])
+    with pytest.raises(RuntimeError, match=r"\binput_size: expected 2 integers, got 3"):
+        op.grad_input(grad, winners, w, 2.0, [8, 9, 1], *GEOMETRY.values(), 1, "ieee", False)
+    with pytest.raises(RuntimeError, match=r"\bkernel_size: expected 2 integers, got 1"):
+        op.grad_weight(grad, winners, x, 2.0, 6, [3], *GEOMETRY.values(), 1, "ieee")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rung", [rung for rung in LADDER if rung.device == "cuda" and rung.operator == "conv2d_scale_min"])
+def test_a_direct_call_of_a_cuda_operator_with_lists_of_another_length(rung):
+    x, w = torch.rand(1, 4, 8, 9, device="cuda"), torch.rand(6, 4, 3, 3, device="cuda")
+    refuses_other_lengths(getattr(torch.ops.fused_kernels, rung.name), x, w, None, 2.0)
+
+
 @pytest.mark.parametrize("call", DIRECT.values(), ids=DIRECT)
 def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds(call):
     """Called directly, past the checks in Python, the C++ refuses what it cannot read."""

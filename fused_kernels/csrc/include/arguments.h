@@ -110,11 +110,24 @@ inline void check_scales(const std::optional<Tensor>& scales, const Tensor& inpu
   STD_TORCH_CHECK(are_together(*scales, input), "scales: expected the input's device");
 }
 
+// A schema's int[2] is what a single integer is expanded to: a list is handed over as it came, of any length.
+inline void check_length(const char* name, const std::vector<int64_t>& list, size_t length) {
+  STD_TORCH_CHECK(list.size() == length, name, ": expected ", length, " integers, got ", list.size());
+}
+
+inline void check_lengths(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                          const std::vector<int64_t>& dilation) {
+  check_length("stride", stride, 2);
+  check_length("padding", padding, 4);  // top, bottom, left, right
+  check_length("dilation", dilation, 2);
+}
+
 inline ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups) {
   check_input(input);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "weight: expected 4 dimensions, none of size zero");
+  check_lengths(stride, padding, dilation);
   const int64_t least = std::min({stride[0], stride[1], dilation[0], dilation[1], groups});
   STD_TORCH_CHECK(least > 0, "stride, dilation, groups: expected positive integers, got ", least);
   STD_TORCH_CHECK(*std::min_element(padding.begin(), padding.end()) >= 0, "padding: expected no negative number");

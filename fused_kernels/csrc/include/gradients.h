@@ -24,6 +24,9 @@ inline void check_grad(const Tensor& grad, const Tensor& winners) {
 inline ConvShape check_sizes(const Tensor& grad, int64_t in_channels, int64_t out_channels, const std::vector<int64_t>& input_size,
                              const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                              const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  check_length("input_size", input_size, 2);
+  check_length("kernel_size", kernel_size, 2);
+  check_lengths(stride, padding, dilation);
   const int64_t least = std::min({stride[0], stride[1], dilation[0], dilation[1], groups, kernel_size[0], kernel_size[1],
                                   in_channels, out_channels});
   STD_TORCH_CHECK(least > 0, "stride, dilation, groups, sizes: expected positive integers, got ", least);
