@@ -5,11 +5,11 @@ import math
 import hypothesis
 import pytest
 import torch
-from conftest import LAYOUTS, on
+from conftest import DEVICES, LAYOUTS, on
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fused_kernels import bounds, check, conv2d_scale_min, explain, rungs
+from fused_kernels import bounds, check, composite, conv2d_scale_min, explain, rungs
 from fused_kernels.problem import check_problem
 from fused_kernels.rungs import LADDER, Rung
 
@@ -372,7 +372,7 @@ def test_other_types(function, precision, device, dtype, image, layout):
     assert_kept(function, precision, device, (input.to(dtype), weight.to(dtype)), layout=layout)
 
 
-# ---- the public function, and what is drawn ----
+# ---- the public function ----
 
 
 @PUBLIC
@@ -392,6 +392,69 @@ def test_while_training(precision, device, image):
     result = conv2d_scale_min(*tensors, precision=precision)
     assert result.requires_grad
     assert bounds.promise(*tensors, precision=precision).share(result) <= 1
+
+
+# ---- the composite: what it does besides the library's convolution ----
+
+
+def exact_conv(problem, input, weight, bias):
+    """Convolve in float64, on the CPU, and round once: no library's errors. The output lies as the input does."""
+    layout = torch.channels_last if input.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    top, bottom, left, right = problem.padding
+    input, weight, bias = (t if t is None else t.detach().cpu().double() for t in (input, weight, bias))
+    input = F.pad(input, (left, right, top, bottom))
+    output = F.conv2d(input, weight, bias, problem.stride, 0, problem.dilation, problem.groups)
+    return output.to(problem.device, problem.dtype).contiguous(memory_format=layout)
+
+
+def assert_composite_keeps(name, tensors, device, layout, scale=1.5, **conv):
+    input, *others = (t if t is None else t.to(device) for t in tensors)
+    tensors, geometry = (LAYOUTS[layout](input), *others), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | conv
+    problem = check_problem(*tensors, *geometry.values(), "ieee")
+    scales = (scale,) if not isinstance(scale, torch.Tensor) else (1.0, scale)
+    for suffix in ("", "_winners"):
+        result = composite.candidate_calls(problem, [name], (*tensors, *scales), suffix)[name]()
+        result, winners = result if suffix else (result, None)
+        assert bounds.promise(*tensors, scale, winners=winners, **conv).share(result) <= 1
+
+
+# As the input lies, or after a copy into the other layout.
+COMPOSITE = pytest.mark.parametrize("name", ["composite", "copied"])
+
+
+@COMPOSITE
+@LAYOUT
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_composite_besides_the_convolution(monkeypatch, image, device, layout, name):
+    monkeypatch.setattr(composite, "library_conv", exact_conv)
+    input, weight = draw((2, 16, 20, 24), 32)
+    input = IMAGES[image](input)
+    faintest = input.abs().amax((0, 1)).min().clamp(min=1e-30)
+    assert_composite_keeps(name, (input, weight, torch.randn(32) * faintest), device, layout)
+
+
+@COMPOSITE
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_the_composites_convolutions(monkeypatch, convolution, device, name):
+    monkeypatch.setattr(composite, "library_conv", exact_conv)
+    shape, out_channels, kernel, conv = CONVOLUTIONS[convolution]
+    input, weight = draw(shape, out_channels, kernel, conv.get("groups", 1))
+    scale = torch.randn(out_channels, device=device) * torch.logspace(-8, 8, out_channels, device=device)
+    assert_composite_keeps(name, (spike(1e10)(input) * 1e-9, weight, None), device, "nchw", scale, **conv)
+
+
+@COMPOSITE
+@LAYOUT
+@pytest.mark.parametrize("image", FEW)
+def test_the_composite_with_a_library_that_sums_in_float32(image, layout, name):
+    """PyTorch's convolution on a CPU does, as it comes."""
+    input, weight = draw()
+    assert_composite_keeps(name, (IMAGES[image](input), weight, torch.randn(128)), "cpu", layout)
+
+
+# ---- what is drawn ----
 
 
 @st.composite
