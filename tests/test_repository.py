@@ -255,6 +255,16 @@ def test_records_are_of_rungs_and_peers_that_are_named():
         assert 0 < record.p20_ms <= record.p50_ms <= record.p80_ms
 
 
+def test_errors_beside_outliers_are_of_rungs_that_are_named_and_the_last_run_keeps_the_promise():
+    for file in (records.data_dir() / "outliers").glob("*.csv"):
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        for row in rows:
+            assert row["machine"] == file.stem
+            assert row["rung"] in {rung.name for rung in LADDER} | {"eager"}
+            assert row["rung"] == "eager" or row["run"] != rows[-1]["run"] or float(row["share"]) <= 1
+
+
 def test_profiles_are_of_kernels_that_are_named():
     files = [*(records.data_dir() / "profiles").glob("*.csv")]
     assert files
