@@ -259,6 +259,12 @@ __device__ __forceinline__ int* columns_of(const ConvMmaPlan& plan, int result, 
   return plan.columns + ((block * kResults + result) * C::WARPS_N + share) * C::BLOCK_M;
 }
 
+// NOTE: a call, and not inlined, for the kernel's other code: in its place ptxas spills there (nvcc 13.0).
+template <class Again>
+__device__ __noinline__ void make_again(const Again& again, int first_n, int end_n, Smallest (&results)[2]) {
+  again.run(first_n, end_n, results);
+}
+
 // ---- the kernel ----
 
 // Producers and consumers wait for each other only through the rings.
@@ -419,7 +425,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       bool doubtful = false;
       if constexpr (kScaled) {
         for (float factor : largest_factors[result_ring.slot]) enough = fmaxf(enough, factor);
-        enough *= least_result(false, plan.in_channels * window_plan.order.kernel[0] * window_plan.order.kernel[1]);
+        enough *= window_plan.least;
       }
 #pragma unroll 1
       for (int m = thread; m < C::BLOCK_M; m += kInputThreads) {
@@ -674,9 +680,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       for (int first = ptx::thread_index() / kWarpSize * 16; first < C::BLOCK_M; first += C::kMathWarps * 16) {
         const OutputPixel pixels[2] = {pixel_of(tile, first + lane / 4), pixel_of(tile, first + lane / 4 + 8)};
         Smallest results[2];
-        Again<LaneOrder, C::BLOCK_N>{window_plan, reinterpret_cast<const float*>(input),
-                                     reinterpret_cast<const uint32_t*>(weights), constants, pixels, lane}
-            .run(first_n, end_n, results);
+        make_again(Again<LaneOrder, C::BLOCK_N>{window_plan, reinterpret_cast<const float*>(input),
+                                                reinterpret_cast<const uint32_t*>(weights), constants, pixels, lane},
+                   first_n, end_n, results);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           if (lane % 4 == 0 && exists(pixels[h])) put(pixels[h], results[h].value, results[h].column);
@@ -738,7 +744,7 @@ void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, 
   plan.out_channels = static_cast<int>(shape.out_channels);
   plan.columns = workspace.more_winners;
   plan.winners = plan.splits == 1 ? winners : Winners{workspace.partial_winners, true};
-  MmaLaunch<T, C>::run(input, workspace, output, plan, WindowPlan(order, shape, scale.first), candidate.shared_bytes, grid, stream);
+  MmaLaunch<T, C>::run(input, workspace, output, plan, WindowPlan(order, shape, scale.first, false), candidate.shared_bytes, grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 

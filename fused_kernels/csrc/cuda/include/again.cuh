@@ -16,9 +16,11 @@ struct WindowPlan {
   int images, input[2], stride[2], padding[2], dilation[2];
   int64_t strides[4];
   bool scale_first;
+  float least;  // least_result
 
-  WindowPlan(const WeightOrder& order, const ConvShape& shape, bool scale_first)
-      : order(order), images(static_cast<int>(shape.images)), scale_first(scale_first) {
+  WindowPlan(const WeightOrder& order, const ConvShape& shape, bool scale_first, bool split)
+      : order(order), images(static_cast<int>(shape.images)), scale_first(scale_first),
+        least(least_result(split, static_cast<double>(shape.in_channels) * shape.taps())) {
     for (int axis = 0; axis < 2; ++axis) {
       input[axis] = static_cast<int>(shape.input[axis]);
       stride[axis] = static_cast<int>(shape.stride[axis]);

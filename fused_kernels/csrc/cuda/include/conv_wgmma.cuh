@@ -18,6 +18,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/register_count.cuh"
 #include "ptx/tensor_copy.cuh"
+#include "ptx/thread_index.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace fused_kernels::wgmma {
@@ -473,7 +474,6 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     for (int column = thread % kWarpSize; column < C::BLOCK_N; column += kWarpSize) same &= factors[column] == factors[0];
     if (__all_sync(0xffffffffu, same)) common_factor = factors[0];
   }
-  const float least = kScaled ? least_result(C::SPLIT, taps * plan.in_channels) : 0.0f;
   float largest_factor = 0.0f;  // of all channels so far: this thread's
   // NOTE: tensor cores truncate their sums instead of rounding them, so errors grow with the number of products. Split: the
   // sums of each tap are added to `rounded`, outside the tensor cores.
@@ -590,7 +590,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     if (!C::OVERLAPS && done.block_n + 1 < end_n) return;
 
     // Past the largest exponent there is nothing to gain.
-    const float enough = largest_factor * (done.exponent < kLargestExponent ? least * back : kSmallestNormal);
+    const float enough = largest_factor * (done.exponent < kLargestExponent ? window_plan.least * back : kSmallestNormal);
     bool doubtful = false;
     // Four lanes share a pixel.
 #pragma unroll
@@ -611,7 +611,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     }
     if (kScaled && __any_sync(0xffffffffu, doubtful)) {
       const uint32_t doubt = doubt_of(done);
-      if (thread % kWarpSize == 0) doubts[warp][doubt / 32] |= 1u << doubt % 32;
+      // NOTE: the thread's index is read anew where it is rarely needed: ptxas spills what it keeps through the main loop.
+      const int index = ptx::thread_index();
+      if (index % kWarpSize == 0) doubts[index / kWarpSize][doubt / 32] |= 1u << doubt % 32;
     }
   };
 
@@ -881,25 +883,25 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // ---- consumers: results with too few digits, again; each warp its own ----
   if constexpr (kScaled) {
     __syncwarp();
-    const bool any = thread % kWarpSize < kDoubts / 32 && doubts[warp][thread % kWarpSize] != 0;
-    if (!__any_sync(0xffffffffu, any)) return;
+    const int lane = ptx::thread_index() % kWarpSize;
+    const uint32_t(&mine)[kDoubts / 32] = doubts[ptx::thread_index() / kWarpSize];
+    if (!__any_sync(0xffffffffu, lane < kDoubts / 32 && mine[lane % (kDoubts / 32)] != 0)) return;
     // As for the input's warps: this SM's cache may hold what was there before.
     __threadfence();
     for (Tile again(plan); again.exists(); again.advance()) {
       const OutputPixel first{again.image * plan.tile_images, again.row * plan.tile_rows, again.column * plan.tile_columns};
       const uint32_t doubt = doubt_of(first);
-      if ((doubts[warp][doubt / 32] >> doubt % 32 & 1) == 0) continue;
+      if ((mine[doubt / 32] >> doubt % 32 & 1) == 0) continue;
 #pragma unroll 1
       for (int i = 0; i < C::SUBTILES; ++i) {
         const OutputPixel pixels[2] = {pixel_of(first, i, 0), pixel_of(first, i, 1)};
         Smallest results[2];
         Again<CoreMatrixOrder<C::kParts>, C::BLOCK_N>{window_plan, reinterpret_cast<const float*>(input),
-                                                      reinterpret_cast<const uint32_t*>(weights), constants, pixels,
-                                                      thread % kWarpSize}
+                                                      reinterpret_cast<const uint32_t*>(weights), constants, pixels, lane}
             .run(first_n, end_n, results);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          if (thread % 4 == 0 && exists(pixels[h])) put(pixels[h], results[h].value, results[h].column);
+          if (lane % 4 == 0 && exists(pixels[h])) put(pixels[h], results[h].value, results[h].column);
         }
       }
     }

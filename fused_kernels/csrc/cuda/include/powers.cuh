@@ -3,6 +3,8 @@
 
 #include "ptx/mma.cuh"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cuda_fp16.h>
 
@@ -61,9 +63,9 @@ constexpr int kFirstSplitExponent = 12;
 // products together are off by no more than a quarter of what the promise of ops.py allows if the result itself, with its bias,
 // has this magnitude, times what undoes the input's power, times the largest that undoes a channel's weights' (times their own
 // power these are below 2^14). For the promise is a share of the sum of all magnitudes, and the result can't be larger than that.
-__device__ __forceinline__ float least_result(bool split, int products) {
-  const float allowed = split ? 0x1p-24f * fmaxf(16.0f, 2.0f * sqrtf(products)) : 0x1p-11f * (2.0f + products / 4096.0f);
-  return 4.0f * products * 0x1p-25f * 0x1p14f / allowed;
+inline float least_result(bool split, double products) {
+  const double allowed = split ? 0x1p-24 * std::max(16.0, 2.0 * std::sqrt(products)) : 0x1p-11 * (2.0 + products / 4096.0);
+  return static_cast<float>(4.0 * products * 0x1p-25 * 0x1p14 / allowed);
 }
 
 }  // namespace fused_kernels
