@@ -118,8 +118,8 @@ def conv2d_scale_min(
         an infinity or NaN reaches the pixels that it reaches in PyTorch, and no other. Every fused kernel keeps that, and so do
         the gradients, for the values that they sum; the library's convolution, where that runs, promises no such thing. On a
         GPU's tensor cores the operands are float16 times a power of two for each output channel and each part of the image, at
-        "ieee" sums of two such numbers. Where a part's values leave float16's range, the GPU takes another power for it; results
-        that this may leave too few digits it makes again, by what their own windows hold. It asks the processor nothing.
+        "ieee" sums of two such numbers. Where a part's values leave float16's range, the GPU takes another power for it; where
+        that may leave results too few digits, it makes those again, by what their own windows hold. It asks the processor nothing.
     return_indices : bool
         Whether to give the winning channels as well, as for :func:`scale_min`.
 
