@@ -119,7 +119,7 @@ def conv2d_scale_min(
         the gradients, for the values that they sum; the library's convolution, where that runs, promises no such thing. On a
         GPU's tensor cores the operands are float16 times a power of two for each output channel and each part of the image, at
         "ieee" sums of two such numbers. Where a part's values leave float16's range, the GPU takes another power for it; where
-        that may leave results too few digits, it makes those again, by what their own windows hold. It asks the processor nothing.
+        that may leave results too few digits, it makes those again, by what their own windows hold, without asking the CPU.
     return_indices : bool
         Whether to give the winning channels as well, as for :func:`scale_min`.
 
