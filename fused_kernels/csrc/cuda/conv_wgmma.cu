@@ -17,6 +17,8 @@
 //               cannot bring, such as rows that are no multiple of 16 bytes, the warps load themselves
 // float32 is computed with float16 operands, as in conv_mma: a power of two for each run of rows keeps the largest values in
 // float16's range. Where a row leaves it, a new run begins with another power, and the rows that both runs need are read again.
+// Results so small, beside the largest values of their tile, that they may have lost digits are made again at the end, with powers
+// of their own (again.cuh).
 // Limit: the tensor cores; at their full rate, the chip's power.
 // Previous rung: conv_mma.
 
