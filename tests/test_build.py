@@ -20,7 +20,7 @@ from conftest import assert_one_sentence
 import fused_kernels as fk
 from fused_kernels import build, toolchain
 from fused_kernels.__main__ import main
-from fused_kernels.rungs import BACKWARD, COPY, LADDER, rungs
+from fused_kernels.rungs import BACKWARD, COPY, LADDER
 
 pytestmark = pytest.mark.skipif(toolchain.why_no_compiler() is not None, reason=str(toolchain.why_no_compiler()))
 
@@ -371,8 +371,6 @@ def test_a_syntax_error_shows_the_compilers_words():
 
 ARCHITECTURES = {"80": (8, 0), "90a": (9, 0), "100": (10, 0), "120": (12, 0)}
 CUDA_RUNGS = [rung for rung in (*LADDER, COPY, *BACKWARD) if rung.device == "cuda"]
-# In float32, where results are made again at the end: up to 200 bytes, and in the main loop none.
-FLOAT32_SPILLS = ("conv_mma", "conv_wgmma", "conv_wgmma_ieee")
 
 
 @pytest.fixture
@@ -495,15 +493,10 @@ def winners_jobs():
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 def test_every_cuda_rung_builds_for_every_architecture(monkeypatch):
     """And loads, without a GPU; a register spill is an error, whose message names the kernel."""
-    jobs = [*cuda_jobs(), *winners_jobs()]
-    spilling = [job for job in jobs if job["name"] in FLOAT32_SPILLS]
-    libraries = load_all([{**job, "dtype": "float32"} for job in spilling])
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-Xptxas=--warn-on-spills,--warning-as-error")
-    libraries += load_all([job for job in jobs if job not in spilling])
+    jobs = [*cuda_jobs(), *winners_jobs()]
+    libraries = load_all(jobs)
     assert len(set(libraries)) == len(jobs) >= len(CUDA_RUNGS)
-    libraries += load_all(
-        [{**job, "dtype": dtype} for job in spilling for dtype in rungs[job["name"]].overloads if dtype != "float32"]
-    )
     assert all(library.exists() for library in libraries)
 
 

@@ -312,6 +312,25 @@ def test_the_largest_values_that_there_are(function, precision, device):
     assert_kept(function, precision, device, (input / input.abs().max() * 3.3e38, weight / 1000))
 
 
+@EVERY
+def test_tiny_scales_for_each_channel(function, precision, device):
+    """A channel's factor times its weights is tiny, the result is not."""
+    input, weight = draw((1, 64, 20, 24))
+    scale = torch.randn(128) * 1e-20
+    assert_kept(function, precision, device, (spike(1e38)(input * 1e25), weight * 1e-25), scale.to(device))
+
+
+@EVERY
+@pytest.mark.parametrize("dark", range(8, 30, 2))
+def test_ties_beside_the_smallest_values(function, precision, device, dark):
+    """All operands are off as far as can be, to the same side, and half of the channels may vanish beside the bright half."""
+    tie = 1 + 2.0**-11
+    input, weight = torch.full((1, 64, 12, 80), tie), torch.full((64, 64, 3, 3), tie / 16)
+    input[..., 40:] *= 2.0**-dark
+    input[:, 32:, :, 40:] = 2.0**-33
+    assert_kept(function, precision, device, (input, weight))
+
+
 # ---- what is not finite ----
 
 
@@ -342,6 +361,17 @@ def test_an_infinite_weight_beside_a_dark_half(function, precision, device, fact
     input[..., 12:] *= factor
     weight[7, 5, 1, 1] = math.inf
     assert_kept(function, precision, device, (input, weight), scale)
+
+
+@EVERY
+def test_an_infinite_scale_beside_a_dark_half(function, precision, device):
+    """However small a sum is, times an infinity it is one, of the sum's own sign."""
+    input, weight = (t.abs() + 0.01 for t in draw((1, 64, 20, 24)))
+    input[..., 12:] *= 1e-30
+    for sign in (1.0, -1.0):
+        scale = torch.full((128,), math.inf)
+        result = run(function, (input.to(device), (sign * weight).to(device), None), scale.to(device), precision, False)[0]
+        assert (result == sign * math.inf).all()
 
 
 # ---- other types than float32 ----

@@ -52,11 +52,14 @@ struct LaneOrder {
   __device__ static int column(int word) { return word % 4 / 2 * 8 + word / 16; }
   __device__ static int k(int word) { return word % 2 * 8 + word / 4 % 4 * 2; }
   __device__ static int word(int lane, int i) { return lane * 4 + i; }
-  // First the columns' powers of two and biases in turn, then their own factors at the same distances.
+  // First the columns' powers of two and biases in turn, then their own factors and their weights' magnitudes.
   struct Places {
-    int bias, factor, own;
+    int bias, factor, own, size;
   };
-  __device__ static Places places(int columns, int column) { return {column * 2 + 1, column * 2, (columns + column) * 2}; }
+  __device__ static Places places(int columns, int column) {
+    const int own = (columns + column) * 2;
+    return {column * 2 + 1, column * 2, own, own + 1};
+  }
 };
 
 // ---- producers: the input tile ----
@@ -66,13 +69,15 @@ struct Tile {
   const ConvMmaPlan& plan;
   int index, at[3];  // at: of images, rows, columns of tiles
 
-  __device__ __forceinline__ explicit Tile(const ConvMmaPlan& plan) : plan(plan), index(blockIdx.x) { locate(); }
-  __device__ __forceinline__ void locate() {
+  __device__ __forceinline__ explicit Tile(const ConvMmaPlan& plan) : plan(plan), index(blockIdx.x) {
     at[2] = index % plan.tiles_across[1];
     at[1] = index / plan.tiles_across[1] % plan.tiles_across[0];
     at[0] = index / plan.tiles_across[1] / plan.tiles_across[0];
   }
-  __device__ __forceinline__ bool exists() const { return index < plan.tiles; }
+  // Neither past the last tile nor before the first.
+  __device__ __forceinline__ bool exists() const {
+    return static_cast<unsigned>(index) < static_cast<unsigned>(plan.tiles);
+  }
   __device__ __forceinline__ void advance() {
     index += gridDim.x;
     at[2] += plan.tile_step[2];
@@ -82,6 +87,16 @@ struct Tile {
     const bool next_image = at[1] >= plan.tiles_across[0];
     if (next_image) at[1] -= plan.tiles_across[0];
     at[0] += plan.tile_step[0] + next_image;
+  }
+  __device__ __forceinline__ void retreat() {
+    index -= gridDim.x;
+    at[2] -= plan.tile_step[2];
+    const bool row_before = at[2] < 0;
+    if (row_before) at[2] += plan.tiles_across[1];
+    at[1] -= plan.tile_step[1] + row_before;
+    const bool image_before = at[1] < 0;
+    if (image_before) at[1] += plan.tiles_across[0];
+    at[0] -= plan.tile_step[0] + image_before;
   }
   __device__ __forceinline__ int image() const { return at[0] * plan.tile_images; }
   __device__ __forceinline__ int row() const { return at[1] << plan.tile_log2[0]; }
@@ -252,6 +267,12 @@ struct Ring {
   __device__ __forceinline__ void release(int which) const { ptx::mbarrier_arrive(empty(which)); }
 };
 
+// This block's share of the output channels. NOTE: each role asks by itself; kept for all of them, ptxas spilled it (nvcc 13.0).
+__device__ __forceinline__ int first_block(const ConvMmaPlan& plan) { return blockIdx.y * plan.blocks_per_split; }
+__device__ __forceinline__ int end_block(const ConvMmaPlan& plan) {
+  return min(first_block(plan) + plan.blocks_per_split, plan.all_blocks_n);
+}
+
 // Where the winners of one of this block's results wait, as columns of operand B: those that one share of the warps found.
 template <class C>
 __device__ __forceinline__ int* columns_of(const ConvMmaPlan& plan, int result, int share) {
@@ -259,10 +280,72 @@ __device__ __forceinline__ int* columns_of(const ConvMmaPlan& plan, int result, 
   return plan.columns + ((block * kResults + result) * C::WARPS_N + share) * C::BLOCK_M;
 }
 
-// NOTE: a call, and not inlined, for the kernel's other code: in its place ptxas spills there (nvcc 13.0).
-template <class Again>
-__device__ __noinline__ void make_again(const Again& again, int first_n, int end_n, Smallest (&results)[2]) {
-  again.run(first_n, end_n, results);
+// ---- results ----
+
+// Where a tile's results are, and how they get into the output.
+template <typename T, class C>
+struct Results {
+  const ConvMmaPlan& plan;
+  T* const output;
+  float* const partial;
+
+  __device__ __forceinline__ OutputPixel pixel(const Tile& tile, int m) const {
+    OutputPixel at;
+    place(plan, m, at.image, at.row, at.column);
+    at.image += tile.image(), at.row += tile.row(), at.column += tile.column();
+    return at;
+  }
+
+  __device__ __forceinline__ bool exists(const OutputPixel& at) const {
+    return at.image < plan.images && at.row < plan.output[0] && at.column < plan.output[1];
+  }
+
+  __device__ __forceinline__ void put(const OutputPixel& at, float smallest, [[maybe_unused]] int column) const {
+    const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
+    const int64_t pixel = at.image * plane + static_cast<int64_t>(at.row) * plan.output[1] + at.column;
+    if constexpr (kWinners) {
+      // Past a group's last channel its weights were repeated.
+      const int block_n = column / C::BLOCK_N, in_group = block_n % plan.blocks_n * C::BLOCK_N + column % C::BLOCK_N;
+      const int winner = block_n / plan.blocks_n * plan.out_channels + min(in_group, plan.out_channels - 1);
+      plan.winners.put(blockIdx.y * plan.images * plane + pixel, winner);
+    }
+    if (!plan.scale_first) smallest *= plan.factor;
+    if (plan.splits == 1) {
+      output[pixel] = static_cast<T>(smallest);
+    } else {
+      partial[blockIdx.y * plan.images * plane + pixel] = smallest;
+    }
+  }
+};
+
+// Where a tile with results to make again is noted. Tiles may share a place: then more are made again.
+__device__ __forceinline__ uint32_t doubt_of(const Tile& tile) { return tile.index / gridDim.x % kDoubts; }
+
+// Makes a warp's share of the results again, of the tiles that are noted.
+// NOTE: a call, and not inlined, for the kernel's other code: ptxas allocates its registers apart.
+template <class C>
+__device__ __noinline__ void make_again(const ConvMmaPlan& plan, const WindowPlan& window_plan, const uint32_t* doubts) {
+  // As for the input's warps: this SM's cache may hold what was there before.
+  __threadfence();
+  const Results<float, C> results{plan, window_plan.output, window_plan.partial};
+  const int first_n = first_block(plan), end_n = end_block(plan);
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+  for (Tile tile(plan); tile.exists(); tile.advance()) {
+    const uint32_t doubt = doubt_of(tile);
+    if ((doubts[doubt / 32] >> doubt % 32 & 1) == 0) continue;
+#pragma unroll 1
+    for (int first = threadIdx.x / kWarpSize * 16; first < C::BLOCK_M; first += C::kMathWarps * 16) {
+      const OutputPixel pixels[2] = {results.pixel(tile, first + lane / 4), results.pixel(tile, first + lane / 4 + 8)};
+      Smallest found[2];
+      const Again<LaneOrder, C::BLOCK_N> again{window_plan, pixels, lane};
+      if (!again.run(first_n, end_n, found)) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (lane % 4 == 0 && results.exists(pixels[h])) results.put(pixels[h], found[h].value, found[h].column);
+      }
+    }
+  }
 }
 
 // ---- the kernel ----
@@ -275,7 +358,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   constexpr bool kScaled = sizeof(T) == 4;
   constexpr int kStepVectors = C::kStepBytes / 16;
 
-  extern __shared__ uint4 shared[];
+  // NOTE: aligned, for bulk copies of whole lines: up to a tenth faster (on an H200).
+  extern __shared__ __align__(128) uint4 shared[];
   char* const stages_b = reinterpret_cast<char*>(shared);
   const int stage_bytes = plan.stage_steps * C::kStepBytes;
   char* const inputs = stages_b + C::kStages * stage_bytes;
@@ -283,13 +367,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   InputPixel* const input_table = reinterpret_cast<InputPixel*>(inputs + kInputBuffers * input_bytes);
   int* const step_table = reinterpret_cast<int*>(input_table + plan.input_tile_pixels);
   __shared__ float minima[kResults][C::WARPS_N][C::BLOCK_M];
-  __shared__ float largest_factors[kResults][C::WARPS_N];  // that undo powers of two
-  __shared__ uint32_t doubts[kDoubts / 32];                // this block's tiles with results to make again
+  __shared__ float backs[kResults];          // what undoes the input's power of two
+  __shared__ float least;                    // how much a result must be, times that, to be beyond doubt
+  __shared__ uint32_t doubts[kDoubts / 32];  // this block's tiles with results to make again
   __shared__ uint32_t largest[2][kInputWarps];
   __shared__ int lane_table[C::kMathThreads];
   // Of each input tile; a change: from the item before, where both are summed together.
   __shared__ int exponents[kInputBuffers], changes[kInputBuffers];
-  __shared__ uint64_t barriers[2 * (C::kStages + kInputBuffers) + kResults];
+  __shared__ uint64_t barriers[2 * (C::kStages + kInputBuffers) + kResults + 1];
 
   // NOTE: the shuffle tells the compiler that all lanes have the same warp: what follows from it fits in uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -312,6 +397,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   // A buffer of results is empty again when the input tile that leads to its next result is full: no barrier has to say so.
   static_assert(kResults > kInputBuffers, "kResults: expected more buffers than tiles that the input's warps are ahead");
   Ring<kResults> result_ring{first_barrier + 2 * (C::kStages + kInputBuffers) * 8};
+  const uint32_t all_stored = result_ring.full(kResults);  // all results are where they belong
   if (warp < C::kMathWarps) {
     const int m = warp / C::WARPS_N * C::M_TILES * 16 + threadIdx.x % 16;
     lane_table[threadIdx.x] = input_row(plan, m) + threadIdx.x % kWarpSize / 16 * 16;
@@ -327,43 +413,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       ptx::mbarrier_init(input_ring.empty(i), C::kMathThreads);
     }
     for (int i = 0; i < kResults; ++i) ptx::mbarrier_init(result_ring.full(i), C::kMathThreads);
+    ptx::mbarrier_init(all_stored, kInputThreads);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
 
-  // This block's share of the output channels.
-  const int first_n = blockIdx.y * plan.blocks_per_split;
-  const int end_n = min(first_n + plan.blocks_per_split, plan.groups * plan.blocks_n);
   const int items = plan.pieces * plan.chunks;
   // One item and one group: an input tile serves all the output channels.
   const bool keep_input = items == 1 && plan.groups == 1;
 
-  const auto pixel_of = [&](const Tile& tile, int m) {
-    OutputPixel pixel;
-    place(plan, m, pixel.image, pixel.row, pixel.column);
-    pixel.image += tile.image(), pixel.row += tile.row(), pixel.column += tile.column();
-    return pixel;
-  };
-  const auto doubt_of = [&](int tile) { return tile / gridDim.x % kDoubts; };
-  const auto exists = [&](const OutputPixel& pixel) {
-    return pixel.image < plan.images && pixel.row < plan.output[0] && pixel.column < plan.output[1];
-  };
-  const auto put = [&](const OutputPixel& at, float smallest, [[maybe_unused]] int column) {
-    const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
-    const int64_t pixel = at.image * plane + static_cast<int64_t>(at.row) * plan.output[1] + at.column;
-    if constexpr (kWinners) {
-      // Past a group's last channel its weights were repeated.
-      const int block_n = column / C::BLOCK_N, in_group = block_n % plan.blocks_n * C::BLOCK_N + column % C::BLOCK_N;
-      const int winner = block_n / plan.blocks_n * plan.out_channels + min(in_group, plan.out_channels - 1);
-      plan.winners.put(blockIdx.y * plan.images * plane + pixel, winner);
-    }
-    if (!plan.scale_first) smallest *= plan.factor;
-    if (plan.splits == 1) {
-      output[pixel] = static_cast<T>(smallest);
-    } else {
-      partial[blockIdx.y * plan.images * plane + pixel] = smallest;
-    }
-  };
+  const Results<T, C> results{plan, output, partial};
 
   // ---- producer: weights ----
   if (warp == C::kMathWarps) {
@@ -371,6 +430,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     const int lane = threadIdx.x % kWarpSize;
     if (kBulkCopies && lane > 0) return;
     ptx::wait_for_previous_grid();
+    const int first_n = first_block(plan), end_n = end_block(plan);
     for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
       const uint4* source = weights + static_cast<int64_t>(first_n) * items * plan.steps * kStepVectors;
       for (int item = 0; item < (end_n - first_n) * items; ++item) {
@@ -404,6 +464,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
     // what was there before. The results that are stored later come from warps that did wait.
     __threadfence();
     const int thread = threadIdx.x - C::kMathThreads - kWarpSize;
+    const int first_n = first_block(plan), end_n = end_block(plan);
     Loader<Raw<T>, C::kUnitsInFlight> loader(input, plan, input_table, thread);
     int exponent = kFirstExponent;  // float32's power of two: guessed from the item before, mended where the guess was wrong
     int turn = 0;
@@ -416,39 +477,36 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       for (uint32_t of_warp : largest[turn]) all = max(all, of_warp);
       return __uint_as_float(all);
     };
-    Tile done(plan);
-    const auto store_results = [&] {
+    const auto store_results = [&](const Tile& done) {
       result_ring.wait_full();
-      // NOTE: kept from tile to tile, the place was spilled (nvcc 13.0, sm_80).
-      if constexpr (kWinners) done.locate();
       float enough = 0.0f;
       bool doubtful = false;
       if constexpr (kScaled) {
-        for (float factor : largest_factors[result_ring.slot]) enough = fmaxf(enough, factor);
-        enough *= window_plan.least;
+        // Where weights are infinite, a NaN may come from what was no zero; where the scale is, a sign.
+        enough = least * backs[result_ring.slot];
+        doubtful = enough == kInfinity<float>;
       }
 #pragma unroll 1
       for (int m = thread; m < C::BLOCK_M; m += kInputThreads) {
         float smallest = minima[result_ring.slot][0][m];
 #pragma unroll
         for (int w = 1; w < C::WARPS_N; ++w) smallest = min_nan(smallest, minima[result_ring.slot][w][m]);
-        const OutputPixel pixel = pixel_of(done, m);
-        if (!exists(pixel)) continue;
-        // A NaN counts where weights are infinite: what times infinity is NaN may have been no zero.
-        if (kScaled) doubtful |= fabsf(smallest) < enough || (enough == kInfinity<float> && smallest != smallest);
+        const OutputPixel pixel = results.pixel(done, m);
+        if (!results.exists(pixel)) continue;
+        if (kScaled) doubtful |= fabsf(smallest) < enough;
         int column = 0;
         if constexpr (kWinners) {
           int share = 0;  // the first whose minimum it is
           while (share + 1 < C::WARPS_N && !same_bits(minima[result_ring.slot][share][m], smallest)) ++share;
           column = columns_of<C>(plan, result_ring.slot, share)[m];
         }
-        put(pixel, smallest, column);
+        results.put(pixel, smallest, column);
       }
-      if (kScaled && doubtful) atomicOr(&doubts[doubt_of(done.index) / 32], 1u << doubt_of(done.index) % 32);
+      if (kScaled && doubtful) atomicOr(&doubts[doubt_of(done) / 32], 1u << doubt_of(done) % 32);
       result_ring.advance();
-      done.advance();
     };
-    for (Tile tile(plan); tile.exists(); tile.advance()) {
+    Tile tile(plan);
+    for (; tile.exists(); tile.advance()) {
       for (int block_n = first_n; block_n < (keep_input ? first_n + 1 : end_n); ++block_n) {
         float largest_summed = 0.0f;
         for (int item = 0; item < items; ++item) {
@@ -491,11 +549,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           input_ring.advance();
         }
       }
-      if (tile.index >= static_cast<int>(blockIdx.x + kInputBuffers * gridDim.x)) store_results();
+      // NOTE: found anew; kept from tile to tile, ptxas spilled it (nvcc 13.0).
+      Tile done = tile;
+#pragma unroll
+      for (int i = 0; i < kInputBuffers; ++i) done.retreat();
+      if (done.exists()) store_results(done);
     }
-    while (done.exists()) store_results();
+#pragma unroll
+    for (int i = 0; i < kInputBuffers; ++i) tile.retreat();
+#pragma unroll 1
+    for (int i = 0; i < kInputBuffers; ++i) {
+      if (tile.exists()) store_results(tile);
+      tile.advance();
+    }
     ptx::cp_async_wait_all();
-    if (kScaled) ptx::barrier_sync(2, C::kMathThreads + kInputThreads);
+    if (kScaled) ptx::mbarrier_arrive(all_stored);
     return;
   }
 
@@ -503,9 +571,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
   // The warps that multiply.
   ptx::wait_for_previous_grid();
   const int lane = threadIdx.x % kWarpSize, warp_n = warp % C::WARPS_N;
-
-  const int my_tiles = (plan.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
-  for (int n = 0; n < my_tiles; ++n) {
+  const int first_n = first_block(plan), end_n = end_block(plan);
+  if (kScaled && warp == 0) {
+    float most = 0.0f;
+    for (int column = first_n * C::BLOCK_N + lane; column < end_n * C::BLOCK_N; column += kWarpSize) {
+      const float* const block = constants + static_cast<int64_t>(column / C::BLOCK_N) * (C::BLOCK_N * kConstants);
+      most = fmaxf(most, block[LaneOrder::places(C::BLOCK_N, column % C::BLOCK_N).size]);
+    }
+    most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
+    if (lane == 0) least = most * window_plan.least;
+  }
+  for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     for (int block_n = first_n; block_n < end_n; ++block_n) {
       // NOTE: the thread's index is read anew wherever it matters: ptxas spills what it keeps through the main loop.
       const auto my_constants = [&] {
@@ -582,7 +658,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           multiply(next_b, my_row + *offsets);
           weight_ring.release(done);
         }
-        exponent = kScaled ? exponents[input_ring.slot] : 0;
+        if (kScaled && item + 1 == items) exponent = exponents[input_ring.slot];
         if (!keep_input || block_n + 1 == end_n) {
           input_ring.release(input_ring.slot);
           input_ring.advance();
@@ -601,7 +677,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
       // of two whose product with the weights' may leave float32's range.
       const float root = power_of_two(-exponent / 2), back = root * root;
       const bool apart = plan.scale_first || abs(exponent) > kMostJoined;
-      float largest_factor = 0.0f;
 #pragma unroll
       for (int j = 0; j < C::N_TILES; ++j) {
         float4 two = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
@@ -617,10 +692,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
                               (h % 2 == 0 ? own.x : own.z);
             }
           }
-          if (kScaled) largest_factor = fmaxf(largest_factor, fmaxf(fabsf(two.x * own.x), fabsf(two.z * own.z)));
           two = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
         } else {
-          if (kScaled) largest_factor = fmaxf(largest_factor, fmaxf(fabsf(two.x), fabsf(two.z)));
           two.x *= back, two.z *= back;
         }
 #pragma unroll
@@ -634,7 +707,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
         }
       }
       const int thread = ptx::thread_index(), lane = thread % kWarpSize, warp = thread / kWarpSize;
-      const int warp_m = warp / C::WARPS_N, warp_n = warp % C::WARPS_N, result = n % kResults;
+      const int warp_m = warp / C::WARPS_N, warp_n = warp % C::WARPS_N, result = result_ring.slot;
       // Four lanes share a pixel. What one of them leaves in shared memory is its own until the tile is done.
 #pragma unroll
       for (int i = 0; i < C::M_TILES; ++i) {
@@ -652,43 +725,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
           if (lane % 4 == 0) smallest = block_n == first_n ? low[i][h] : min_nan(smallest, low[i][h]);
         }
       }
-      if constexpr (kScaled) {
-        // Past the largest exponent there is nothing to gain.
-        largest_factor *= exponent < kLargestExponent ? back : kSmallestNormal;
-        largest_factor = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest_factor)));
-        float& of_result = largest_factors[result][warp_n];
-        if (warp_m == 0 && lane == 0) of_result = block_n == first_n ? largest_factor : fmaxf(of_result, largest_factor);
-      }
+      if (kScaled && thread == 0) backs[result] = block_n == first_n ? back : fmaxf(backs[result], back);
     }
 
-    ptx::mbarrier_arrive(result_ring.full(n % kResults));
+    ptx::mbarrier_arrive(result_ring.full(result_ring.slot));
+    result_ring.advance();
   }
 
   // ---- consumers: results with too few digits, again ----
   if constexpr (kScaled) {
-    // All results are where they belong.
-    ptx::barrier_sync(2, C::kMathThreads + kInputThreads);
-    // As for the input's warps: this SM's cache may hold what was there before.
+    ptx::mbarrier_wait(all_stored, 0);
     bool any = false;
     for (uint32_t bits : doubts) any |= bits != 0;
-    if (!any) return;
-    __threadfence();
-    const int lane = ptx::thread_index() % kWarpSize;
-    for (Tile tile(plan); tile.exists(); tile.advance()) {
-      if ((doubts[doubt_of(tile.index) / 32] >> doubt_of(tile.index) % 32 & 1) == 0) continue;
-#pragma unroll 1
-      for (int first = ptx::thread_index() / kWarpSize * 16; first < C::BLOCK_M; first += C::kMathWarps * 16) {
-        const OutputPixel pixels[2] = {pixel_of(tile, first + lane / 4), pixel_of(tile, first + lane / 4 + 8)};
-        Smallest results[2];
-        make_again(Again<LaneOrder, C::BLOCK_N>{window_plan, reinterpret_cast<const float*>(input),
-                                                reinterpret_cast<const uint32_t*>(weights), constants, pixels, lane},
-                   first_n, end_n, results);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (lane % 4 == 0 && exists(pixels[h])) put(pixels[h], results[h].value, results[h].column);
-        }
-      }
-    }
+    if (any) make_again<C>(plan, window_plan, doubts);
   }
 }
 
@@ -728,7 +777,7 @@ void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, 
                           plan.chunks,
                           plan.steps,
                           plan.blocks_n};
-  const int64_t blocks_n = static_cast<int64_t>(plan.groups) * plan.blocks_n;
+  const int64_t blocks_n = plan.all_blocks_n;
   const int64_t packed_bytes = blocks_n * plan.pieces * plan.chunks * plan.steps * C::kStepBytes;
   const int slots = std::max(device.multiprocessors * candidate.blocks_per_sm / plan.splits, 1);
   const dim3 grid(std::min(plan.tiles, slots), plan.splits);
@@ -744,7 +793,8 @@ void launch_conv_mma(const ConvMmaCandidate& candidate, const ConvShape& shape, 
   plan.out_channels = static_cast<int>(shape.out_channels);
   plan.columns = workspace.more_winners;
   plan.winners = plan.splits == 1 ? winners : Winners{workspace.partial_winners, true};
-  MmaLaunch<T, C>::run(input, workspace, output, plan, WindowPlan(order, shape, scale.first, false), candidate.shared_bytes, grid, stream);
+  MmaLaunch<T, C>::run(input, workspace, output, plan, WindowPlan(order, shape, scale.first, false, input, workspace, output),
+                       candidate.shared_bytes, grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 

@@ -62,7 +62,7 @@ struct ConvMmaPlan {
   // The sum over K is cut into items: a piece of the filter (mostly all of it) for a chunk of the channels.
   int piece[2], pieces_across, pieces, piece_step[2], chunk, chunks, pitch;
   int steps, stage_steps, stages, units;  // of an item
-  int blocks_n, groups;                     // blocks of output channels, in each group
+  int blocks_n, groups, all_blocks_n;       // blocks of output channels, in each group; of all groups
   int splits, blocks_per_split;             // how the output channels are cut, blockIdx.y
   bool vectors;                             // channels lie side by side and aligned: wide loads
   int minors, minor_step, major_step;       // how the threads that load walk over an item's units
@@ -132,6 +132,7 @@ ConvMmaCandidate plan_tile(int config, const ConvShape& shape, bool vectors, int
   p.in_channels = static_cast<int>(shape.in_channels);
   p.groups = static_cast<int>(shape.groups);
   p.blocks_n = static_cast<int>(ceil_div(shape.out_channels, C::BLOCK_N));
+  p.all_blocks_n = p.groups * p.blocks_n;
   p.vectors = vectors;
   for (int axis = 0; axis < 2; ++axis) {
     p.input[axis] = static_cast<int>(shape.input[axis]);
@@ -209,7 +210,7 @@ ConvMmaCandidate plan_tile(int config, const ConvShape& shape, bool vectors, int
           p.minors = p.vectors ? p.chunk / kUnit : p.input_tile_pixels;
           p.minor_step = kInputThreads % p.minors;
           p.major_step = kInputThreads / p.minors;
-          const int64_t items = static_cast<int64_t>(p.pieces) * p.chunks, blocks_n = p.groups * p.blocks_n;
+          const int64_t items = static_cast<int64_t>(p.pieces) * p.chunks, blocks_n = p.all_blocks_n;
           const int64_t loads = items == 1 && p.groups == 1 ? 1 : items * blocks_n;
           const int64_t step_cost = C::BLOCK_M * C::BLOCK_N / 4 / C::kSpeed;
           const int64_t arithmetic = blocks_n * (items * (p.steps * step_cost + p.stages * 60) + 800);

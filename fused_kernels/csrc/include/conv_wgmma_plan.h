@@ -106,6 +106,7 @@ struct ConvWgmmaPlan {
   // share it.
   bool bulk;
   int blocks, pieces, parts, shares, part_bytes, piece_bytes, places;
+  uint32_t shares_inverse;  // 2^31 / shares, rounded up
   int lead, line, plane_stride;  // lead: staged pixels before a row's first
   float factor;
   bool scale_first;
@@ -144,7 +145,8 @@ bool lay_out(ConvWgmmaPlan& p, Source source, int element_size, const Device& de
   int room = device.shared_bytes - kOtherBytes;
 
   // Staging: as many pieces ahead as hide the memory's latency.
-  p.blocks = p.pieces = p.parts = p.shares = p.part_bytes = p.piece_bytes = p.places = p.lead = p.line = p.plane_stride = 0;
+  p.blocks = p.pieces = p.parts = p.part_bytes = p.piece_bytes = p.places = p.lead = p.line = p.plane_stride = 0;
+  p.shares = 1;
   if (source != Source::kTiles) {
     // NOTE: the TMA faults on an innermost coordinate that is no multiple of 16 bytes (seen on an H200).
     const int dense = 16 / element_size;
@@ -179,6 +181,7 @@ bool lay_out(ConvWgmmaPlan& p, Source source, int element_size, const Device& de
         p.places = 0;
       }
     }
+    p.shares_inverse = static_cast<uint32_t>(ceil_div(int64_t{1} << 31, p.shares));
     room -= p.blocks * static_cast<int>(sizeof(PixelBlock)) + p.places * p.piece_bytes;
   }
   // The last subtile reads past its slot: that must lie in shared memory, too.

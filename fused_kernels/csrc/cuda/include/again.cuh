@@ -3,26 +3,32 @@
 // image: where that leaves too few digits (powers.cuh), one warp makes 16 results of a tile anew.
 //
 // The same implicit GEMM by mma.sync, straight from memory: nothing is shared and nobody waits. Each result gets the power of two
-// that suits the largest value in its own window; those for which one power will do are made together.
+// that suits the largest value in its own window; those for which one power will do are made together. A window of zeros alone
+// lost nothing.
 // Limit: the latency of memory. It is made for few results.
 
 #include "implicit_gemm.cuh"
 
 namespace fused_kernels {
 
-// What a warp needs to know of the convolution, next to the packed weights.
+// What a warp needs to know of the convolution.
 struct WindowPlan {
+  const float *input, *constants;
+  const uint32_t* weights;
+  float *output, *partial;
   WeightOrder order;
-  int images, input[2], stride[2], padding[2], dilation[2];
+  int images, size[2], stride[2], padding[2], dilation[2];
   int64_t strides[4];
   bool scale_first;
   float least;  // least_result
 
-  WindowPlan(const WeightOrder& order, const ConvShape& shape, bool scale_first, bool split)
-      : order(order), images(static_cast<int>(shape.images)), scale_first(scale_first),
+  WindowPlan(const WeightOrder& order, const ConvShape& shape, bool scale_first, bool split, const Tensor& input,
+             const Workspace& workspace, Tensor& output)
+      : input(static_cast<const float*>(input.data_ptr())), constants(workspace.constants), weights(workspace.packed),
+        output(static_cast<float*>(output.data_ptr())), partial(workspace.partial), order(order), images(static_cast<int>(shape.images)), scale_first(scale_first),
         least(least_result(split, static_cast<double>(shape.in_channels) * shape.taps())) {
     for (int axis = 0; axis < 2; ++axis) {
-      input[axis] = static_cast<int>(shape.input[axis]);
+      size[axis] = static_cast<int>(shape.input[axis]);
       stride[axis] = static_cast<int>(shape.stride[axis]);
       padding[axis] = static_cast<int>(shape.padding[axis]);
       dilation[axis] = static_cast<int>(shape.dilation[axis]);
@@ -49,12 +55,9 @@ struct Smallest {
 template <class Order, int BLOCK_N>
 struct Again {
   static constexpr int kParts = Order::kParts, kRows = 2;
-  static constexpr int kUnits = BLOCK_N / kPackColumns < 4 ? BLOCK_N / kPackColumns : 4;  // of 16 columns, at once
+  static constexpr int kUnits = BLOCK_N == 32 ? 1 : kParts == 2 ? 2 : 4;  // of 16 columns, at once
 
   const WindowPlan& plan;
-  const float* const input;
-  const uint32_t* const weights;
-  const float* const constants;
   const OutputPixel (&at)[kRows];
   const int lane;
 
@@ -62,10 +65,10 @@ struct Again {
   __device__ __forceinline__ const float* pixel(int r, int tap_y, int tap_x, int group) const {
     const int y = at[r].row * plan.stride[0] - plan.padding[0] + tap_y * plan.dilation[0];
     const int x = at[r].column * plan.stride[1] - plan.padding[1] + tap_x * plan.dilation[1];
-    const bool inside = at[r].image < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.input[0]) &&
-                        static_cast<unsigned>(x) < static_cast<unsigned>(plan.input[1]);
+    const bool inside = at[r].image < plan.images && static_cast<unsigned>(y) < static_cast<unsigned>(plan.size[0]) &&
+                        static_cast<unsigned>(x) < static_cast<unsigned>(plan.size[1]);
     if (!inside) return nullptr;
-    return input + at[r].image * plan.strides[0] + static_cast<int64_t>(group) * plan.order.in_channels * plan.strides[1] +
+    return plan.input + at[r].image * plan.strides[0] + static_cast<int64_t>(group) * plan.order.in_channels * plan.strides[1] +
            y * plan.strides[2] + x * plan.strides[3];
   }
 
@@ -78,7 +81,7 @@ struct Again {
       for (int x = 0; x < plan.order.kernel[1]; ++x) {
         const float* const source = pixel(r, y, x, group);
         if (!source) continue;
-#pragma unroll 4
+#pragma unroll 2
         for (int c = lane % 4; c < plan.order.in_channels; c += 4) {
           const float magnitude = fabsf(__ldg(source + c * plan.strides[1]));
           if (magnitude < kInfinity<float>) most = fmaxf(most, magnitude);
@@ -136,7 +139,7 @@ struct Again {
         uint32_t a[kParts][4];
         load(pixels, block_c * kStepDepth, power, a);
         const uint32_t* const step =
-            weights + plan.order.step(block_n, y, x, block_c) * (BLOCK_N / kPackColumns * kParts * kUnitWords);
+            plan.weights + plan.order.step(block_n, y, x, block_c) * (BLOCK_N / kPackColumns * kParts * kUnitWords);
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           uint32_t b[kParts][4];
@@ -176,7 +179,7 @@ struct Again {
       for (int first_unit = 0; first_unit < BLOCK_N / kPackColumns; first_unit += kUnits) {
         float sums[2 * kUnits][4];
         multiply(block_n, first_unit, power_of_two(exponent), sums);
-        const float* const block = constants + static_cast<int64_t>(block_n) * BLOCK_N * kConstants;
+        const float* const block = plan.constants + static_cast<int64_t>(block_n) * BLOCK_N * kConstants;
 #pragma unroll
         for (int j = 0; j < 2 * kUnits; ++j) {
 #pragma unroll
@@ -197,17 +200,19 @@ struct Again {
     }
   }
 
-  // The minima over all of these blocks, each from sums that its own window's power of two served.
-  __device__ __forceinline__ void run(int first_n, int end_n, Smallest (&result)[kRows]) const {
-    // So many times the least that the window's largest value needs (powers.cuh): as much as 2^5 (split: 2^10) would do.
+  // The minima over all of these blocks, each from sums that its own window's power of two served. False: lost nothing before.
+  __device__ __forceinline__ bool run(int first_n, int end_n, Smallest (&result)[kRows]) const {
+    // What a window's largest value must be for the promise's share of largest values, by half: an element is off by up to 2^-24.
     const int taps = plan.order.kernel[0] * plan.order.kernel[1];
-    const float needed = fminf(taps * (kParts == 2 ? 32.0f : 0x1p-5f), 0x1p12f);
+    const float needed = fminf(taps * (kParts == 2 ? 128.0f : 0.125f), 0x1p12f);
     for (Smallest& one : result) one = {kInfinity<float>, 0};
 #pragma unroll 1
     for (int first = first_n, end; first < end_n; first = end) {
       const int group = first / plan.order.blocks_n;
       end = min((group + 1) * plan.order.blocks_n, end_n);
       const float windows[kRows] = {largest(0, group), largest(1, group)};
+      const bool alone = first == first_n && end == end_n;
+      if (alone && !__any_sync(0xffffffffu, windows[0] > 0.0f || windows[1] > 0.0f)) return false;
       Smallest of_group[kRows];
       bool waits[kRows] = {true, true};
       while (__any_sync(0xffffffffu, waits[0] || waits[1])) {
@@ -227,6 +232,7 @@ struct Again {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) take_smaller(result[r].value, of_group[r].value, result[r].column, of_group[r].column);
     }
+    return true;
   }
 };
 

@@ -38,11 +38,11 @@ struct CoreMatrixOrder {
   // NOTE: neighbouring threads' columns follow each other. Global loads have bank conflicts as well, and each one slows the
   // tensor cores down.
   struct Places {
-    int bias, factor, own;
+    int bias, factor, own, size;
   };
   __device__ static Places places(int columns, int column) {
     const int at = column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
-    return {at, at + columns, at + 2 * columns};
+    return {at, at + columns, at + 2 * columns, at + 3 * columns};
   }
 };
 
@@ -62,6 +62,95 @@ __device__ __forceinline__ auto& totals(Sums& sums, Rounded& rounded) {
     return rounded;
   } else {
     return sums;
+  }
+}
+
+// ---- results ----
+
+// Where the results of a thread are that multiplies, and how they get into the output.
+template <typename T, class C>
+struct Results {
+  const ConvWgmmaPlan& plan;
+  T* const output;
+  float* const partial;
+
+  // One of a thread's pixels in a subtile; past the last image, if the tile has none there.
+  template <class Tile>
+  __device__ __forceinline__ OutputPixel pixel(const Tile& tile, int warpgroup, int thread, int i, int h) const {
+    OutputPixel at{tile.image, tile.row, tile.column};
+    const int subtile = warpgroup * C::SUBTILES + i, m = thread % 128 / 32 * 16 + h * 8 + thread % 32 / 4;
+    if (plan.sliding) {
+      at.row += subtile;
+      at.column += m;
+    } else {
+      const int in_image = subtile % plan.image_subtiles * kSubtile + m, line = divide(in_image, plan.pitch_inverse);
+      const int in_line = in_image - line * plan.pitch;
+      at.image += subtile / plan.image_subtiles;
+      at.row += line;
+      at.column += in_line;
+      const bool inside = subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
+      if (!inside) at.image = plan.images;
+    }
+    return at;
+  }
+
+  __device__ __forceinline__ bool exists(const OutputPixel& at) const {
+    return at.image < plan.images && at.row < plan.output[0] && at.column < plan.output[1];
+  }
+
+  __device__ __forceinline__ void put(const OutputPixel& at, float smallest, [[maybe_unused]] int winner) const {
+    if (!plan.scale_first) smallest *= plan.factor;
+    const int64_t pixel = (static_cast<int64_t>(at.image) * plan.output[0] + at.row) * plan.output[1] + at.column;
+    if (plan.splits == 1) {
+      output[pixel] = static_cast<T>(smallest);
+      if (kWinners) plan.winners.put(pixel, min(winner, plan.out_channels - 1));
+    } else {
+      const int64_t pixels = static_cast<int64_t>(plan.images) * plan.output[0] * plan.output[1];
+      partial[blockIdx.y * pixels + pixel] = smallest;
+      if (kWinners) plan.partial_winners[blockIdx.y * pixels + pixel] = min(winner, plan.out_channels - 1);
+    }
+  }
+};
+
+// Where a warp notes a tile with results to make again. Tiles may share a bit: then more are made again.
+struct Doubt {
+  int word;
+  uint32_t bit;
+
+  template <class Tile>
+  __device__ __forceinline__ Doubt(const Tile& tile, int warp) {
+    const uint32_t place = (warp + tile.row + tile.column * 3u + tile.image * 7u) % kDoubts;
+    word = warp * (kDoubts / 32) + place / 32;
+    bit = 1u << place % 32;
+  }
+};
+
+// Makes a warp's results of the tiles that it noted again.
+// NOTE: a call, and not inlined, for the kernel's other code: ptxas allocates its registers apart.
+template <class C>
+__device__ __noinline__ void make_again(const ConvWgmmaPlan& plan, const WindowPlan& window_plan, const uint32_t* doubts) {
+  // As for the input's warps: this SM's cache may hold what was there before.
+  __threadfence();
+  const Results<float, C> results{plan, window_plan.output, window_plan.partial};
+  const int first_n = blockIdx.y * plan.blocks_per_split, end_n = min(first_n + plan.blocks_per_split, plan.blocks_n);
+  const int thread = threadIdx.x, lane = thread % kWarpSize;
+#pragma unroll 1
+  for (Tile tile(plan); tile.exists(); tile.advance()) {
+    const OutputPixel first{tile.image * plan.tile_images, tile.row * plan.tile_rows, tile.column * plan.tile_columns};
+    const Doubt doubt(first, thread / kWarpSize);
+    if ((doubts[doubt.word] & doubt.bit) == 0) continue;
+#pragma unroll 1
+    for (int i = 0; i < C::SUBTILES; ++i) {
+      const OutputPixel pixels[2] = {results.pixel(first, thread / 128, thread, i, 0),
+                                     results.pixel(first, thread / 128, thread, i, 1)};
+      Smallest found[2];
+      const Again<CoreMatrixOrder<C::kParts>, C::BLOCK_N> again{window_plan, pixels, lane};
+      if (!again.run(first_n, end_n, found)) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (lane % 4 == 0 && results.exists(pixels[h])) results.put(pixels[h], found[h].value, found[h].column);
+      }
+    }
   }
 }
 
@@ -89,7 +178,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   __shared__ float finite[kInputWarps];
   __shared__ int exponents[kMostSlots];
   __shared__ int changes[kMostSlots];  // sliding: a new run begins here; else: of the exponent, from the chunk before
-  __shared__ uint32_t doubts[kMathThreads / kWarpSize][kDoubts / 32];  // a consumer warp's tiles with results to make again
+  __shared__ float leasts[kMathThreads / kWarpSize];     // how much a result must be, by the weights, to be beyond doubt
+  __shared__ uint32_t doubts[kMathThreads / kWarpSize * (kDoubts / 32)];  // a consumer warp's tiles with results to make again
 
   // NOTE: the shuffle tells the compiler that all lanes have the same warp: what follows from it fits in uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -112,7 +202,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     }
     ptx::mbarrier_init_fence();
   }
-  if (kScaled && threadIdx.x < sizeof doubts / 4) doubts[0][threadIdx.x] = 0;
+  if (kScaled && threadIdx.x < sizeof doubts / 4) doubts[threadIdx.x] = 0;
   if (S != Source::kTiles) {
     const int across = plan.blocks / (plan.tile_images * plan.slot_rows);
     for (int i = threadIdx.x; i < plan.blocks; i += kThreads) {
@@ -359,6 +449,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       // has its shares at the same places each time round (places x units is a multiple of the warps), and sees every phase of
       // those.
       const int units_of_piece = plan.parts * plan.shares, units_of_slot = plan.pieces * units_of_piece;
+      // NOTE: without dividing, which is a third of a small part's instructions.
+      const auto part_of = [&](int unit) { return static_cast<int>(divide(2 * unit, plan.shares_inverse)); };
       Ring place = staging_ring;
       int unit_of_slot = my_warp, unit_of_piece = my_warp;
       for (Cursor cursor(plan, end_n - first_n); cursor.exists(); cursor.advance()) {
@@ -367,8 +459,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           for (; unit_of_slot < units_of_slot; unit_of_slot += kInputWarps) {
             for (; unit_of_piece >= units_of_piece; unit_of_piece -= units_of_piece) place.advance();
             place.wait_full();
-            const int source = staging_offset + place.slot * plan.piece_bytes + unit_of_piece / plan.shares * plan.part_bytes;
-            convert(source, slot_address(input_ring), unit_of_slot / plan.shares, unit_of_piece % plan.shares);
+            const int part = part_of(unit_of_piece);
+            const int source = staging_offset + place.slot * plan.piece_bytes + part * plan.part_bytes;
+            convert(source, slot_address(input_ring), part_of(unit_of_slot), unit_of_piece - part * plan.shares);
             place.release();
             unit_of_piece += kInputWarps;
           }
@@ -449,7 +542,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // ---- consumers: two warpgroups multiply ----
   ptx::more_registers<Roles<S, C::SPLIT>::kMathRegisters>();
   ptx::wait_for_previous_grid();
-  const int warpgroup = warp / 4, thread = threadIdx.x % 128;
+  const int warpgroup = warp / 4;
   const int window = plan.kept + plan.fresh;
   int oldest = 0;        // slot that this warpgroup has not released
   int to_release = 0;    // slots, as soon as the sums under way are complete
@@ -471,10 +564,23 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   if constexpr (kScaled && C::OVERLAPS) {
     const float* const factors = constants + first_n * C::BLOCK_N * kConstants + C::BLOCK_N;
     bool same = true;
-    for (int column = thread % kWarpSize; column < C::BLOCK_N; column += kWarpSize) same &= factors[column] == factors[0];
+    for (int column = threadIdx.x % kWarpSize; column < C::BLOCK_N; column += kWarpSize) same &= factors[column] == factors[0];
     if (__all_sync(0xffffffffu, same)) common_factor = factors[0];
   }
-  float largest_factor = 0.0f;  // of all channels so far: this thread's
+  // How much a result must be to be beyond doubt, times what undoes the input's power of two.
+  if constexpr (kScaled) {
+    float least = 0.0f;
+    for (int block_n = first_n; block_n < end_n; ++block_n) {
+      const float* const sizes = constants + (static_cast<int64_t>(block_n) * kConstants + 3) * C::BLOCK_N;
+      for (int column = threadIdx.x % kWarpSize; column < C::BLOCK_N; column += kWarpSize) least = fmaxf(least, sizes[column]);
+    }
+    least = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(least))) * window_plan.least;
+    // Where weights are infinite, a NaN may come from what was no zero; where the scale is, a sign. Doubt all: nothing is enough.
+    if (least == kInfinity<float>) least = __uint_as_float(0x7fffffffu);
+    // NOTE: in shared memory: ptxas spills what is rarely needed and kept through the main loop.
+    if (threadIdx.x % kWarpSize == 0) leasts[warp] = least;
+    __syncwarp();
+  }
   // NOTE: tensor cores truncate their sums instead of rounding them, so errors grow with the number of products. Split: the
   // sums of each tap are added to `rounded`, outside the tensor cores.
   float rounded[C::SUBTILES][C::SPLIT ? C::BLOCK_N / 2 : 1];
@@ -484,41 +590,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   struct Done {
     int block_n, exponent, image, row, column;
   };
-  // Where a tile's results of this thread are; of those that lie in the image.
-  const auto pixel_of = [&](const auto& tile, int i, int h) {
-    OutputPixel pixel{tile.image, tile.row, tile.column};
-    const int subtile = warpgroup * C::SUBTILES + i, m = thread / 32 * 16 + h * 8 + thread % 32 / 4;
-    if (plan.sliding) {
-      pixel.row += subtile;
-      pixel.column += m;
-    } else {
-      const int in_image = subtile % plan.image_subtiles * kSubtile + m, line = divide(in_image, plan.pitch_inverse);
-      const int in_line = in_image - line * plan.pitch;
-      pixel.image += subtile / plan.image_subtiles;
-      pixel.row += line;
-      pixel.column += in_line;
-      const bool inside = subtile < plan.tile_images * plan.image_subtiles && line < plan.tile_rows && in_line < plan.tile_columns;
-      if (!inside) pixel.image = plan.images;
-    }
-    return pixel;
-  };
-  const auto exists = [&](const OutputPixel& pixel) {
-    return pixel.image < plan.images && pixel.row < plan.output[0] && pixel.column < plan.output[1];
-  };
-  const auto put = [&](const OutputPixel& at, float smallest, [[maybe_unused]] int winner) {
-    if (!plan.scale_first) smallest *= plan.factor;
-    const int64_t pixel = (static_cast<int64_t>(at.image) * plan.output[0] + at.row) * plan.output[1] + at.column;
-    if (plan.splits == 1) {
-      output[pixel] = static_cast<T>(smallest);
-      if (kWinners) plan.winners.put(pixel, min(winner, plan.out_channels - 1));
-    } else {
-      const int64_t pixels = static_cast<int64_t>(plan.images) * plan.output[0] * plan.output[1];
-      partial[blockIdx.y * pixels + pixel] = smallest;
-      if (kWinners) plan.partial_winners[blockIdx.y * pixels + pixel] = min(winner, plan.out_channels - 1);
-    }
-  };
-  // Where a tile with results to make again is noted. Tiles may share a place: then more are made again.
-  const auto doubt_of = [&](const auto& tile) { return (tile.row + tile.column * 3 + tile.image * 7) % kDoubts; };
+  const Results<T, C> results{plan, output, partial};
 
   // ---- epilogue: bias, scale and min, in the registers that have the sums ----
   const auto finish = [&](const float(&sums)[C::SUBTILES][C::BLOCK_N / 2], const Done& done) {
@@ -527,20 +599,20 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       for (auto& two : low) two[0] = two[1] = kInfinity<float>;
 #pragma unroll
       for (auto& two : winners) two[0] = two[1] = 0;
-      largest_factor = 0.0f;
     } else if (kWinners) {
 #pragma unroll
       for (auto& two : winners) two[0] -= C::BLOCK_N, two[1] -= C::BLOCK_N;
     }
+    // NOTE: split, the thread's index is read anew: ptxas spills what it keeps through the main loop (nvcc 13.0).
+    const int index = C::SPLIT ? ptx::thread_index() : threadIdx.x;
     const float4* const biases =
         reinterpret_cast<const float4*>(constants + static_cast<int64_t>(done.block_n) * (C::BLOCK_N * kConstants)) +
-        thread % 4;
+        index % 4;
     const float4 *const factors = biases + C::BLOCK_N / 4, *const own_factors = factors + C::BLOCK_N / 4;
     const float root = power_of_two(-done.exponent / 2);
     const float back = root * root, joined = common_factor * back;
     const auto take = [&](auto scale_first, auto joins) {
       constexpr bool kJoins = kScaled && decltype(joins)::value;
-      if (kJoins && C::OVERLAPS) largest_factor = fabsf(common_factor);
 #pragma unroll
       for (int pair = 0; pair < C::BLOCK_N / 16; ++pair) {
         const float4 bias4 = biases[pair * 4], factor4 = kScaled && !(kJoins && C::OVERLAPS) ? factors[pair * 4] : bias4;
@@ -548,12 +620,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         float factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
         const float4 own4 = decltype(scale_first)::value ? own_factors[pair * 4] : bias4;
         const float own[4] = {own4.x, own4.y, own4.z, own4.w};
-        if constexpr (kScaled && !(kJoins && C::OVERLAPS)) {
+        if constexpr (kJoins && !C::OVERLAPS) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            largest_factor = fmaxf(largest_factor, fabsf(decltype(scale_first)::value ? factor[k] * own[k] : factor[k]));
-            if (kJoins) factor[k] *= back;
-          }
+          for (float& one : factor) one *= back;
         }
 #pragma unroll
         for (int i = 0; i < C::SUBTILES; ++i) {
@@ -571,11 +640,6 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           }
         }
       }
-      if constexpr (kScaled && !(kJoins && C::OVERLAPS)) {
-        // Four lanes have all channels.
-        largest_factor = fmaxf(largest_factor, __shfl_xor_sync(0xffffffffu, largest_factor, 1));
-        largest_factor = fmaxf(largest_factor, __shfl_xor_sync(0xffffffffu, largest_factor, 2));
-      }
     };
     const bool joins = C::OVERLAPS ? fabsf(joined) >= kSmallestNormal && fabsf(joined) < kInfinity<float>
                                    : done.exponent >= -kMostJoined && done.exponent <= kMostJoined && !plan.scale_first;
@@ -589,31 +653,27 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     }
     if (!C::OVERLAPS && done.block_n + 1 < end_n) return;
 
-    // Past the largest exponent there is nothing to gain.
-    const float enough = largest_factor * (done.exponent < kLargestExponent ? window_plan.least * back : kSmallestNormal);
-    bool doubtful = false;
+    float smallest_of_all = kInfinity<float>;
     // Four lanes share a pixel.
 #pragma unroll
     for (int i = 0; i < C::SUBTILES; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float smallest = low[i][h];
-        int winner = done.block_n * C::BLOCK_N + thread % 4 * 2 + winners[i][h];
+        int winner = done.block_n * C::BLOCK_N + index % 4 * 2 + winners[i][h];
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2) take_smaller_of_lanes(smallest, winner, distance);
-        const OutputPixel pixel = pixel_of(done, i, h);
-        if (thread % 4 == 0 && exists(pixel)) {
-          // A NaN counts where weights are infinite: what times infinity is NaN may have been no zero.
-          if (kScaled) doubtful |= fabsf(smallest) < enough || (enough == kInfinity<float> && smallest != smallest);
-          put(pixel, smallest, winner);
+        const OutputPixel pixel = results.pixel(done, warpgroup, index, i, h);
+        if (index % 4 == 0 && results.exists(pixel)) {
+          if (kScaled) smallest_of_all = fminf(smallest_of_all, fabsf(smallest));
+          results.put(pixel, smallest, winner);
         }
       }
     }
-    if (kScaled && __any_sync(0xffffffffu, doubtful)) {
-      const uint32_t doubt = doubt_of(done);
-      // NOTE: the thread's index is read anew where it is rarely needed: ptxas spills what it keeps through the main loop.
-      const int index = ptx::thread_index();
-      if (index % kWarpSize == 0) doubts[index / kWarpSize][doubt / 32] |= 1u << doubt % 32;
+    if (kScaled && !(smallest_of_all >= leasts[warp] * back)) {
+      // NOTE: the thread's index is read anew: else the compiler prepares for this in every tile.
+      const Doubt doubt(done, ptx::thread_index() / kWarpSize);
+      atomicOr(&doubts[doubt.word], doubt.bit);
     }
   };
 
@@ -883,28 +943,10 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // ---- consumers: results with too few digits, again; each warp its own ----
   if constexpr (kScaled) {
     __syncwarp();
-    const int lane = ptx::thread_index() % kWarpSize;
-    const uint32_t(&mine)[kDoubts / 32] = doubts[ptx::thread_index() / kWarpSize];
+    const int index = ptx::thread_index(), lane = index % kWarpSize;
+    const uint32_t* const mine = doubts + index / kWarpSize * (kDoubts / 32);
     if (!__any_sync(0xffffffffu, lane < kDoubts / 32 && mine[lane % (kDoubts / 32)] != 0)) return;
-    // As for the input's warps: this SM's cache may hold what was there before.
-    __threadfence();
-    for (Tile again(plan); again.exists(); again.advance()) {
-      const OutputPixel first{again.image * plan.tile_images, again.row * plan.tile_rows, again.column * plan.tile_columns};
-      const uint32_t doubt = doubt_of(first);
-      if ((mine[doubt / 32] >> doubt % 32 & 1) == 0) continue;
-#pragma unroll 1
-      for (int i = 0; i < C::SUBTILES; ++i) {
-        const OutputPixel pixels[2] = {pixel_of(first, i, 0), pixel_of(first, i, 1)};
-        Smallest results[2];
-        Again<CoreMatrixOrder<C::kParts>, C::BLOCK_N>{window_plan, reinterpret_cast<const float*>(input),
-                                                      reinterpret_cast<const uint32_t*>(weights), constants, pixels, lane}
-            .run(first_n, end_n, results);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (lane % 4 == 0 && exists(pixels[h])) put(pixels[h], results[h].value, results[h].column);
-        }
-      }
-    }
+    make_again<C>(plan, window_plan, doubts);
   }
 }
 

@@ -109,8 +109,9 @@ void launch_conv_wgmma(const ConvWgmmaCandidate& candidate, const ConvShape& sha
     STD_TORCH_CHECK(encode_tensor_map<T>(map, input, shape, S, plan), "input: conv_wgmma found no map for its strides");
   }
   const dim3 grid(std::min(plan.tiles, std::max(device.multiprocessors / plan.splits, 1)), plan.splits);
-  WgmmaLaunch<T, S, C>::run(map, input, workspace, output, plan, WindowPlan(order, shape, scale.first, C::SPLIT),
-                            candidate.shared_bytes, grid, stream);
+  WgmmaLaunch<T, S, C>::run(map, input, workspace, output, plan,
+                            WindowPlan(order, shape, scale.first, C::SPLIT, input, workspace, output), candidate.shared_bytes,
+                            grid, stream);
   if (plan.splits > 1) combine<T>(workspace, plan.splits, shape.pixels(), output, winners, stream);
 }
 

@@ -16,8 +16,10 @@ struct Tile {
   bool begins;  // a strip
 
   __device__ __forceinline__ explicit Tile(const ConvWgmmaPlan& plan) : plan(plan), begins(true) {
-    index = static_cast<int>(static_cast<int64_t>(plan.tiles) * blockIdx.x / gridDim.x);
-    end = static_cast<int>(static_cast<int64_t>(plan.tiles) * (blockIdx.x + 1) / gridDim.x);
+    // Equal shares; the first blocks have one tile more, where some are left.
+    const int block = blockIdx.x, share = plan.tiles / static_cast<int>(gridDim.x), more = plan.tiles - share * gridDim.x;
+    index = block * share + min(block, more);
+    end = index + share + (block < more);
     row = index % plan.tiles_down;
     column = index / plan.tiles_down % plan.tiles_across;
     image = index / plan.tiles_down / plan.tiles_across;

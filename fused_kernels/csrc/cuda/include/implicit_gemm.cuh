@@ -79,7 +79,8 @@ constexpr int kUnitWords = kStepDepth * kPackColumns / 2;  // 16 columns of a st
 // Packs the weights. A block takes 16 output channels of some input channels and filter rows; its threads write side by side,
 // and read what their neighbours' cache lines hold. Past the last output channel the last one is repeated: the minimum stays
 // the same. Order says which column and which k the words of a unit hold, and where in a block a column's constants go: the
-// power of two that undoes its weights', its bias, and the factor that multiplies each of its values.
+// power of two that undoes its weights', its bias, the factor that multiplies each of its values, and (of float32) the sum of its
+// weights' magnitudes, times that factor's.
 template <typename T, class Order>
 __global__ void __launch_bounds__(kPackThreads)
     pack_weights_kernel(const T* weight, Strides4 strides, bool rows_are_dense, const void* bias, bool bias_is_wider,
@@ -99,14 +100,14 @@ __global__ void __launch_bounds__(kPackThreads)
   __shared__ int exponents[kPackColumns];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   int exponent = 0;
-  bool infinite = false;
+  float magnitudes = 0.0f;
   if constexpr (sizeof(T) == 4) {
     const T* const row = weight + channel(warp) * strides.of[0];
     float most = 0.0f;
     const auto look = [&](const T* at) {
       const float magnitude = fabsf(*at);
       most = fmaxf(most, magnitude < kInfinity<float> ? magnitude : 0.0f);
-      infinite |= magnitude == kInfinity<float>;
+      magnitudes += magnitude;
     };
     if (rows_are_dense) {
 #pragma unroll 16
@@ -119,7 +120,8 @@ __global__ void __launch_bounds__(kPackThreads)
       }
     }
     most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
-    infinite = __any_sync(0xffffffffu, infinite);
+#pragma unroll
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) magnitudes += __shfl_xor_sync(0xffffffffu, magnitudes, distance);
     if (most > 0.0f) exponent = exponent_for(most);
     // In steps of eight, so that most channels have the same one: the largest weight is still at least kSmallMaximum.
     if (Order::kParts == 1 && exponent < kLargestExponent / 8 * 8) exponent &= ~7;
@@ -134,9 +136,11 @@ __global__ void __launch_bounds__(kPackThreads)
     const typename Order::Places places = Order::places(block_columns, first_column + warp);
     float* const block = constants + block_n * block_columns * kConstants;
     block[places.bias] = scale.sign * value;
-    // An infinite weight makes all results infinite or NaN: so may its factor be, and be seen by that.
-    block[places.factor] = scale.sign * (infinite ? kInfinity<float> : power_of_two(-exponent));
+    block[places.factor] = scale.sign * power_of_two(-exponent);
     block[places.own] = own;
+    // Not zero where neither is.
+    const float size = magnitudes * fabsf(own);
+    block[places.size] = magnitudes == 0.0f || own == 0.0f ? 0.0f : fmaxf(size, kSmallestNormal);
   }
 
   const int word = threadIdx.x % kUnitWords, column = Order::column(word), k = Order::k(word);

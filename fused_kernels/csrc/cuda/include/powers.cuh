@@ -59,13 +59,15 @@ constexpr int kFirstSplitExponent = 12;
 
 // ---- results that must be made again ----
 
-// Where an element, times the power of two, is small, it is off by up to 2^-25, and each product by that times its weight. All
-// products together are off by no more than a quarter of what the promise of ops.py allows if the result itself, with its bias,
-// has this magnitude, times what undoes the input's power, times the largest that undoes a channel's weights' (times their own
-// power these are below 2^14). For the promise is a share of the sum of all magnitudes, and the result can't be larger than that.
+// Where an element, times the power of two, is small, it is off by up to 2^-25, and each product by that times its weight; a sum
+// by that times the sum of its weights' magnitudes. So much of the promise of ops.py is free for it: all products together have
+// room for it where the result itself, with its bias, has this magnitude, times what undoes the input's power, times a channel's
+// weights' magnitudes. For the promise is a share of the sum of all magnitudes, and the result can't be larger than that.
+// Of the promise's 2 + products / 4096 the 2 are two operands' own roundings, and half of the rest is the tensor cores'
+// truncations. Split, operands are off by half of the promise at most, and sums by a quarter.
 inline float least_result(bool split, double products) {
-  const double allowed = split ? 0x1p-24 * std::max(16.0, 2.0 * std::sqrt(products)) : 0x1p-11 * (2.0 + products / 4096.0);
-  return static_cast<float>(4.0 * products * 0x1p-25 * 0x1p14 / allowed);
+  const double free = split ? 0x1p-24 * std::max(16.0, 2.0 * std::sqrt(products)) / 4.0 : 0x1p-11 * products / 8192.0;
+  return static_cast<float>(1.001 * 0x1p-25 / free);
 }
 
 }  // namespace fused_kernels
