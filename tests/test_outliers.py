@@ -324,8 +324,8 @@ def test_tiny_scales_for_each_channel(function, precision, device):
 @pytest.mark.parametrize("dark", range(8, 30, 2))
 def test_ties_beside_the_smallest_values(function, precision, device, dark):
     """All operands are off as far as can be, to the same side, and half of the channels may vanish beside the bright half."""
-    if precision != "tf32":
-        pytest.skip("sums of equal float32 drift by more than is promised for sums: a tie is TF32's")
+    if isinstance(function, Rung) and function.name == "conv_direct":
+        pytest.skip("conv_direct adds equal products one by one: see fused_kernels.bounds.promise")
     tie = 1 + 2.0**-11
     input, weight = torch.full((1, 64, 12, 80), tie), torch.full((64, 64, 3, 3), tie / 16)
     input[..., 40:] *= 2.0**-dark
