@@ -25,7 +25,8 @@ struct WindowPlan {
   WindowPlan(const WeightOrder& order, const ConvShape& shape, bool scale_first, bool split, const Tensor& input,
              const Workspace& workspace, Tensor& output)
       : input(static_cast<const float*>(input.data_ptr())), constants(workspace.constants), weights(workspace.packed),
-        output(static_cast<float*>(output.data_ptr())), partial(workspace.partial), order(order), images(static_cast<int>(shape.images)), scale_first(scale_first),
+        output(static_cast<float*>(output.data_ptr())), partial(workspace.partial), order(order),
+        images(static_cast<int>(shape.images)), scale_first(scale_first),
         least(least_result(split, static_cast<double>(shape.in_channels) * shape.taps())) {
     for (int axis = 0; axis < 2; ++axis) {
       size[axis] = static_cast<int>(shape.input[axis]);
@@ -202,7 +203,8 @@ struct Again {
 
   // The minima over all of these blocks, each from sums that its own window's power of two served. False: lost nothing before.
   __device__ __forceinline__ bool run(int first_n, int end_n, Smallest (&result)[kRows]) const {
-    // What a window's largest value must be for the promise's share of largest values, by half: an element is off by up to 2^-24.
+    // What a window's largest value must be, as an element is off by up to 2^-24 (`scaled`): for half of what the promise
+    // grants to largest values.
     const int taps = plan.order.kernel[0] * plan.order.kernel[1];
     const float needed = fminf(taps * (kParts == 2 ? 128.0f : 0.125f), 0x1p12f);
     for (Smallest& one : result) one = {kInfinity<float>, 0};

@@ -67,7 +67,7 @@ __device__ __forceinline__ auto& totals(Sums& sums, Rounded& rounded) {
 
 // ---- results ----
 
-// Where the results of a thread are that multiplies, and how they get into the output.
+// Where the results of a consumer's thread are, and how they get into the output.
 template <typename T, class C>
 struct Results {
   const ConvWgmmaPlan& plan;

@@ -60,7 +60,7 @@ constexpr int kFirstSplitExponent = 12;
 // ---- results that must be made again ----
 
 // Where an element, times the power of two, is small, it is off by up to 2^-25, and each product by that times its weight; a sum
-// by that times the sum of its weights' magnitudes. So much of the promise of ops.py is free for it: all products together have
+// by that times the sum of its weights' magnitudes. So much of the promise of bounds.py is free for it: all products together have
 // room for it where the result itself, with its bias, has this magnitude, times what undoes the input's power, times a channel's
 // weights' magnitudes. For the promise is a share of the sum of all magnitudes, and the result can't be larger than that.
 // Of the promise's 2 + products / 4096 the 2 are two operands' own roundings, and half of the rest is the tensor cores'
