@@ -113,6 +113,7 @@ struct Results {
 };
 
 // Where a warp notes a tile with results to make again. Tiles may share a bit: then more are made again.
+// NOTE: the bit depends on the warp only so that the compiler can't prepare it in every tile (nvcc 13.0).
 struct Doubt {
   int word;
   uint32_t bit;
@@ -449,7 +450,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       // has its shares at the same places each time round (places x units is a multiple of the warps), and sees every phase of
       // those.
       const int units_of_piece = plan.parts * plan.shares, units_of_slot = plan.pieces * units_of_piece;
-      // NOTE: without dividing, which is a third of a small part's instructions.
+      // NOTE: a division takes tens of instructions, and these warps' instructions are what limits the kernel.
       const auto part_of = [&](int unit) { return static_cast<int>(divide(2 * unit, plan.shares_inverse)); };
       Ring place = staging_ring;
       int unit_of_slot = my_warp, unit_of_piece = my_warp;
