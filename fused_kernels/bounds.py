@@ -76,11 +76,8 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
     16-bit types are held to "ieee" and one rounding more. What underflows is not promised: added everywhere is the smallest
     normal number of the type in which sums are made, times the scale where that is more than 1.
 
-    The root stands for roundings that differ in sign. Of hundreds of equal products all may be rounded to one side:
-    conv_direct, which adds them one by one, was seen at 5 times the bound (K = 576, on an H200). The other kernels add partial
-    sums. Beside outliers two more can be, by derivation: conv_wgmma, at 1.3 times the bound, where the blocks of output
-    channels that share an input of many channels use different powers; conv_wgmma_ieee, at 1.5 times, with 2048 channels
-    at 1 x 1.
+    The root stands for roundings that differ in sign. Of hundreds of equal products, as of a flat image under a box filter, all
+    may be rounded to one side: hence every kernel adds partial sums.
 
     Parameters
     ----------

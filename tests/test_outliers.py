@@ -146,6 +146,9 @@ PARTS = {
     "dark right": times(lambda y, x, c: torch.where(x > 0.5, 1e-20, 1.0)),
     "dark top": times(lambda y, x, c: torch.where(y < 0.5, 1e-20, 1.0)),
     "dark bottom": times(lambda y, x, c: torch.where(y > 0.5, 1e-8, 1.0)),
+    "black right": times(lambda y, x, c: torch.where(x > 0.5, 0.0, 1.0)),
+    "black top": times(lambda y, x, c: torch.where(y < 0.5, 0.0, 1.0)),
+    "black": times(lambda y, x, c: 0.0),
     "channels apart": times(lambda y, x, c: 10 ** (6 * c - 3)),
     "channels far apart": times(lambda y, x, c: 10 ** (60 * c - 30)),
     "mixed batch": mixed_batch,
@@ -322,16 +325,26 @@ def test_tiny_scales_for_each_channel(function, precision, device):
 
 @EVERY
 @pytest.mark.parametrize("dark", range(8, 30, 2))
-def test_ties_beside_the_smallest_values(function, precision, device, dark, request):
+def test_ties_beside_the_smallest_values(function, precision, device, dark):
     """All operands are off as far as can be, to the same side, and half of the channels may vanish beside the bright half."""
-    if isinstance(function, Rung) and function.name == "conv_direct":
-        reason = "conv_direct adds equal products one by one: see fused_kernels.bounds.promise"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     tie = 1 + 2.0**-11
     input, weight = torch.full((1, 64, 12, 80), tie), torch.full((64, 64, 3, 3), tie / 16)
     input[..., 40:] *= 2.0**-dark
     input[:, 32:, :, 40:] = 2.0**-33
     assert_kept(function, precision, device, (input, weight))
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("channels", "kernel"),
+    [(7, (1, 1)), (64, (1, 1)), (2048, (1, 1)), (1, (9, 9)), (3, (5, 5)), (64, (3, 3)), (5, (31, 31))],
+    ids=str,
+)
+@pytest.mark.parametrize("image", [lambda x: x, spike(1e10), spike(1e-10)], ids=["flat", "bright pixel", "dark pixel"])
+def test_equal_products(function, precision, device, channels, kernel, image):
+    """A flat image and a box filter: each sum's roundings go to one side."""
+    input, weight = torch.full((1, channels, 40, 44), 1.1), torch.full((64, channels, *kernel), 0.3)
+    assert_kept(function, precision, device, (image(input), weight))
 
 
 # ---- what is not finite ----
@@ -364,6 +377,24 @@ def test_an_infinite_weight_beside_a_dark_half(function, precision, device, fact
     input[..., 12:] *= factor
     weight[7, 5, 1, 1] = math.inf
     assert_kept(function, precision, device, (input, weight), scale)
+
+
+@EVERY
+@LAYOUT
+def test_infinities_where_all_else_is_black(function, precision, device, layout):
+    input, weight = draw((2, 80, 40, 80), 160)
+    input[..., 40:] = 0
+    for row, column, value in ((3, 45, math.inf), (20, 60, -math.inf), (30, 70, math.nan)):
+        input[0, 7, row, column] = value
+    assert_kept(function, precision, device, (input, weight, torch.randn(160)), layout=layout)
+
+
+@EVERY
+def test_an_infinite_weight_beside_a_black_half(function, precision, device):
+    input, weight = draw((1, 64, 20, 80))
+    input[..., 40:] = 0
+    weight[7, 5, 1, 1] = math.inf
+    assert_kept(function, precision, device, (input, weight))
 
 
 @EVERY

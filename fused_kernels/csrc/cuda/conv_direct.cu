@@ -2,17 +2,22 @@
 //
 // Each FMA needs two operands. An SM does 128 FMAs per clock and reads 32 floats per clock from shared memory, so each float
 // that is read must serve eight FMAs or more. Hence register blocking: a thread sums 8 rows x 16 output channels in registers.
-// 8 inputs and 16 weights make 128 FMAs, and the inputs of 10 rows serve all three rows of a 3 x 3 filter.
+// The FMAs take 8 of the channels at a time: 8 inputs and 8 weights make 64 FMAs, and the inputs of 10 rows serve all three
+// rows of a 3 x 3 filter.
 //   Tiling         A warp owns a strip, 8 rows x 32 columns of output pixels: one column per lane, so that all lanes read the
 //                  same weight. The block's 4 warps split a strip's channels, or own a strip each where the channels are few.
 //   Shared memory  The strip with its halo (the margin that the filter reaches into) and the weights come a few input channels
 //                  at a time, by cp.async, into one of two buffers (pipeline stages) while the FMAs work on the other. The rows
 //                  of a column lie side by side: 16 bytes per load.
+//   Partial sums   Equal products, added one by one, can all be rounded to the same side. So partial sums of up to 3 sqrt(K) of
+//                  a sum's K products are made, and added. Beside 128 sums, registers have room for 64 partial sums: hence 8
+//                  channels at a time.
 //   Epilogue       Bias, scale and minimum happen in registers. A block makes one pass for each 64 output channels and stores
 //                  one value per pixel at the end.
-// Limit: the FMA units. Nearly nine in ten of the instructions issued are FMAs (counted in the SASS).
+// Limit: the FMA units. More than eight in ten of the instructions issued are FMAs (counted in the SASS).
 // Previous rung: scale_min_vectorized.
 
+#include <cmath>
 #include <numeric>
 
 #include "conv_direct_plan.h"
@@ -33,7 +38,10 @@ constexpr int kMaxSharedBytes = 72 << 10;  // what is left of the SM's is L1 cac
 
 // A thread sums 16 output channels, or 4 for depthwise convolutions and similar ones: registers for so many blocks on an SM.
 template <int CHANNELS>
-constexpr int kBlocksPerSM = CHANNELS == 16 ? 2 : 4;
+constexpr int kBlocksPerSM = CHANNELS == 16 ? 2 : 3;
+// It makes the partial sums of half of them at a time, or of all four.
+template <int CHANNELS>
+constexpr int kHalf = CHANNELS > 4 ? CHANNELS / 2 : CHANNELS;
 // Floats from a tap's weights to the next tap's: copies of 8 taps x 4 output channels hit all banks.
 template <int CHANNELS>
 constexpr int kWeightPitch = kWarps * CHANNELS + 4;
@@ -50,7 +58,10 @@ struct ConvDirectPlan {
   int warps_per_strip, strip_width, strips_per_block;
   int channels, taps, columns;            // of a step: input channels, columns of the filter, columns of a strip with its halo
   unsigned column_step, columns_inverse;  // from one of those columns to the next, in the input; 2^32 / columns, rounded up
-  int lane_step, tap_step;                // from a lane to the next, from a tap to the next, in those columns
+  int lane_step;                          // from a lane to the next, in those columns
+  int tap_step, channel_step;             // in floats: to the next tap, and from behind the last one to the next channel
+  int pieces;                             // steps for the whole filter
+  int run;                                // columns of the filter in a partial sum, at most
   int input_lanes_log2;                   // log2 of how many lanes copy neighbouring channels
   bool weight_channels_fastest;
   Winners winners;
@@ -156,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   static_assert(kRows + TAPS - 1 <= kColumnPitch, "TAPS: expected the rows of a strip and its halo to fit in a column");
   extern __shared__ Entry dynamic_shared[];
   __shared__ Strip strips[kMaxStrips];
-  __shared__ float partial[kWarps][kRows][kWarpSize];
+  __shared__ float minima[kWarps][kRows][kWarpSize];
   const ConvShape& s = p.shape;
   const int entries = p.channels * p.taps * TAPS, channel_size = p.strips_per_block * p.columns * kColumnPitch;
   const int input_size = p.channels * channel_size, buffer_size = input_size + entries * kWeightPitch<CHANNELS>;
@@ -194,7 +205,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   const int strip = warp / p.warps_per_strip * (kWarpSize / p.strip_width) + lane / p.strip_width;
   const int column = lane % p.strip_width;
   const int in_channels = s.in_channels, out_channels = s.out_channels, passes = s.groups * p.passes;
-  const int pieces = s.kernel[0] / TAPS * (s.kernel[1] / p.taps);
 
   float smallest[kRows];
   int winner[kRows];
@@ -205,38 +215,59 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   int buffer = 0;
   copy(ahead, buffer);
   for (int pass = 0; pass < passes; ++pass) {
-    float sum[CHANNELS][kRows] = {};
+    float sum[CHANNELS][kRows] = {}, partial[kHalf<CHANNELS>][kRows] = {};
+    int left = p.run;  // columns of the filter, until the partial sums are added
+    const auto add_partial = [&](int half) {
+#pragma unroll
+      for (int j = 0; j < kHalf<CHANNELS>; ++j) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) sum[half + j][i] += partial[j][i], partial[j][i] = 0;
+      }
+      left = p.run;
+    };
     for (int first = 0; first < in_channels; first += p.channels) {
-      for (int piece = 0; piece < pieces; ++piece) {
+      for (int piece = 0; piece < p.pieces; ++piece) {
         // Everyone's copies have landed, and everyone is done with the other buffer.
         ptx::cp_async_wait<0>();
         __syncthreads();
         ahead.advance(p);
         if (ahead.group < s.groups) copy(ahead, buffer ^ 1);
 
-        const float* x = buffers + buffer * buffer_size + (strip * p.columns + column * p.lane_step) * kColumnPitch;
-        const float* w = buffers + buffer * buffer_size + input_size + part * CHANNELS;
-        for (int channel = min(p.channels, in_channels - first); channel > 0; --channel, x += channel_size) {
-#pragma unroll 1
-          for (int tap = 0; tap < p.taps; ++tap, w += TAPS * kWeightPitch<CHANNELS>) {
-            float inputs[TAPS == 1 ? kRows : kColumnPitch];
-            load_shared(inputs, x + tap * p.tap_step * kColumnPitch);
+        const int columns = min(p.channels, in_channels - first) * p.taps;
 #pragma unroll
-            for (int t = 0; t < TAPS; ++t) {
-              float weights[CHANNELS];
-              load_shared(weights, w + t * kWeightPitch<CHANNELS>);
+        for (int half = 0; half < CHANNELS; half += kHalf<CHANNELS>) {
+          const float* x = buffers + buffer * buffer_size + (strip * p.columns + column * p.lane_step) * kColumnPitch;
+          const float* w = buffers + buffer * buffer_size + input_size + part * CHANNELS + half;
+          for (int todo = columns, tap = p.taps; todo > 0;) {
+            int now = min(left, todo);
+            todo -= now, left -= now;
+            // Two columns at a time: the second one's loads come early.
+#pragma unroll 2
+            for (; now > 0; --now, w += TAPS * kWeightPitch<CHANNELS>) {
+              float inputs[TAPS == 1 ? kRows : kColumnPitch];
+              load_shared(inputs, x);
+              x += p.tap_step;
+              if (--tap == 0) tap = p.taps, x += p.channel_step;
 #pragma unroll
-              for (int j = 0; j < CHANNELS; ++j) {
+              for (int t = 0; t < TAPS; ++t) {
+                float weights[kHalf<CHANNELS>];
+                load_shared(weights, w + t * kWeightPitch<CHANNELS>);
 #pragma unroll
-                for (int i = 0; i < kRows; ++i) sum[j][i] = fmaf(weights[j], inputs[i + t], sum[j][i]);
+                for (int j = 0; j < kHalf<CHANNELS>; ++j) {
+#pragma unroll
+                  for (int i = 0; i < kRows; ++i) partial[j][i] = fmaf(weights[j], inputs[i + t], partial[j][i]);
+                }
               }
             }
+            // The other half needs the registers.
+            if (left == 0 || CHANNELS != kHalf<CHANNELS>) add_partial(half);
           }
         }
         buffer ^= 1;
       }
     }
 
+    if (CHANNELS == kHalf<CHANNELS>) add_partial(0);
     const int first = (pass % p.passes * p.warps_per_strip + part) * CHANNELS;
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j) {
@@ -253,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
 
   // ---- epilogue: the minimum over a strip's warps, which take turns in finishing its rows ----
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) partial[warp][i][lane] = smallest[i];
+  for (int i = 0; i < kRows; ++i) minima[warp][i][lane] = smallest[i];
   if constexpr (kWinners) {
     __syncthreads();  // everyone is done with the buffers
 #pragma unroll
@@ -264,12 +295,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   if (first_strip + strip >= p.strips || mine.column + column >= s.output[1]) return;
   for (int i = part; i < kRows && mine.row + i < s.output[0]; i += p.warps_per_strip) {
     float result = kInfinity<float>;
-    for (int w = warp - part; w < warp - part + p.warps_per_strip; ++w) result = min_nan(result, partial[w][i][lane]);
+    for (int w = warp - part; w < warp - part + p.warps_per_strip; ++w) result = min_nan(result, minima[w][i][lane]);
     const int64_t pixel = mine.output + i * s.output[1] + column;
     p.output[pixel] = result;
     if constexpr (kWinners) {
       int w = warp - part;  // the first whose minimum it is
-      while (w < warp - part + p.warps_per_strip - 1 && !same_bits(partial[w][i][lane], result)) ++w;
+      while (w < warp - part + p.warps_per_strip - 1 && !same_bits(minima[w][i][lane], result)) ++w;
       p.winners.put(pixel, reinterpret_cast<const int*>(dynamic_shared)[i * kThreads + w * kWarpSize + lane]);
     }
   }
@@ -312,7 +343,16 @@ void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
   p.columns_inverse = ceil_div(int64_t{1} << 32, p.columns);
   p.column_step = step(taps);
   p.lane_step = s.stride[1] / step(taps);
-  p.tap_step = s.dilation[1] / step(taps);
+  p.tap_step = taps > 1 ? s.dilation[1] / step(taps) * kColumnPitch : 0;
+  p.channel_step = p.strips_per_block * p.columns * kColumnPitch - taps * p.tap_step;
+  p.pieces = s.kernel[0] / TAPS * (s.kernel[1] / taps);
+
+  const int64_t products = s.in_channels * s.taps(), longest = p.channels * taps * TAPS;
+  if constexpr (CHANNELS > 4) {
+    // A half's partial sums end with the step. Where that is far too soon, fewer channels: theirs go on in the next step.
+    if (16 * longest * longest < products) return launch<4, TAPS>(p, device, stream);
+  }
+  p.run = 3 * std::sqrt(std::max<double>(81, products)) / TAPS;
 
   const auto kernel = conv_direct_kernel<CHANNELS, TAPS>;
   constexpr int64_t kWinnerBytes = kWinners ? kRows * kThreads * sizeof(int) : 0;

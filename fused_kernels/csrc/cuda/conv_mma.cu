@@ -296,9 +296,7 @@ struct Results {
     return at;
   }
 
-  __device__ __forceinline__ bool exists(const OutputPixel& at) const {
-    return at.image < plan.images && at.row < plan.output[0] && at.column < plan.output[1];
-  }
+  __device__ __forceinline__ bool exists(const OutputPixel& at) const { return at.inside(plan.images, plan.output); }
 
   __device__ __forceinline__ void put(const OutputPixel& at, float smallest, [[maybe_unused]] int column) const {
     const int64_t plane = static_cast<int64_t>(plan.output[0]) * plan.output[1];
@@ -318,8 +316,8 @@ struct Results {
   }
 };
 
-// Where a tile with results to make again is noted. Tiles may share a place: then more are made again.
-__device__ __forceinline__ uint32_t doubt_of(const Tile& tile) { return tile.index / gridDim.x % kDoubts; }
+// Where a tile with results to make again is noted.
+__device__ __forceinline__ Doubt doubt_of(const Tile& tile) { return Doubt(tile.index / gridDim.x); }
 
 // Makes a warp's share of the results again, of the tiles that are noted.
 // NOTE: a call, and not inlined, for the kernel's other code: ptxas allocates its registers apart.
@@ -327,23 +325,18 @@ template <class C>
 __device__ __noinline__ void make_again(const ConvMmaPlan& plan, const WindowPlan& window_plan, const uint32_t* doubts) {
   // As for the input's warps: this SM's cache may hold what was there before.
   __threadfence();
+  using Warp = Again<LaneOrder, C::BLOCK_N, C::BLOCK_N == 32 ? 1 : 2>;
   const Results<float, C> results{plan, window_plan.output, window_plan.partial};
   const int first_n = first_block(plan), end_n = end_block(plan);
   const int lane = threadIdx.x % kWarpSize;
+  const bool infinite = Warp::any_infinite(window_plan, first_n, end_n, lane);
 #pragma unroll 1
   for (Tile tile(plan); tile.exists(); tile.advance()) {
-    const uint32_t doubt = doubt_of(tile);
-    if ((doubts[doubt / 32] >> doubt % 32 & 1) == 0) continue;
+    if (!doubt_of(tile).noted(doubts)) continue;
 #pragma unroll 1
     for (int first = threadIdx.x / kWarpSize * 16; first < C::BLOCK_M; first += C::kMathWarps * 16) {
       const OutputPixel pixels[2] = {results.pixel(tile, first + lane / 4), results.pixel(tile, first + lane / 4 + 8)};
-      Smallest found[2];
-      const Again<LaneOrder, C::BLOCK_N> again{window_plan, pixels, lane};
-      if (!again.run(first_n, end_n, found)) continue;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (lane % 4 == 0 && results.exists(pixels[h])) results.put(pixels[h], found[h].value, found[h].column);
-      }
+      Warp{window_plan, pixels, lane, infinite}.put(results, first_n, end_n);
     }
   }
 }
@@ -502,7 +495,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
         }
         results.put(pixel, smallest, column);
       }
-      if (kScaled && doubtful) atomicOr(&doubts[doubt_of(done) / 32], 1u << doubt_of(done) % 32);
+      if (kScaled && doubtful) doubt_of(done).note(doubts);
       result_ring.advance();
     };
     Tile tile(plan);
@@ -526,7 +519,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
               // Read again, leaving out infinities; then choose a power of two for all that is summed together.
               loader.begin(tile, block_n / plan.blocks_n, item);
               plan.vectors ? loader.template find_largest_finite<true>() : loader.template find_largest_finite<false>();
-              most = fmaxf(largest_summed, largest_of_all());
+              // Not zero, if only infinities are.
+              most = fmaxf(fmaxf(largest_summed, largest_of_all()), kSmallestNormal);
               if (!fits(most)) {
                 exponent = even_exponent_for(most);
                 loader.begin(tile, block_n / plan.blocks_n, item);
@@ -536,7 +530,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSM)
             largest_summed = most;
           }
           if (thread == 0) {
-            exponents[input_ring.slot] = exponent;
+            exponents[input_ring.slot] = largest_summed == 0.0f ? kExponentOfZeros : exponent;
             changes[input_ring.slot] = item > 0 ? exponent - exponent_before : 0;
           }
           // Arrive twice: a copy's arrival says nothing about what else the thread wrote and read.

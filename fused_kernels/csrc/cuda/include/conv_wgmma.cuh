@@ -94,9 +94,7 @@ struct Results {
     return at;
   }
 
-  __device__ __forceinline__ bool exists(const OutputPixel& at) const {
-    return at.image < plan.images && at.row < plan.output[0] && at.column < plan.output[1];
-  }
+  __device__ __forceinline__ bool exists(const OutputPixel& at) const { return at.inside(plan.images, plan.output); }
 
   __device__ __forceinline__ void put(const OutputPixel& at, float smallest, [[maybe_unused]] int winner) const {
     if (!plan.scale_first) smallest *= plan.factor;
@@ -112,19 +110,13 @@ struct Results {
   }
 };
 
-// Where a warp notes a tile with results to make again. Tiles may share a bit: then more are made again.
+// Where a warp notes a tile with results to make again.
 // NOTE: the bit depends on the warp only so that the compiler can't prepare it in every tile (nvcc 13.0).
-struct Doubt {
-  int word;
-  uint32_t bit;
-
-  template <class Tile>
-  __device__ __forceinline__ Doubt(const Tile& tile, int warp) {
-    const uint32_t place = (warp + tile.row + tile.column * 3u + tile.image * 7u) % kDoubts;
-    word = warp * (kDoubts / 32) + place / 32;
-    bit = 1u << place % 32;
-  }
-};
+template <class Tile>
+__device__ __forceinline__ Doubt doubt_of(const Tile& tile, int warp) {
+  return Doubt(warp + tile.row + tile.column * 3u + tile.image * 7u);
+}
+__device__ __forceinline__ uint32_t* doubts_of(uint32_t* doubts, int warp) { return doubts + warp * (kDoubts / 32); }
 
 // Makes a warp's results of the tiles that it noted again.
 // NOTE: a call, and not inlined, for the kernel's other code: ptxas allocates its registers apart.
@@ -132,25 +124,20 @@ template <class C>
 __device__ __noinline__ void make_again(const ConvWgmmaPlan& plan, const WindowPlan& window_plan, const uint32_t* doubts) {
   // As for the input's warps: this SM's cache may hold what was there before.
   __threadfence();
+  using Warp = Again<CoreMatrixOrder<C::kParts>, C::BLOCK_N, C::BLOCK_N == 64 || C::SPLIT ? 2 : 4>;
   const Results<float, C> results{plan, window_plan.output, window_plan.partial};
   const int first_n = blockIdx.y * plan.blocks_per_split, end_n = min(first_n + plan.blocks_per_split, plan.blocks_n);
   const int thread = threadIdx.x, lane = thread % kWarpSize;
+  const bool infinite = Warp::any_infinite(window_plan, first_n, end_n, lane);
 #pragma unroll 1
   for (Tile tile(plan); tile.exists(); tile.advance()) {
     const OutputPixel first{tile.image * plan.tile_images, tile.row * plan.tile_rows, tile.column * plan.tile_columns};
-    const Doubt doubt(first, thread / kWarpSize);
-    if ((doubts[doubt.word] & doubt.bit) == 0) continue;
+    if (!doubt_of(first, thread / kWarpSize).noted(doubts)) continue;
 #pragma unroll 1
     for (int i = 0; i < C::SUBTILES; ++i) {
       const OutputPixel pixels[2] = {results.pixel(first, thread / 128, thread, i, 0),
                                      results.pixel(first, thread / 128, thread, i, 1)};
-      Smallest found[2];
-      const Again<CoreMatrixOrder<C::kParts>, C::BLOCK_N> again{window_plan, pixels, lane};
-      if (!again.run(first_n, end_n, found)) continue;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (lane % 4 == 0 && results.exists(pixels[h])) results.put(pixels[h], found[h].value, found[h].column);
-      }
+      Warp{window_plan, pixels, lane, infinite}.put(results, first_n, end_n);
     }
   }
 }
@@ -296,7 +283,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       // NOTE: `warp` is in a uniform register, and so is all that follows from it. Faster than thread / kWarpSize (on an H200).
       const int lane = thread % kWarpSize, my_warp = warp - kMathThreads / kWarpSize;
       int exponent = !kScaled ? 0 : C::SPLIT ? kFirstSplitExponent : kFirstExponent;
-      uint32_t most = 0;  // of two float16
+      bool zeros = false;  // nothing but zeros is summed
+      uint32_t most = 0;   // of two float16
       // Packs two neighbours as float16; split: their low parts, too.
       const auto pack = [&](float first, float second, uint32_t& low) {
         const float factor = power_of_two(exponent);
@@ -428,7 +416,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       };
       const auto slot_address = [&](const Ring& at) { return base + at.slot * plan.slot_bytes; };
       const auto publish = [&](const Ring& at, int change) {
-        if (kScaled && thread == 0) exponents[at.slot] = exponent, changes[at.slot] = change;
+        if (kScaled && thread == 0) exponents[at.slot] = zeros ? kExponentOfZeros : exponent, changes[at.slot] = change;
         ptx::fence_async_proxy();
         ptx::mbarrier_arrive(at.full());
       };
@@ -479,9 +467,15 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           ++unpublished;
           if (cursor.row + 1 < cursor.window()) continue;
 
+          Ring next = input_ring - unpublished;
+          if (cursor.load > 0) {
+            // The first block of output channels has chosen the power of two.
+            publish(next, 0);
+            unpublished = 0;
+            continue;
+          }
           // All rows that a tile sums over are in their slots. Do they fit in float16?
           const int window = cursor.window(), kept = cursor.tile.kept();
-          Ring next = input_ring - unpublished;
           ptx::barrier_sync(1, kInputThreads);
           uint32_t bits = 0;
           for (int i = lane; i < window * kInputWarps; i += kWarpSize) {
@@ -489,6 +483,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           }
           bits = __reduce_max_sync(0xffffffffu, bits);
           float most_of_all = fmaxf(largest_summed, __half2float(__ushort_as_half(bits)) * power_of_two(-exponent));
+          zeros = most_of_all == 0.0f;
           int change = 0;
           if (!fits(most_of_all)) {
             // Read again, leaving out infinities; then choose a power of two for all that is summed together.
@@ -507,7 +502,9 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             ptx::barrier_sync(1, kInputThreads);
             for (float of_warp : finite) finite_most = fmaxf(finite_most, of_warp);
             ptx::barrier_sync(1, kInputThreads);
-            most_of_all = fmaxf(largest_summed, finite_most);
+            // Not zero, if only infinities are.
+            most_of_all = fmaxf(largest_summed, bits != 0 ? fmaxf(finite_most, kSmallestNormal) : finite_most);
+            zeros = most_of_all == 0.0f;
             if (!fits(most_of_all)) {
               const int before = exponent;
               exponent = even_exponent_for(most_of_all);
@@ -673,8 +670,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     }
     if (kScaled && !(smallest_of_all >= leasts[warp] * back)) {
       // NOTE: the thread's index is read anew: else the compiler prepares for this in every tile.
-      const Doubt doubt(done, ptx::thread_index() / kWarpSize);
-      atomicOr(&doubts[doubt.word], doubt.bit);
+      const int warp = ptx::thread_index() / kWarpSize;
+      doubt_of(done, warp).note(doubts_of(doubts, warp));
     }
   };
 
@@ -944,10 +941,10 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   // ---- consumers: results with too few digits, again; each warp its own ----
   if constexpr (kScaled) {
     __syncwarp();
-    const int index = ptx::thread_index(), lane = index % kWarpSize;
-    const uint32_t* const mine = doubts + index / kWarpSize * (kDoubts / 32);
+    const int warp = ptx::thread_index() / kWarpSize, lane = ptx::thread_index() % kWarpSize;
+    const uint32_t* const mine = doubts_of(doubts, warp);
     if (!__any_sync(0xffffffffu, lane < kDoubts / 32 && mine[lane % (kDoubts / 32)] != 0)) return;
-    make_again<C>(plan, window_plan, doubts);
+    make_again<C>(plan, window_plan, mine);
   }
 }
 

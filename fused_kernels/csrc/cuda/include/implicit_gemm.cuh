@@ -58,8 +58,10 @@ struct WeightOrder {
 
   // Which step has sixteen channels of a filter tap.
   __device__ __forceinline__ int64_t step(int block_n, int y, int x, int block_c) const {
-    const int in_piece = y % piece[0] * piece[1] + x % piece[1], steps_per_tap = chunk / kStepDepth;
-    const int item = (block_n * pieces + y / piece[0] * pieces_across + x / piece[1]) * chunks + block_c / steps_per_tap;
+    int piece_y = 0, piece_x = 0;
+    if (pieces > 1) piece_y = y / piece[0], piece_x = x / piece[1], y %= piece[0], x %= piece[1];
+    const int in_piece = y * piece[1] + x, steps_per_tap = chunk / kStepDepth;
+    const int item = (block_n * pieces + piece_y * pieces_across + piece_x) * chunks + block_c / steps_per_tap;
     return static_cast<int64_t>(item) * steps + in_piece * steps_per_tap + block_c % steps_per_tap;
   }
 };

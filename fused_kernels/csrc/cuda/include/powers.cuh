@@ -28,6 +28,10 @@ __device__ __forceinline__ int exponent_for(float x) {
 __device__ __forceinline__ int even_exponent_for(float x) { return exponent_for(x) & ~1; }
 
 constexpr float kLargestF16 = 65504.0f, kSmallestNormalF16 = 0x1p-14f;  // what is smaller has fewer digits
+// Stands for a power of two where all values are zeros: what undoes it is zero, and so is what a result must be (below). Their
+// sums are exact.
+constexpr int kExponentOfZeros = 254;
+
 // Below this the largest value leaves too little room to float16's smallest.
 constexpr float kSmallMaximum = 64.0f;
 // The first guess suits largest values between 0.25 and 255.
