@@ -120,7 +120,8 @@ def conv2d_scale_min(
         GPU's tensor cores the operands are float16 times a power of two for each output channel and each part of the image, at
         "ieee" sums of two such numbers. Where a part's values leave float16's range, the GPU takes another power for it; where
         that may leave results too few digits, it makes those again, by what their own windows hold, without asking the CPU.
-        That is slow: outliers in every part of an image can take ten times as long, and more.
+        That is slow: outliers in every part of an image, or without a bias black patches in every part, can take ten times as
+        long, and more.
     return_indices : bool
         Whether to give the winning channels as well, as for :func:`scale_min`.
 

@@ -17,8 +17,8 @@ class DirectPlan(NamedTuple):
     cost : int
         Cycles of the busiest multiprocessor.
     config : int
-        What was chosen: 0 where a thread sums 16 output channels, 1 where it sums 4. (Sums of more products than partial sums
-        serve, thousands of channels of a 1 x 1 filter, take 4 as well; the plan says 0.)
+        What was chosen: 0 where a thread sums 16 output channels, 1 where it sums 4. (Where a pipeline stage holds too few of
+        a sum's products, as of hundreds of channels of a 1 x 1 filter or more, the kernel takes 4 as well; this says 0.)
     """
 
     cost: int

@@ -336,14 +336,24 @@ def test_ties_beside_the_smallest_values(function, precision, device, dark):
 
 @EVERY
 @pytest.mark.parametrize(
-    ("channels", "kernel"),
-    [(7, (1, 1)), (64, (1, 1)), (2048, (1, 1)), (1, (9, 9)), (3, (5, 5)), (64, (3, 3)), (5, (31, 31))],
+    ("channels", "kernel", "out_channels"),
+    [
+        (7, (1, 1), 64),
+        (64, (1, 1), 2),
+        (512, (1, 1), 16),
+        (2048, (1, 1), 64),
+        (1, (9, 9), 64),
+        (3, (5, 5), 4),
+        (64, (3, 3), 64),
+        (64, (3, 3), 2),
+        (5, (11, 11), 64),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("image", [lambda x: x, spike(1e10), spike(1e-10)], ids=["flat", "bright pixel", "dark pixel"])
-def test_equal_products(function, precision, device, channels, kernel, image):
+def test_equal_products(function, precision, device, channels, kernel, out_channels, image):
     """A flat image and a box filter: each sum's roundings go to one side."""
-    input, weight = torch.full((1, channels, 40, 44), 1.1), torch.full((64, channels, *kernel), 0.3)
+    input, weight = torch.full((1, channels, 40, 44), 1.1), torch.full((out_channels, channels, *kernel), 0.3)
     assert_kept(function, precision, device, (image(input), weight))
 
 
@@ -385,8 +395,20 @@ def test_infinities_where_all_else_is_black(function, precision, device, layout)
     input, weight = draw((2, 80, 40, 80), 160)
     input[..., 40:] = 0
     for row, column, value in ((3, 45, math.inf), (20, 60, -math.inf), (30, 70, math.nan)):
-        input[0, 7, row, column] = value
+        input[0, 7, row, column] = input[1, -1, row, column] = value
     assert_kept(function, precision, device, (input, weight, torch.randn(160)), layout=layout)
+
+
+@EVERY
+@pytest.mark.parametrize("value", [1.0, math.inf])
+def test_an_image_of_padding_alone(function, precision, device, value):
+    """Zeros times an infinity are NaN. (torch.nn.functional.conv2d takes no image without pixels.)"""
+    weight, bias = torch.full((64, 64, 3, 3), value, device=device), torch.randn(64, device=device)
+    if isinstance(function, Rung) and (reason := function.why_not(weight.dtype, precision, 1, 1)):
+        pytest.skip(reason)
+    result = run(function, (weight.new_empty(1, 64, 0, 30), weight, bias), 1.5, precision, False, padding=4)[0]
+    expected = bias.min() * 1.5 if math.isfinite(value) else torch.tensor(math.nan)
+    torch.testing.assert_close(result, expected.to(device).expand(1, 1, 6, 36), equal_nan=True)
 
 
 @EVERY

@@ -10,8 +10,8 @@
 //                  at a time, by cp.async, into one of two buffers (pipeline stages) while the FMAs work on the other. The rows
 //                  of a column lie side by side: 16 bytes per load.
 //   Partial sums   Equal products, added one by one, can all be rounded to the same side. So partial sums of up to 3 sqrt(K) of
-//                  a sum's K products are made, and added. Beside 128 sums, registers have room for 64 partial sums: hence 8
-//                  channels at a time.
+//                  a sum's K products (27 where K is small) are made, and added. Beside 128 sums, registers have room for 64
+//                  partial sums: hence 8 channels at a time.
 //   Epilogue       Bias, scale and minimum happen in registers. A block makes one pass for each 64 output channels and stores
 //                  one value per pixel at the end.
 // Limit: the FMA units. More than eight in ten of the instructions issued are FMAs (counted in the SASS).

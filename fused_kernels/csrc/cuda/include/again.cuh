@@ -267,6 +267,7 @@ struct Again {
 
   // The minima over all of these blocks, each from sums that its own window's power of two served. False: lost nothing before.
   __device__ __forceinline__ bool run(int first_n, int end_n, Smallest (&result)[kRows]) const {
+    if (plan.size[0] == 0 || plan.size[1] == 0) return false;  // padding alone
     // What a window's largest value must be, as an element is off by up to 2^-24 (`scaled`): for half of what the promise
     // grants to largest values.
     const float needed = fminf(plan.taps() * (kParts == 2 ? 128.0f : 0.125f), 0x1p12f);
