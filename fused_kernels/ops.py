@@ -115,13 +115,13 @@ def conv2d_scale_min(
         error no larger than a TF32 convolution's. "auto" follows ``torch.backends.cudnn``'s setting for convolutions at the
         call. No pixel pays for its neighbours: beside values of any size, no-data values of 1e20 or a dark half of an image,
         each pixel keeps the digits that its own window lets it have, by the bound that ``fused_kernels.bounds.promise`` gives;
-        an infinity or NaN reaches the pixels that it reaches in PyTorch, and no other. Every fused kernel keeps that, and so do
-        the gradients, for the values that they sum; the library's convolution, where that runs, promises no such thing. On a
-        GPU's tensor cores the operands are float16 times a power of two for each output channel and each part of the image, at
-        "ieee" sums of two such numbers. Where a part's values leave float16's range, the GPU takes another power for it; where
-        that may leave results too few digits, it makes those again, by what their own windows hold, without asking the CPU.
-        That is slow: outliers in every part of an image, or without a bias black patches in every part, can take ten times as
-        long, and more.
+        an infinity or NaN reaches the pixels that it reaches in PyTorch, and no other. Every fused kernel keeps that, but for
+        windows made to break it, which ``promise`` describes, and so do the gradients, for the values that they sum; the
+        library's convolution, where that runs, promises no such thing. On a GPU's tensor cores the operands are float16 times a
+        power of two for each output channel and each part of the image, at "ieee" sums of two such numbers. Where a part's
+        values leave float16's range, the GPU takes another power for it; where that may leave results too few digits, it makes
+        those again, by what their own windows hold, without asking the CPU. That is slow: outliers in every part of an image,
+        or without a bias black patches in every part, can take ten times as long, and more.
     return_indices : bool
         Whether to give the winning channels as well, as for :func:`scale_min`.
 
