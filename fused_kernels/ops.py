@@ -121,7 +121,7 @@ def conv2d_scale_min(
         power of two for each output channel and each part of the image, at "ieee" sums of two such numbers. Where a part's
         values leave float16's range, the GPU takes another power for it; where that may leave results too few digits, it makes
         those again, by what their own windows hold, without asking the CPU. That is slow: outliers in every part of an image,
-        or without a bias black patches in every part, can take ten times as long, and more.
+        or without a bias black patches in every part, can take many times as long.
     return_indices : bool
         Whether to give the winning channels as well, as for :func:`scale_min`.
 

@@ -357,6 +357,22 @@ def test_equal_products(function, precision, device, channels, kernel, out_chann
     assert_kept(function, precision, device, (image(input), weight))
 
 
+@EVERY
+@pytest.mark.parametrize(
+    ("channels", "kernel", "out_channels"), [(64, (1, 1), 64), (128, (1, 1), 64), (16, (3, 3), 4), (64, (3, 3), 64)], ids=str
+)
+@pytest.mark.parametrize("part", [2.0**-24, 2.0**-25])
+def test_windows_made_to_lose_each_product(function, precision, device, channels, kernel, out_channels, part):
+    """One product first, then many of just under half of what its sum keeps: the exception that the promise names."""
+    input = torch.full((1, channels, 40, 44), part * (1 - 2.0**-11))
+    input[:, 0, 20, 20] = 1.0
+    tensors = input.to(device), torch.ones(out_channels, channels, *kernel, device=device)
+    if isinstance(function, Rung) and (reason := function.why_not(input.dtype, precision, 1, 1)):
+        pytest.skip(reason)
+    result = run(function, (*tensors, None), 1.0, precision, False)[0]
+    assert bounds.promise(*tensors, precision=precision).share(result) <= 3
+
+
 # ---- what is not finite ----
 
 

@@ -66,17 +66,18 @@ struct Smallest {
   int column;
 };
 
-// Where the pixels under a filter tap are in memory, for some results: their group's first channels. In the padding, those of a
-// pixel that exists.
-template <int RESULTS>
-struct WindowPixel {
-  const float* first[RESULTS];
-  bool inside[RESULTS];
+constexpr int kLaneResults = 2;  // of a warp's 16, in four lanes each
 
-  __device__ __forceinline__ WindowPixel(const WindowPlan& plan, const OutputPixel (&at)[RESULTS], int tap_y, int tap_x,
-                                         int group) {
+// Where the pixels under a filter tap are in memory, for a lane's results: their group's first channels. In the padding, those of
+// a pixel that exists.
+struct WindowPixels {
+  const float* first[kLaneResults];
+  bool inside[kLaneResults];
+
+  __device__ __forceinline__ WindowPixels(const WindowPlan& plan, const OutputPixel (&at)[kLaneResults], int tap_y, int tap_x,
+                                          int group) {
 #pragma unroll
-    for (int r = 0; r < RESULTS; ++r) {
+    for (int r = 0; r < kLaneResults; ++r) {
       const int y = at[r].row * plan.stride[0] - plan.padding[0] + tap_y * plan.dilation[0];
       const int x = at[r].column * plan.stride[1] - plan.padding[1] + tap_x * plan.dilation[1];
       // NOTE: no && and no branches: each load would wait for the one before it.
@@ -92,10 +93,10 @@ struct WindowPixel {
 // once as the kernel's registers hold.
 template <class Order, int BLOCK_N, int UNITS>
 struct Again {
-  static constexpr int kParts = Order::kParts, kRows = 2;
+  static constexpr int kParts = Order::kParts;
 
   const WindowPlan& plan;
-  const OutputPixel (&at)[kRows];
+  const OutputPixel (&at)[kLaneResults];
   const int lane;
   const bool infinite;  // some weight or scale may be: then a number that is not zero stays so in float16
 
@@ -109,18 +110,18 @@ struct Again {
   }
 
   // The largest finite magnitudes in the results' windows.
-  __device__ __forceinline__ void largest(int group, float (&most)[kRows]) const {
+  __device__ __forceinline__ void largest(int group, float (&most)[kLaneResults]) const {
     most[0] = most[1] = 0.0f;
     const int channels = plan.order.in_channels;
     const int64_t stride = plan.strides[1];
 #pragma unroll 1
     for (int y = 0, x = 0; y < plan.order.kernel[0];) {
-      const WindowPixel<kRows> pixels(plan, at, y, x, group);
+      const WindowPixels pixels(plan, at, y, x, group);
       if (++x == plan.order.kernel[1]) x = 0, ++y;
 #pragma unroll 2 * UNITS
       for (int c = lane % 4; c < channels; c += 4) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kLaneResults; ++r) {
           const float magnitude = fabsf(__ldg(pixels.first[r] + c * stride));
           if (pixels.inside[r] && magnitude < kInfinity<float>) most[r] = fmaxf(most[r], magnitude);
         }
@@ -134,7 +135,7 @@ struct Again {
   }
 
   // Sixteen channels of a tap, and the weights of sixteen columns for them.
-  __device__ __forceinline__ void load(const WindowPixel<kRows>& pixels, int first_channel, int channels, int64_t stride,
+  __device__ __forceinline__ void load(const WindowPixels& pixels, int first_channel, int channels, int64_t stride,
                                        float (&values)[4][2]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -180,7 +181,7 @@ struct Again {
     const int64_t stride = plan.strides[1];
     // Counted, not divided: a division takes tens of instructions, which nothing here hides.
     int y = 0, x = 0, block_c = 0, step_of_chunk = 0;
-    WindowPixel<kRows> pixels(plan, at, y, x, group);
+    WindowPixels pixels(plan, at, y, x, group);
     const uint32_t* weights = plan.weights + plan.order.step(block_n, y, x, 0) * kStepWords + first_unit * kUnitWords;
     const auto advance = [&] {
       weights += kStepWords;
@@ -188,7 +189,7 @@ struct Again {
       if (++block_c < block_cs) return;
       block_c = step_of_chunk = 0;
       if (++x == plan.order.kernel[1]) x = 0, ++y;
-      pixels = WindowPixel<kRows>(plan, at, y, x, group);
+      pixels = WindowPixels(plan, at, y, x, group);
       weights = plan.weights + plan.order.step(block_n, y, x, 0) * kStepWords + first_unit * kUnitWords;
     };
     // Each operand is loaded for the next step as soon as this one has used it.
@@ -236,7 +237,7 @@ struct Again {
   }
 
   // The minima over some blocks of output channels, with one power of two.
-  __device__ __forceinline__ void minima(int first_n, int end_n, int exponent, Smallest (&found)[kRows]) const {
+  __device__ __forceinline__ void minima(int first_n, int end_n, int exponent, Smallest (&found)[kLaneResults]) const {
     const float root = power_of_two(-exponent / 2);
 #pragma unroll 1
     for (int block_n = first_n; block_n < end_n; ++block_n) {
@@ -266,7 +267,7 @@ struct Again {
   }
 
   // The minima over all of these blocks, each from sums that its own window's power of two served. False: lost nothing before.
-  __device__ __forceinline__ bool run(int first_n, int end_n, Smallest (&result)[kRows]) const {
+  __device__ __forceinline__ bool run(int first_n, int end_n, Smallest (&result)[kLaneResults]) const {
     if (plan.size[0] == 0 || plan.size[1] == 0) return false;  // padding alone
     // What a window's largest value must be, as an element is off by up to 2^-24 (`scaled`): for half of what the promise
     // grants to largest values.
@@ -276,20 +277,20 @@ struct Again {
     for (int first = first_n, end; first < end_n; first = end) {
       const int group = first / plan.order.blocks_n;
       end = min((group + 1) * plan.order.blocks_n, end_n);
-      float windows[kRows];
+      float windows[kLaneResults];
       largest(group, windows);
       const bool alone = first == first_n && end == end_n;
       if (alone && !__any_sync(0xffffffffu, windows[0] > 0.0f || windows[1] > 0.0f)) return false;
-      Smallest of_group[kRows];
-      bool waits[kRows] = {true, true};
+      Smallest of_group[kLaneResults];
+      bool waits[kLaneResults] = {true, true};
       while (__any_sync(0xffffffffu, waits[0] || waits[1])) {
         const float mine = fmaxf(waits[0] ? windows[0] : 0.0f, waits[1] ? windows[1] : 0.0f);
         const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(mine)));
         const int exponent = even_exponent_for(most);
-        Smallest found[kRows] = {{kInfinity<float>, 0}, {kInfinity<float>, 0}};
+        Smallest found[kLaneResults] = {{kInfinity<float>, 0}, {kInfinity<float>, 0}};
         minima(first, end, exponent, found);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kLaneResults; ++r) {
           const bool served = waits[r] && (windows[r] == 0.0f || windows[r] == most || exponent == kLargestExponent ||
                                            windows[r] * power_of_two(exponent) >= needed);
           if (served) of_group[r] = found[r];
@@ -297,7 +298,9 @@ struct Again {
         }
       }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) take_smaller(result[r].value, of_group[r].value, result[r].column, of_group[r].column);
+      for (int r = 0; r < kLaneResults; ++r) {
+        take_smaller(result[r].value, of_group[r].value, result[r].column, of_group[r].column);
+      }
     }
     return true;
   }
@@ -305,10 +308,10 @@ struct Again {
   // The same, into the output.
   template <class Results>
   __device__ __forceinline__ void put(const Results& results, int first_n, int end_n) const {
-    Smallest result[kRows];
+    Smallest result[kLaneResults];
     if (!run(first_n, end_n, result)) return;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kLaneResults; ++r) {
       if (lane % 4 == 0 && results.exists(at[r])) results.put(at[r], result[r].value, result[r].column);
     }
   }
