@@ -77,9 +77,9 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
     normal number of the type in which sums are made, times the scale where that is more than 1.
 
     The root stands for roundings that differ in sign. Of hundreds of equal products, as of a flat image under a box filter, all
-    may be rounded to one side: hence every kernel adds partial sums.
-    Against a window made for the purpose that does not help: one product first, then many of just under half of its last bit,
-    each of which is lost. No kernel errs by more than three times the bound on those in tests/test_outliers.py.
+    may be rounded to one side; and beside a large product many small ones may be lost. Hence every kernel adds partial sums.
+    A window made against these, one product first and then many of just under half of its last bit, may still err by more than
+    the bound: by less than twice as much on those in tests/test_outliers.py.
 
     Parameters
     ----------

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "partial_sums.h"
 #include "vectors.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -29,7 +30,7 @@ using namespace fused_kernels;
 
 constexpr int BLOCK = REGISTERS == 32 ? 8 : 4;  // output channels whose sums are in registers together, ...
 constexpr int STRIP = 3;                        // ... for this many vectors of pixels, ...
-constexpr int64_t CHAIN = 48;                   // ... over few terms: a sum of short sums has small rounding errors
+constexpr int64_t CHAIN = 48;                   // ... over so many terms at most: a sum of short sums has small rounding errors
 constexpr int64_t DEPTH = 576;                  // terms of one patch: BLOCK x DEPTH weights stay in the L1 cache
 constexpr int64_t PATCH_BYTES = 256 << 10;      // leaves most of an L2 cache to the weights
 constexpr int64_t TILE_COLUMNS = 128, TILE_PIXELS = 4096;
@@ -100,7 +101,7 @@ struct Axis {
 template <class Scalar, class Element> struct Strip {
   const Element *weights, *patch;
   const int *starts, *offsets;  // of the vectors of pixels, and of the terms, in the patch
-  int64_t depth, pitch;         // terms; distance between the channels of unfinished sums
+  int64_t depth, chain, pitch;  // terms; of those, in a short sum; distance between the channels of unfinished sums
   bool first, last;             // of the blocks that the whole depth is cut into
   const Scalar *bias, *factors;
   Scalar* unfinished;
@@ -122,7 +123,7 @@ __attribute__((noinline)) void convolve(const Strip<Scalar, Element>& s) {
     // The innermost loop: VECTORS loads, CHANNELS broadcasts, and a multiply-add for each pair of them.
     typename Compute<Scalar>::Vector sum[CHANNELS][VECTORS] = {};
 #pragma GCC unroll 2
-    for (const int* stop = offset + std::min<int64_t>(CHAIN, end - offset); offset != stop; offset++, weights += CHANNELS) {
+    for (const int* stop = offset + std::min<int64_t>(s.chain, end - offset); offset != stop; offset++, weights += CHANNELS) {
       decltype(load(s.patch)) pixels[VECTORS];
       for (int v = 0; v < VECTORS; v++) pixels[v] = load(from[v] + *offset);
 #pragma GCC unroll 8
@@ -208,6 +209,9 @@ template <class T> struct Convolution {
   // power of two, its last channel repeated, which a minimum does not mind.
   const int64_t terms = ceil_div(in_channels, PER_TERM), cuts = ceil_div(terms, std::max<int64_t>(DEPTH / taps, 1));
   const int64_t block_terms = ceil_div(terms, cuts), depth_blocks = ceil_div(terms, block_terms);
+  const int64_t depth = block_terms * taps;
+  const int64_t chains = PartialSums(in_channels * taps, in_channels).cuts(depth, PER_TERM, depth_blocks);
+  const int64_t chain = ceil_div(depth, std::max(chains, ceil_div(depth, CHAIN)));
   const int64_t out_blocks = ceil_div(out_channels, BLOCK);
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
   std::unique_ptr<Element[]> weights{}, transformed_weights{};
@@ -422,7 +426,7 @@ template <class T> struct Convolution {
             Strip<Scalar, Element> strip;
             strip.weights = weights.get() + weights_at(group, o, b), strip.patch = patch.data();
             strip.starts = starts.data(), strip.offsets = offsets.data();
-            strip.depth = terms_in(b) * taps, strip.pitch = vectors * N;
+            strip.depth = terms_in(b) * taps, strip.chain = chain, strip.pitch = vectors * N;
             strip.first = b == 0, strip.last = b == depth_blocks - 1;
             strip.bias = biases.data() + group * padded_out + o * BLOCK;
             strip.factors = factors.data() + group * padded_out + o * BLOCK;
@@ -643,7 +647,8 @@ template <class T> struct Convolution {
         for (int64_t o = item.first_block; o < item.end_block; o++) {
           const int size = block_size(o);
           Strip<Scalar, Element> strip;
-          strip.starts = starts.data(), strip.offsets = offsets.data(), strip.depth = in_channels, strip.pitch = squares;
+          strip.starts = starts.data(), strip.offsets = offsets.data(), strip.depth = in_channels;
+          strip.chain = chain, strip.pitch = squares;
           strip.first = true, strip.last = false, strip.minima = minima;
           strip.bias = biases.data() + o * BLOCK, strip.factors = factors.data() + o * BLOCK;
           strip.channel = o * BLOCK, strip.last_channel = out_channels - 1;

@@ -9,9 +9,9 @@
 //   Shared memory  The strip with its halo (the margin that the filter reaches into) and the weights come a few input channels
 //                  at a time, by cp.async, into one of two buffers (pipeline stages) while the FMAs work on the other. The rows
 //                  of a column lie side by side: 16 bytes per load.
-//   Partial sums   Equal products, added one by one, can all be rounded to the same side. So partial sums of up to 3 sqrt(K) of
-//                  a sum's K products (27 where K is small) are made, and added. Beside 128 sums, registers have room for 64
-//                  partial sums: hence 8 channels at a time.
+//   Partial sums   Equal products, added one by one, can all be rounded to the same side, and small ones be lost beside a large
+//                  sum. So partial sums are made, and added: about sqrt(K) of K products each. Beside 128 sums, registers have
+//                  room for 64 partial sums: hence 8 channels at a time.
 //   Epilogue       Bias, scale and minimum happen in registers. A block makes one pass for each 64 output channels and stores
 //                  one value per pixel at the end.
 // Limit: the FMA units. More than eight in ten of the instructions issued are FMAs (counted in the SASS).
@@ -23,6 +23,7 @@
 #include "conv_direct_plan.h"
 #include "launch.cuh"
 #include "numerics.cuh"
+#include "partial_sums.h"
 #include "ptx/cp_async.cuh"
 
 namespace fused_kernels {
@@ -347,12 +348,16 @@ void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
   p.channel_step = p.strips_per_block * p.columns * kColumnPitch - taps * p.tap_step;
   p.pieces = s.kernel[0] / TAPS * (s.kernel[1] / taps);
 
-  const int64_t products = s.in_channels * s.taps(), longest = p.channels * taps * TAPS;
+  const PartialSums sums(s.in_channels * s.taps(), s.in_channels);
+  // Eight channels' partial sums end with the step; those of all four go on in the next one.
+  const bool go_on = CHANNELS == kHalf<CHANNELS>;
+  const int64_t steps = ceil_div(s.in_channels, p.channels) * p.pieces, times = go_on ? 1 : steps;
+  const int64_t summed = go_on ? s.in_channels * p.pieces * taps : p.channels * taps, cuts = sums.cuts(summed, TAPS, times);
   if constexpr (CHANNELS > 4) {
-    // A half's partial sums end with the step. Where that is far too soon, fewer channels: theirs go on in the next step.
-    if (16 * longest * longest < products) return launch<4, TAPS>(p, device, stream);
+    // NOTE: four channels take up to 2.5 times as long (on an H200): only where twice as many could be lost.
+    if (sums.lost(summed, TAPS, times, cuts) > 2 * sums.allowed) return launch<4, TAPS>(p, device, stream);
   }
-  p.run = 3 * std::sqrt(std::max<double>(81, products)) / TAPS;
+  p.run = ceil_div(summed, cuts);
 
   const auto kernel = conv_direct_kernel<CHANNELS, TAPS>;
   constexpr int64_t kWinnerBytes = kWinners ? kRows * kThreads * sizeof(int) : 0;

@@ -168,8 +168,8 @@ struct Again {
       for (auto& four : of) four[0] = four[1] = four[2] = four[3] = 0.0f;
     };
     clear(sums);
-    // NOTE: split sums stay in the tensor cores for 64 channels alone: these truncate where a processor rounds.
-    constexpr int kStepsTogether = 4;
+    // NOTE: split sums stay in the tensor cores for 32 channels alone: these truncate where a processor rounds.
+    constexpr int kStepsTogether = 2;
     float together[2 * UNITS][4];
     if (kParts == 2) clear(together);
     auto& target = kParts == 2 ? together : sums;

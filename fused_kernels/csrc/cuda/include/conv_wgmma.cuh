@@ -694,6 +694,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       to_release = 0;
     };
     int add = 0, exponent = 0;
+    [[maybe_unused]] int taps_summed = 0;  // by the tensor cores, since the last were added
     if constexpr (C::SPLIT) {
 #pragma unroll
       for (auto& of_subtile : rounded) {
@@ -775,34 +776,43 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           }
           if constexpr (C::SPLIT) {
             // The low parts' products first, that a large sum would cut more from.
-            const auto multiply_parts = [&](int i, int s) {
-              const uint64_t part_a = a[0] + (i == 1 ? low_parts >> 4 : 0), part_b = b + (i == 0 ? C::kPartBytes >> 4 : 0);
-              ptx::wgmma(sums[0], part_a + s * step_a, part_b + s * step_b, i > 0 || s > 0, Operand<T>());
-            };
-            if (steps_per_tap == kRowSteps) {
+            const auto multiply_steps = [&](auto& to, int first, auto steps, int add) {
               ptx::wgmma_fence();
 #pragma unroll
-              for (int i = 0; i < 3 * kRowSteps; ++i) multiply_parts(i / kRowSteps, i % kRowSteps);
-              ptx::wgmma_commit();
-            } else {
-#pragma unroll
-              for (int i = 0; i < 3; ++i) {
-#pragma unroll 1
-                for (int s = 0; s + (i == 2) < steps_per_tap; ++s) {
-                  ptx::wgmma_fence();
-                  multiply_parts(i, s);
-                }
+              for (int i = 0; i < 3 * steps; ++i) {
+                const int s = first + i % steps;
+                const uint64_t part_a = a[0] + s * step_a + (i / steps == 1 ? low_parts >> 4 : 0);
+                const uint64_t part_b = b + s * step_b + (i / steps == 0 ? C::kPartBytes >> 4 : 0);
+                ptx::wgmma(to[0], part_a, part_b, i > 0 ? 1 : add, Operand<T>());
               }
-              ptx::wgmma_fence();
-              multiply_parts(2, steps_per_tap - 1);
               ptx::wgmma_commit();
+            };
+            const auto promote = [&] {
+              ptx::wgmma_wait<0>();
+#pragma unroll
+              for (int j = 0; j < C::BLOCK_N / 2; ++j) rounded[0][j] += sums[0][j];
+            };
+            constexpr std::integral_constant<int, 1> kOne;
+            constexpr std::integral_constant<int, 2> kTwo;
+            if (plan.whole_taps) {
+              if (steps_per_tap == kRowSteps) multiply_steps(sums, 0, std::integral_constant<int, kRowSteps>(), 0);
+              else multiply_steps(sums, 0, std::integral_constant<int, 3>(), 0);
+            } else if (steps_per_tap > 2) {
+              // Where nothing is there yet, that is what the first half is added to.
+              if (!add) multiply_steps(rounded, 0, kTwo, 0);
+              else multiply_steps(sums, 0, kTwo, 0), promote();
+              add = 1;
+              if (steps_per_tap == kRowSteps) multiply_steps(sums, 2, kTwo, 0);
+              else multiply_steps(sums, 2, kOne, 0);
+            } else if (steps_per_tap == 2) {
+              multiply_steps(sums, 0, kTwo, 0);
+            } else {
+              multiply_steps(sums, 0, kOne, taps_summed > 0);
             }
+            if (++taps_summed >= plan.taps_together || dx + 1 == plan.kernel[1] || taps_left == 1) promote(), taps_summed = 0;
             b += tap_b;
             a[0] += tap_a;
             --taps_left;
-            ptx::wgmma_wait<0>();
-#pragma unroll
-            for (int j = 0; j < C::BLOCK_N / 2; ++j) rounded[0][j] += sums[0][j];
             if (new_stage) weight_ring.advance();
             const bool stage_ends = taps_left == 0 || (dy + 1 == plan.kernel[0] && dx + 1 == plan.kernel[1]);
             if (!plan.resident && stage_ends) (weight_ring - 1).release();

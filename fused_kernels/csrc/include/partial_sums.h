@@ -1,0 +1,35 @@
+#pragma once
+// Sums of many products in parts: how long a part may be.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "conv_shape.h"
+
+namespace fused_kernels {
+
+// A sum of `products`, over so many channels, that is made of partial sums. Of r products that are added one by one r - 1 can be
+// lost, each just below half of the sum's last bit; of the partial sums, all but the first.
+struct PartialSums {
+  double allowed;   // to be lost: the promise of fused_kernels/bounds.py, in units of 2^-24, and a tenth, for fewer cuts
+  int64_t longest;  // the largest r that keeps to it
+
+  PartialSums(int64_t products, int64_t channels) {
+    // What others are lost beside is also its window's largest value: hence the promise's slack.
+    allowed = 1.1 * std::max(16.0, 2 * std::sqrt(static_cast<double>(products))) * (1 + channels / 1024.0);
+    const double half = allowed / 2 + 1;  // r + products / r <= allowed + 2
+    longest = static_cast<int64_t>(half + std::sqrt(half * half - products));
+  }
+
+  // Into how few partial sums to cut `count` numbers, of `size` products each, if that is done so many times.
+  int64_t cuts(int64_t count, int64_t size, int64_t times) const {
+    const int64_t enough = ceil_div(count, std::max<int64_t>(longest / size, 1)), fewer = std::max<int64_t>(enough - 1, 1);
+    return lost(count, size, times, fewer) <= std::max<double>(lost(count, size, times, enough), allowed) ? fewer : enough;
+  }
+  static int64_t lost(int64_t count, int64_t size, int64_t times, int64_t cuts) {
+    return ceil_div(count, cuts) * size + times * cuts - 2;
+  }
+};
+
+}  // namespace fused_kernels
