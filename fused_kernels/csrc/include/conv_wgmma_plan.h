@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "partial_sums.h"
 #include "plan.h"
 
 namespace fused_kernels::wgmma {
@@ -111,9 +110,7 @@ struct ConvWgmmaPlan {
   int lead, line, plane_stride;  // lead: staged pixels before a row's first
   float factor;
   bool scale_first;
-  // Split sums stay in the tensor cores for a tap, or half of it, or several of 16 channels or fewer.
-  bool whole_taps;
-  int taps_together;
+  bool whole_taps;  // split sums stay in the tensor cores for 48 or 64 channels of a tap, not for 32
   // Only if kWinners:
   int out_channels;
   Winners winners;
@@ -237,16 +234,9 @@ void improve(ConvWgmmaCandidate& best, int config, const ConvShape& shape, Way w
   const int64_t channel_steps = ceil_div(p.in_channels, kStepDepth);
   p.chunks = static_cast<int>(ceil_div(channel_steps, kRowSteps));
   p.chunk = static_cast<int>(ceil_div(channel_steps, p.chunks)) * kStepDepth;
-  if (C::SPLIT) {
-    // NOTE: tensor cores truncate. Found on an H200: of each product they lose up to half a unit, beside a large one.
-    const int64_t products = shape.in_channels * shape.taps();
-    p.whole_taps = p.chunk > 2 * kStepDepth && products >= 256;
-    p.taps_together = 1;
-    if (p.chunk == kStepDepth) {
-      const PartialSums sums(products, shape.in_channels);
-      p.taps_together = static_cast<int>(ceil_div(p.kernel[1], sums.cuts(p.kernel[1], shape.in_channels, p.kernel[0])));
-    }
-  }
+  // NOTE: tensor cores truncate. Beside a large product others lose up to half a unit each (found on an H200); 2 sqrt(K) units,
+  // or 16, are allowed.
+  p.whole_taps = p.chunk > 2 * kStepDepth && shape.in_channels * shape.taps() >= 256;
   if (C::OVERLAPS && (p.chunks > 1 || p.chunk != kRowChannels || p.kernel[1] != C::kRowTaps)) return;
 
   const int64_t reach[2] = {(shape.kernel[0] - 1) * shape.dilation[0], (shape.kernel[1] - 1) * shape.dilation[1]};

@@ -694,7 +694,6 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
       to_release = 0;
     };
     int add = 0, exponent = 0;
-    [[maybe_unused]] int taps_summed = 0;  // by the tensor cores, since the last were added
     if constexpr (C::SPLIT) {
 #pragma unroll
       for (auto& of_subtile : rounded) {
@@ -776,14 +775,14 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
           }
           if constexpr (C::SPLIT) {
             // The low parts' products first, that a large sum would cut more from.
-            const auto multiply_steps = [&](auto& to, int first, auto steps, int add) {
+            const auto multiply_steps = [&](auto& to, int first, auto steps) {
               ptx::wgmma_fence();
 #pragma unroll
               for (int i = 0; i < 3 * steps; ++i) {
                 const int s = first + i % steps;
                 const uint64_t part_a = a[0] + s * step_a + (i / steps == 1 ? low_parts >> 4 : 0);
                 const uint64_t part_b = b + s * step_b + (i / steps == 0 ? C::kPartBytes >> 4 : 0);
-                ptx::wgmma(to[0], part_a, part_b, i > 0 ? 1 : add, Operand<T>());
+                ptx::wgmma(to[0], part_a, part_b, i > 0, Operand<T>());
               }
               ptx::wgmma_commit();
             };
@@ -795,21 +794,21 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             constexpr std::integral_constant<int, 1> kOne;
             constexpr std::integral_constant<int, 2> kTwo;
             if (plan.whole_taps) {
-              if (steps_per_tap == kRowSteps) multiply_steps(sums, 0, std::integral_constant<int, kRowSteps>(), 0);
-              else multiply_steps(sums, 0, std::integral_constant<int, 3>(), 0);
+              if (steps_per_tap == kRowSteps) multiply_steps(sums, 0, std::integral_constant<int, kRowSteps>());
+              else multiply_steps(sums, 0, std::integral_constant<int, 3>());
             } else if (steps_per_tap > 2) {
               // Where nothing is there yet, that is what the first half is added to.
-              if (!add) multiply_steps(rounded, 0, kTwo, 0);
-              else multiply_steps(sums, 0, kTwo, 0), promote();
+              if (!add) multiply_steps(rounded, 0, kTwo);
+              else multiply_steps(sums, 0, kTwo), promote();
               add = 1;
-              if (steps_per_tap == kRowSteps) multiply_steps(sums, 2, kTwo, 0);
-              else multiply_steps(sums, 2, kOne, 0);
+              if (steps_per_tap == kRowSteps) multiply_steps(sums, 2, kTwo);
+              else multiply_steps(sums, 2, kOne);
             } else if (steps_per_tap == 2) {
-              multiply_steps(sums, 0, kTwo, 0);
+              multiply_steps(sums, 0, kTwo);
             } else {
-              multiply_steps(sums, 0, kOne, taps_summed > 0);
+              multiply_steps(sums, 0, kOne);
             }
-            if (++taps_summed >= plan.taps_together || dx + 1 == plan.kernel[1] || taps_left == 1) promote(), taps_summed = 0;
+            promote();
             b += tap_b;
             a[0] += tap_a;
             --taps_left;
