@@ -350,7 +350,7 @@ void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
 
   const PartialSums sums(s.in_channels * s.taps(), s.in_channels);
   // Eight channels' partial sums end with the step; those of all four go on in the next one.
-  const bool go_on = CHANNELS == kHalf<CHANNELS>;
+  constexpr bool go_on = CHANNELS == kHalf<CHANNELS>;
   const int64_t steps = ceil_div(s.in_channels, p.channels) * p.pieces, times = go_on ? 1 : steps;
   const int64_t summed = go_on ? s.in_channels * p.pieces * taps : p.channels * taps, cuts = sums.cuts(summed, TAPS, times);
   if constexpr (CHANNELS > 4) {

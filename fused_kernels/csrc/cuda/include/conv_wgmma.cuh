@@ -797,7 +797,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
               if (steps_per_tap == kRowSteps) multiply_steps(sums, 0, std::integral_constant<int, kRowSteps>());
               else multiply_steps(sums, 0, std::integral_constant<int, 3>());
             } else if (steps_per_tap > 2) {
-              // Where nothing is there yet, that is what the first half is added to.
+              // Half a tap at a time. The first of all is summed where the others are added to.
               if (!add) multiply_steps(rounded, 0, kTwo);
               else multiply_steps(sums, 0, kTwo), promote();
               add = 1;
