@@ -70,7 +70,7 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
     of each place's largest value, times the channel's largest weight. With C input channels in a group and K products in a sum,
 
     - "tf32": u = 2^-11, c = 2 + K / 4096,
-    - "ieee": u = 2^-24 (float64: 2^-53), c = max(16, 2 * sqrt(K)).
+    - "ieee": u = 2^-24 (float64: 2^-53; the target's own errors are as large), c = max(16, 2 * sqrt(K)).
 
     A minimum may be wrong by the larger of two such bounds, of the channel that was chosen and of the one that float64 chooses.
     16-bit types are held to "ieee" and one rounding more. What underflows is not promised: added everywhere is the smallest
@@ -79,8 +79,8 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
     The root stands for roundings that differ in sign. Of hundreds of equal products, as of a flat image under a box filter, all
     may be rounded to one side; and beside a large product many small ones may be lost. Hence every kernel adds partial sums.
     A window made against these, one product first and then many of just under half of its last bit, may still err by more than
-    the bound: by less than twice as much on those in tests/test_outliers.py. (conv_wgmma_ieee may lose a u at each filter tap,
-    which is more where one to three channels meet a large filter.)
+    the bound: on those in tests/test_outliers.py by less than twice as much. (conv_wgmma_ieee may also lose a u at each filter
+    tap: that is still more where there are over 16 taps for each channel.)
 
     Parameters
     ----------

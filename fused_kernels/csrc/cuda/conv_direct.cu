@@ -348,7 +348,7 @@ void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
   p.channel_step = p.strips_per_block * p.columns * kColumnPitch - taps * p.tap_step;
   p.pieces = s.kernel[0] / TAPS * (s.kernel[1] / taps);
 
-  const PartialSums sums(s.in_channels * s.taps(), s.in_channels);
+  const PartialSums sums(s.in_channels * s.taps());
   // Eight channels' partial sums end with the step; those of all four go on in the next one.
   constexpr bool go_on = CHANNELS == kHalf<CHANNELS>;
   const int64_t steps = ceil_div(s.in_channels, p.channels) * p.pieces, times = go_on ? 1 : steps;

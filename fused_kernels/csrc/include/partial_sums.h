@@ -9,15 +9,14 @@
 
 namespace fused_kernels {
 
-// A sum of `products`, over so many channels, that is made of partial sums. Of r products that are added one by one r - 1 can be
-// lost, each just below half of the sum's last bit; of the partial sums, all but the first.
+// A sum of so many products that is made of partial sums. Of r products that are added one by one r - 1 can be lost, each just
+// below half of the sum's last bit; of the partial sums, all but the first.
 struct PartialSums {
-  double allowed;   // to be lost: the promise of fused_kernels/bounds.py, in units of 2^-24, and a tenth, for fewer cuts
+  double allowed;   // to be lost: the promise of fused_kernels/bounds.py, in roundings, and an eighth, for fewer cuts
   int64_t longest;  // the largest r that keeps to it
 
-  PartialSums(int64_t products, int64_t channels) {
-    // What others are lost beside is also its window's largest value: hence the promise's slack.
-    allowed = 1.1 * std::max(16.0, 2 * std::sqrt(static_cast<double>(products))) * (1 + channels / 1024.0);
+  explicit PartialSums(int64_t products) {
+    allowed = 1.125 * std::max(16.0, 2 * std::sqrt(static_cast<double>(products)));
     const double half = allowed / 2 + 1;  // r + products / r <= allowed + 2
     longest = static_cast<int64_t>(half + std::sqrt(half * half - products));
   }
