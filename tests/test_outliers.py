@@ -47,17 +47,19 @@ def run(function, tensors, scale, precision, keeps_winners, **conv):
     return operator(*tensors, 1.0 if factors else scale, *check_problem(*tensors, *geometry, precision).conv, *factors)
 
 
+def skip_unless_taken(rung, dtype, precision, stride=1, groups=1):
+    if reason := rung.why_not(dtype, precision, stride, groups):
+        pytest.skip(reason)
+
+
 def assert_kept(function, precision, device, tensors, scale=1.5, layout="nchw", **conv):
     """Hold results to the promise, without winners and with them."""
     input, *others = (t if t is None else t.to(device) for t in tensors)
     tensors = LAYOUTS[layout](input), *others, *[None] * (2 - len(others))
     if isinstance(function, Rung):
-        reason = function.why_not(input.dtype, precision, conv.get("stride", 1), conv.get("groups", 1))
-    else:
-        found = explain(*tensors, scale, precision=precision, **conv)
-        reason = found.why if found.rung == "composite" else None
-    if reason:
-        pytest.skip(reason)
+        skip_unless_taken(function, input.dtype, precision, conv.get("stride", 1), conv.get("groups", 1))
+    elif (found := explain(*tensors, scale, precision=precision, **conv)).rung == "composite":
+        pytest.skip(found.why)
     bare, _ = run(function, tensors, scale, precision, False, **conv)
     result, winners = run(function, tensors, scale, precision, True, **conv)
     judged = [(result, winners)] if bare.equal(result) else [(result, winners), (bare, None)]
@@ -363,13 +365,13 @@ def test_equal_products(function, precision, device, channels, kernel, out_chann
     [(36, 1, 64), (64, 1, 64), (128, 1, 64), (2048, 1, 16), (4096, 1, 2), (16, 3, 4), (64, 3, 64), (3, 7, 64), (1, 9, 64)],
 )
 @pytest.mark.parametrize("part", [0.5, 1, 1.99])
-def test_windows_made_to_lose_each_product(function, precision, device, channels, kernel, out_channels, part):
-    """One product, and many that are lost beside it: the exception that the promise names."""
+@pytest.mark.parametrize("large", [1, 16])
+def test_windows_made_to_lose_each_product(function, precision, device, channels, kernel, out_channels, part, large):
+    """One product, or some that sum to one, and many that are lost beside it: the exception that the promise names."""
+    skip_unless_taken(function, torch.float32, precision)
     input = torch.full((1, channels, 40, 44), part * 2.0**-24 * (1 - 2.0**-11))
-    input[:, 0, 20, 20] = 1.0
+    input[:, :large, 20, 20] = 1 / large
     tensors = input.to(device), torch.ones(out_channels, channels, kernel, kernel, device=device)
-    if isinstance(function, Rung) and (reason := function.why_not(input.dtype, precision, 1, 1)):
-        pytest.skip(reason)
     result = run(function, (*tensors, None), 1.0, precision, False)[0]
     # This one adds up the taps' sums one by one, however few products these have.
     chain = 1.1 * kernel**2 / max(16, 2 * math.sqrt(channels * kernel**2))
@@ -424,8 +426,7 @@ def test_infinities_where_all_else_is_black(function, precision, device, layout)
 def test_an_image_of_padding_alone(function, precision, device, value):
     """Zeros times an infinity are NaN. (torch.nn.functional.conv2d takes no image without pixels.)"""
     weight, bias = torch.full((64, 64, 3, 3), value, device=device), torch.randn(64, device=device)
-    if isinstance(function, Rung) and (reason := function.why_not(weight.dtype, precision, 1, 1)):
-        pytest.skip(reason)
+    skip_unless_taken(function, weight.dtype, precision)
     result = run(function, (weight.new_empty(1, 64, 0, 30), weight, bias), 1.5, precision, False, padding=4)[0]
     expected = bias.min() * 1.5 if math.isfinite(value) else torch.tensor(math.nan)
     torch.testing.assert_close(result, expected.to(device).expand(1, 1, 6, 36), equal_nan=True)

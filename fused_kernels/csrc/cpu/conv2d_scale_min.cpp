@@ -209,8 +209,9 @@ template <class T> struct Convolution {
   // power of two, its last channel repeated, which a minimum does not mind.
   const int64_t terms = ceil_div(in_channels, PER_TERM), cuts = ceil_div(terms, std::max<int64_t>(DEPTH / taps, 1));
   const int64_t block_terms = ceil_div(terms, cuts), depth_blocks = ceil_div(terms, block_terms);
+  // Each part of the depth is summed in chains, short enough for the promise.
   const int64_t depth = block_terms * taps;
-  const int64_t chains = PartialSums(in_channels * taps).cuts(depth, PER_TERM, depth_blocks);
+  const int64_t chains = PartialSums(in_channels * taps).parts(depth, PER_TERM, depth_blocks);
   const int64_t chain = ceil_div(depth, std::max(chains, ceil_div(depth, CHAIN)));
   const int64_t out_blocks = ceil_div(out_channels, BLOCK);
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);

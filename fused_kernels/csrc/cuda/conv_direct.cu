@@ -349,15 +349,16 @@ void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
   p.pieces = s.kernel[0] / TAPS * (s.kernel[1] / taps);
 
   const PartialSums sums(s.in_channels * s.taps());
-  // Eight channels' partial sums end with the step; those of all four go on in the next one.
-  constexpr bool go_on = CHANNELS == kHalf<CHANNELS>;
-  const int64_t steps = ceil_div(s.in_channels, p.channels) * p.pieces, times = go_on ? 1 : steps;
-  const int64_t summed = go_on ? s.in_channels * p.pieces * taps : p.channels * taps, cuts = sums.cuts(summed, TAPS, times);
-  if constexpr (CHANNELS > 4) {
-    // NOTE: four channels take up to 2.5 times as long (on an H200): only where twice as many could be lost.
-    if (sums.lost(summed, TAPS, times, cuts) > 2 * sums.allowed) return launch<4, TAPS>(p, device, stream);
+  // A half's partial sums end with the step, as the other half needs the registers; those of all channels carry over.
+  constexpr bool kCarryOver = CHANNELS == kHalf<CHANNELS>;
+  const int64_t times = kCarryOver ? 1 : ceil_div(s.in_channels, p.channels) * p.pieces;
+  const int64_t length = (kCarryOver ? s.in_channels * p.pieces : p.channels) * taps;  // columns of the filter
+  const int64_t parts = sums.parts(length, TAPS, times);
+  if constexpr (!kCarryOver) {
+    // Steps that are far too short for that: four channels, though these take longer.
+    if (sums.lost(length, TAPS, times, parts) > 2 * sums.allowed) return launch<4, TAPS>(p, device, stream);
   }
-  p.run = ceil_div(summed, cuts);
+  p.run = ceil_div(length, parts);
 
   const auto kernel = conv_direct_kernel<CHANNELS, TAPS>;
   constexpr int64_t kWinnerBytes = kWinners ? kRows * kThreads * sizeof(int) : 0;
