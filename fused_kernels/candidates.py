@@ -56,7 +56,7 @@ _hardware_of = {}
 def why_not(name, problem, hardware):
     """Say in one sentence why a kernel can't take a problem on such a GPU (None: a CPU), or None."""
     rung = rungs.get(name) or steps[name]
-    if reason := rung.why_not(problem.dtype, problem.precision, problem.stride, problem.groups):
+    if reason := rung.why_not(problem.dtype, problem.precision, problem.stride, problem.groups, problem.weight_shape):
         return reason
     if hardware is not None and not rung.runs_on(hardware.capability):
         return f"{name} runs on no GPU of compute capability {'.'.join(map(str, hardware.capability))}"

@@ -228,7 +228,7 @@ def _takes(rung, label, tensors, scale, options):
         return False
     if rung.device == "cpu":
         return True
-    asked = options.get("stride", 1), options.get("groups", 1)
+    asked = options.get("stride", 1), options.get("groups", 1), tensors[1].shape if len(tensors) > 1 else None
     precisions = (options["precision"],) if "precision" in options else ("ieee", "tf32")
     return any(rung.why_not(tensors[0].dtype, precision, *asked) is None for precision in precisions)
 

@@ -3,6 +3,7 @@
 A rung's name is its file's name under ``csrc/``, its operator's name, its key in the records and its label in every plot.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,8 @@ class Rung:
         The precisions whose promise it keeps for float32.
     strides_and_groups : bool
         Whether it takes a convolution with a stride or groups other than one.
+    most_taps_per_channel : int, optional
+        So many places of the filter it takes for each input channel; by default any number.
     winners : bool
         Whether its source can also be compiled to give each pixel's winner, from which gradients are made.
     tensor_scales : bool
@@ -55,6 +58,7 @@ class Rung:
     dtypes: tuple[torch.dtype, ...] = arguments.DTYPES
     float32_precisions: tuple[str, ...] = ("ieee", "tf32")
     strides_and_groups: bool = True
+    most_taps_per_channel: int | None = None
     winners: bool = False
     tensor_scales: bool = True
     namespace: str = build.NAMESPACE
@@ -105,7 +109,7 @@ class Rung:
         """Tell whether a GPU of this compute capability has the instructions that it needs."""
         return capability == self.only_capability if self.only_capability else capability >= self.min_capability
 
-    def why_not(self, dtype, precision="ieee", stride=1, groups=1):
+    def why_not(self, dtype, precision="ieee", stride=1, groups=1, weight_shape=None):
         """Say in one sentence why this rung doesn't take such an input, or None; ``precision`` matters for float32 alone."""
         if dtype not in self.dtypes:
             return f"{self.name} does not take {str(dtype).removeprefix('torch.')}"
@@ -113,6 +117,11 @@ class Rung:
             return f"{self.name} computes float32 at the precision {' or '.join(self.float32_precisions)}, not {precision}"
         if not self.strides_and_groups and (groups != 1 or stride not in (1, (1, 1))):
             return f"{self.name} takes a stride of 1 and one group, not a stride of {stride} and {groups} groups"
+        if weight_shape is not None and self.most_taps_per_channel:
+            _, channels, *kernel = weight_shape
+            if math.prod(kernel) > self.most_taps_per_channel * channels:
+                most = f"at most {self.most_taps_per_channel} filter taps for each channel"
+                return f"{self.name} takes {most}, not {math.prod(kernel)} for {channels}"
         return None
 
     @property
@@ -222,7 +231,7 @@ class Rung:
             precision = resolved
             # A tensor on another device is refused by the operator.
             if input.device.type == self.device and (
-                reason := self.why_not(input.dtype, precision, problem.stride, problem.groups)
+                reason := self.why_not(input.dtype, precision, problem.stride, problem.groups, weight.shape)
             ):
                 raise RuntimeError(reason)
         return self._run(input, weight, bias, scale, *geometry, precision, *scales)
@@ -301,6 +310,7 @@ LADDER = (
         dtypes=(torch.float32,),
         float32_precisions=("ieee",),
         strides_and_groups=False,
+        most_taps_per_channel=16,
         winners=True,
     ),
     Rung(

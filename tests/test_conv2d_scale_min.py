@@ -61,7 +61,7 @@ def check(function, input, weight, bias, scale, precision=None, **conv):
     if isinstance(function, Rung):
         stride = conv.get("stride", 1)
         stride = stride[0] if stride in ([1], (1, 1)) else stride
-        if reason := function.why_not(input.dtype, precision, stride, conv.get("groups", 1)):
+        if reason := function.why_not(input.dtype, precision, stride, conv.get("groups", 1), weight.shape):
             pytest.skip(reason)
     before = [t if t is None else t.clone() for t in (input, weight, bias)]
     result = function(input, weight, bias, scale, precision=precision, **conv)
@@ -283,6 +283,18 @@ def test_split_operands_at_magnitudes_that_change(function, device, kind, channe
     input = LAYOUTS[layout](input * MAGNITUDES[kind](*axes))
     result = function(input, weight, None, 2.0, precision="ieee")
     assert bounds.promise(input, weight, None, 2.0, precision="ieee").share(result) <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("function", "device"), [p for p in implementations("conv2d_scale_min") if "conv_wgmma_ieee" in p.id])
+def test_split_operands_refuse_a_long_chain_of_taps(function, device):
+    input, weight, bias = problem(device, (1, 2, 20, 20), 8, (7, 7))
+    function(input, weight[..., :4], bias, precision="ieee")
+    with pytest.raises(RuntimeError, match="takes at most 16 filter taps for each channel, not 49 for 2"):
+        function(input, weight, bias, precision="ieee")
+    call_operator = torch.ops.fused_kernels.conv_wgmma_ieee
+    with pytest.raises(RuntimeError, match=r"weight: conv_wgmma_ieee expected at most 16 filter taps .* got 49 for 2"):
+        call_operator(input, weight, bias, 1.0, [1, 1], [0] * 4, [1, 1], 1, "ieee")
 
 
 @EVERY

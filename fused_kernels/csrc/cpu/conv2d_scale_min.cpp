@@ -213,6 +213,8 @@ template <class T> struct Convolution {
   const int64_t depth = block_terms * taps;
   const int64_t chains = PartialSums(in_channels * taps).parts(depth, PER_TERM, depth_blocks);
   const int64_t chain = ceil_div(depth, std::max(chains, ceil_div(depth, CHAIN)));
+  // Winograd's sums are of the channels only, but nine of them make a result.
+  const int64_t winograd_chain = ceil_div(in_channels, PartialSums(in_channels).parts(in_channels, 1, 1));
   const int64_t out_blocks = ceil_div(out_channels, BLOCK);
   const int64_t padded_out = (out_blocks - 1) * BLOCK + block_size(out_blocks - 1);
   std::unique_ptr<Element[]> weights{}, transformed_weights{};
@@ -649,7 +651,7 @@ template <class T> struct Convolution {
           const int size = block_size(o);
           Strip<Scalar, Element> strip;
           strip.starts = starts.data(), strip.offsets = offsets.data(), strip.depth = in_channels;
-          strip.chain = chain, strip.pitch = squares;
+          strip.chain = winograd_chain, strip.pitch = squares;
           strip.first = true, strip.last = false, strip.minima = minima;
           strip.bias = biases.data() + o * BLOCK, strip.factors = factors.data() + o * BLOCK;
           strip.channel = o * BLOCK, strip.last_channel = out_channels - 1;

@@ -6,7 +6,8 @@
 //   low weights x high pixels + high weights x low pixels + high weights x high pixels
 // Tensor cores truncate a sum where a processor would round it; over a long sum that alone would cost more than float32's
 // rounding. So no sum stays in the tensor cores for longer than a filter tap; then it is added to another sum, in float32
-// registers. Sums of few products are more exact without all this.
+// registers. Sums of few products are more exact without all this: where a tap's are so few that the taps' sums make a long chain,
+// conv_direct is faster, too, and this kernel declines.
 // The weights' parts do not fit in shared memory and stream through a ring, unless they are few.
 // Limit: the tensor cores, at three times conv_wgmma's work.
 // Previous rung: conv_wgmma.
@@ -29,6 +30,8 @@ Forward conv_wgmma_ieee(const Tensor& input, const Tensor& weight, const std::op
   const ConvShape shape = check_plain_conv("conv_wgmma_ieee", input, weight, bias, stride, padding, dilation, groups);
   check_scales(scales, input, weight.size(0), scale);
   STD_TORCH_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float, "input: conv_wgmma_ieee expected float32");
+  STD_TORCH_CHECK(shape.taps() <= kMostTapsPerChannel * shape.in_channels, "weight: conv_wgmma_ieee expected at most ",
+                  kMostTapsPerChannel, " filter taps for each channel, got ", shape.taps(), " for ", shape.in_channels);
   return convolve("conv_wgmma_ieee", "ieee", input, shape, precision, [&](auto type, Tensor& output, Winners winners) {
     if constexpr (sizeof(type) == 4) {
       run_conv_wgmma<decltype(type)>(SplitTiles(), shape, input, weight, bias, Scale(scale, scales), output, winners);

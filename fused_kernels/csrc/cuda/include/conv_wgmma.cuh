@@ -166,7 +166,6 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
   __shared__ float finite[kInputWarps];
   __shared__ int exponents[kMostSlots];
   __shared__ int changes[kMostSlots];  // sliding: a new run begins here; else: of the exponent, from the chunk before
-  __shared__ float leasts[kMathThreads / kWarpSize];     // how much a result must be, by the weights, to be beyond doubt
   __shared__ uint32_t doubts[kMathThreads / kWarpSize * (kDoubts / 32)];  // a consumer warp's tiles with results to make again
 
   // NOTE: the shuffle tells the compiler that all lanes have the same warp: what follows from it fits in uniform registers.
@@ -566,8 +565,8 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     if (__all_sync(0xffffffffu, same)) common_factor = factors[0];
   }
   // How much a result must be to be beyond doubt, times what undoes the input's power of two.
+  float least = 0.0f;
   if constexpr (kScaled) {
-    float least = 0.0f;
     for (int block_n = first_n; block_n < end_n; ++block_n) {
       const float* const sizes = constants + (static_cast<int64_t>(block_n) * kConstants + 3) * C::BLOCK_N;
       for (int column = threadIdx.x % kWarpSize; column < C::BLOCK_N; column += kWarpSize) least = fmaxf(least, sizes[column]);
@@ -575,9 +574,6 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
     least = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(least))) * window_plan.least;
     // Where weights are infinite, a NaN may come from what was no zero; where the scale is, a sign. Doubt all: nothing is enough.
     if (least == kInfinity<float>) least = __uint_as_float(0x7fffffffu);
-    // NOTE: in shared memory: ptxas spills what is rarely needed and kept through the main loop.
-    if (threadIdx.x % kWarpSize == 0) leasts[warp] = least;
-    __syncwarp();
   }
   // NOTE: tensor cores truncate their sums instead of rounding them, so errors grow with the number of products. Split: the
   // sums of each tap are added to `rounded`, outside the tensor cores.
@@ -668,7 +664,7 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
         }
       }
     }
-    if (kScaled && !(smallest_of_all >= leasts[warp] * back)) {
+    if (kScaled && !(smallest_of_all >= least * back)) {
       // NOTE: the thread's index is read anew: else the compiler prepares for this in every tile.
       const int warp = ptx::thread_index() / kWarpSize;
       doubt_of(done, warp).note(doubts_of(doubts, warp));

@@ -122,13 +122,13 @@ __global__ void __launch_bounds__(kPackThreads)
       }
     }
     most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
-#pragma unroll
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) magnitudes += __shfl_xor_sync(0xffffffffu, magnitudes, distance);
     if (most > 0.0f) exponent = exponent_for(most);
     // In steps of eight, so that most channels have the same one: the largest weight is still at least kSmallMaximum.
     if (Order::kParts == 1 && exponent < kLargestExponent / 8 * 8) exponent &= ~7;
     if (lane == 0) exponents[warp] = exponent;
     __syncthreads();
+#pragma unroll
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) magnitudes += __shfl_xor_sync(0xffffffffu, magnitudes, distance);
   }
   if (lane == 0 && blockIdx.y == 0) {
     const int64_t at = channel(warp) * bias_stride;
