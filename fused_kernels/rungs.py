@@ -310,7 +310,7 @@ LADDER = (
         dtypes=(torch.float32,),
         float32_precisions=("ieee",),
         strides_and_groups=False,
-        most_taps_per_channel=16,
+        most_taps_per_channel=12,
         winners=True,
     ),
     Rung(

@@ -290,10 +290,10 @@ def test_split_operands_at_magnitudes_that_change(function, device, kind, channe
 def test_split_operands_refuse_a_long_chain_of_taps(function, device):
     input, weight, bias = problem(device, (1, 2, 20, 20), 8, (7, 7))
     function(input, weight[..., :4], bias, precision="ieee")
-    with pytest.raises(RuntimeError, match="takes at most 16 filter taps for each channel, not 49 for 2"):
+    with pytest.raises(RuntimeError, match="takes at most 12 filter taps for each channel, not 49 for 2"):
         function(input, weight, bias, precision="ieee")
     call_operator = torch.ops.fused_kernels.conv_wgmma_ieee
-    with pytest.raises(RuntimeError, match=r"weight: conv_wgmma_ieee expected at most 16 filter taps .* got 49 for 2"):
+    with pytest.raises(RuntimeError, match=r"weight: conv_wgmma_ieee expected at most 12 filter taps .* got 49 for 2"):
         call_operator(input, weight, bias, 1.0, [1, 1], [0] * 4, [1, 1], 1, "ieee")
 
 

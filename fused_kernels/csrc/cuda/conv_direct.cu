@@ -19,7 +19,6 @@
 
 #include <cmath>
 #include <numeric>
-#include <type_traits>
 
 #include "conv_direct_plan.h"
 #include "launch.cuh"
@@ -163,6 +162,25 @@ __device__ __forceinline__ void load_shared(float (&to)[COUNT], const float* fro
 
 // ---- the kernel ----
 
+// Adds a column of the filter to partial sums, or starts them with it.
+template <int CHANNELS, int TAPS, bool STARTS>
+__device__ __forceinline__ void add_column(float (&partial)[kHalf<CHANNELS>][kRows], const float* x, const float* w) {
+  float inputs[TAPS == 1 ? kRows : kColumnPitch];
+  load_shared(inputs, x);
+#pragma unroll
+  for (int t = 0; t < TAPS; ++t) {
+    float weights[kHalf<CHANNELS>];
+    load_shared(weights, w + t * kWeightPitch<CHANNELS>);
+#pragma unroll
+    for (int j = 0; j < kHalf<CHANNELS>; ++j) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        partial[j][i] = STARTS && t == 0 ? weights[j] * inputs[i] : fmaf(weights[j], inputs[i + t], partial[j][i]);
+      }
+    }
+  }
+}
+
 // TAPS rows of the filter at a time share a thread's inputs; more than one need a stride that equals the dilation.
 template <int CHANNELS, int TAPS>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_kernel(const __grid_constant__ ConvDirectPlan p) {
@@ -246,34 +264,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
         for (int half = 0; half < CHANNELS; half += kHalf<CHANNELS>) {
           const float* x = buffers + buffer * buffer_size + (strip * p.columns + column * p.lane_step) * kColumnPitch;
           const float* w = buffers + buffer * buffer_size + input_size + part * CHANNELS + half;
-          int tap = p.taps;
-          // Adds a column of the filter, or starts partial sums with it.
-          const auto add_column = [&](auto starts) {
-            float inputs[TAPS == 1 ? kRows : kColumnPitch];
-            load_shared(inputs, x);
-            x += p.tap_step;
-            if (--tap == 0) tap = p.taps, x += p.channel_step;
-#pragma unroll
-            for (int t = 0; t < TAPS; ++t) {
-              float weights[kHalf<CHANNELS>];
-              load_shared(weights, w + t * kWeightPitch<CHANNELS>);
-#pragma unroll
-              for (int j = 0; j < kHalf<CHANNELS>; ++j) {
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) {
-                  partial[j][i] = starts.value && t == 0 ? weights[j] * inputs[i] : fmaf(weights[j], inputs[i + t], partial[j][i]);
-                }
-              }
-            }
-            w += TAPS * kWeightPitch<CHANNELS>;
-          };
-          for (int todo = columns; todo > 0;) {
+          for (int todo = columns, tap = p.taps; todo > 0;) {
             int now = min(left, todo);
             todo -= now, left -= now;
-            if constexpr (kStarts) add_column(std::true_type{}), --now;
+            const auto advance = [&] {
+              x += p.tap_step;
+              if (--tap == 0) tap = p.taps, x += p.channel_step;
+              w += TAPS * kWeightPitch<CHANNELS>;
+            };
+            if constexpr (kStarts) {
+              add_column<CHANNELS, TAPS, true>(partial, x, w);
+              advance(), --now;
+            }
             // Two columns at a time: the second one's loads come early.
 #pragma unroll 2
-            for (; now > 0; --now) add_column(std::false_type{});
+            for (; now > 0; --now) {
+              add_column<CHANNELS, TAPS, false>(partial, x, w);
+              advance();
+            }
             // The other half needs the registers.
             if (left == 0 || CHANNELS != kHalf<CHANNELS>) add_partial(half);
           }

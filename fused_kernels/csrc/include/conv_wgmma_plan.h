@@ -18,7 +18,7 @@ constexpr int kGroup = 8;  // channels in 16 bytes of operand A, pixels in a blo
 constexpr int kWarpgroups = 2, kMathThreads = kWarpgroups * 128;  // that multiply
 constexpr int kInputWarps = 6, kInputThreads = kInputWarps * kWarpSize;
 constexpr int kMostSlots = 16;                         // of a ring
-constexpr int kMostTapsPerChannel = 16;                // where split sums of a tap are added one by one
+constexpr int kMostTapsPerChannel = 12;                // where split sums of a tap are added one by one
 constexpr int kStagingBytes = 27 * 1024, kMostPlaces = 32;  // for pieces of input
 
 enum class Source { kTiles, kPlanes, kPixels };

@@ -789,9 +789,10 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             };
             constexpr std::integral_constant<int, 1> kOne;
             constexpr std::integral_constant<int, 2> kTwo;
-            if (plan.whole_taps) {
-              if (steps_per_tap == kRowSteps) multiply_steps(sums, 0, std::integral_constant<int, kRowSteps>());
-              else multiply_steps(sums, 0, std::integral_constant<int, 3>());
+            if (plan.whole_taps && steps_per_tap == kRowSteps) {
+              multiply_steps(sums, 0, std::integral_constant<int, kRowSteps>());
+            } else if (plan.whole_taps) {
+              multiply_steps(sums, 0, std::integral_constant<int, 3>());
             } else if (steps_per_tap > 2) {
               // Half a tap at a time. The first of all is summed where the others are added to.
               if (!add) multiply_steps(rounded, 0, kTwo);
@@ -804,10 +805,10 @@ __global__ void __launch_bounds__(Roles<S, C::SPLIT>::kThreads, 1)
             } else {
               multiply_steps(sums, 0, kOne);
             }
-            promote();
             b += tap_b;
             a[0] += tap_a;
             --taps_left;
+            promote();
             if (new_stage) weight_ring.advance();
             const bool stage_ends = taps_left == 0 || (dy + 1 == plan.kernel[0] && dx + 1 == plan.kernel[1]);
             if (!plan.resident && stage_ends) (weight_ring - 1).release();
