@@ -19,6 +19,7 @@
 
 #include <cmath>
 #include <numeric>
+#include <type_traits>
 
 #include "conv_direct_plan.h"
 #include "launch.cuh"
@@ -53,6 +54,7 @@ struct ConvDirectPlan {
   float* output;
   int64_t bias_stride, strips, strips_high, strips_wide;
   float scale;
+  bool scales_minimum;                    // a positive scale leaves the smallest sum the smallest: it multiplies that alone
   const float* scales;                    // each channel's own factor, or null
   int64_t scales_stride;
   int passes;                             // over a group's output channels
@@ -292,16 +294,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
 
     if (CHANNELS == kHalf<CHANNELS>) add_partial(0);
     const int first = (pass % p.passes * p.warps_per_strip + part) * CHANNELS;
+    const auto take = [&](auto scaled) {
 #pragma unroll
-    for (int j = 0; j < CHANNELS; ++j) {
-      if (first + j >= out_channels) break;
-      const int64_t channel = pass / p.passes * s.out_channels + first + j;
-      const float bias = p.bias ? p.bias[channel * p.bias_stride] : 0;
-      const float scale = p.scales ? p.scales[channel * p.scales_stride] : p.scale;
+      for (int j = 0; j < CHANNELS; ++j) {
+        if (first + j >= out_channels) break;
+        const int64_t channel = pass / p.passes * s.out_channels + first + j;
+        const float bias = p.bias ? p.bias[channel * p.bias_stride] : 0;
+        const float scale = p.scales ? p.scales[channel * p.scales_stride] : p.scale;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        take_smaller(smallest[i], (sum[j][i] + bias) * scale, winner[i], static_cast<int>(channel));
+        for (int i = 0; i < kRows; ++i) {
+          const float value = sum[j][i] + bias;
+          take_smaller(smallest[i], scaled.value ? value * scale : value, winner[i], static_cast<int>(channel));
+        }
       }
+    };
+    if (p.scales_minimum) {
+      take(std::false_type());
+    } else {
+      take(std::true_type());
     }
   }
 
@@ -320,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
     float result = kInfinity<float>;
     for (int w = warp - part; w < warp - part + p.warps_per_strip; ++w) result = min_nan(result, minima[w][i][lane]);
     const int64_t pixel = mine.output + i * s.output[1] + column;
-    p.output[pixel] = result;
+    p.output[pixel] = p.scales_minimum ? result * p.scale : result;
     if constexpr (kWinners) {
       int w = warp - part;  // the first whose minimum it is
       while (w < warp - part + p.warps_per_strip - 1 && !same_bits(minima[w][i][lane], result)) ++w;
@@ -409,6 +419,7 @@ Forward conv_direct(const Tensor& input, const Tensor& weight, const std::option
   ConvDirectPlan p{.shape = s, .scale = static_cast<float>(scale)};
   p.scales = scales ? static_cast<const float*>(scales->data_ptr()) : nullptr;
   p.scales_stride = scales ? scales->stride(0) : 0;
+  p.scales_minimum = !scales && p.scale > 0 && std::isfinite(p.scale);
   p.input = static_cast<const float*>(input.data_ptr());
   p.weight = static_cast<const float*>(weight.data_ptr());
   p.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
