@@ -78,8 +78,8 @@ def promise(input, weight, bias=None, scale=1.0, *, winners=None, precision="iee
 
     The root stands for roundings that differ in sign. Of hundreds of equal products, as of a flat image under a box filter, all
     may be rounded to one side; and beside a large product many small ones may be lost. Hence every kernel adds partial sums.
-    A window made against these on a GPU, one product first and then many of just under half of its last bit, may still err by
-    more than the bound: on those in tests/test_outliers.py by less than twice as much.
+    A window made against these, one product first and then many of just under half of its last bit, may still err by more than
+    the bound: in searches for the worst by less than twice as much, on the CPU by less than a fifth more.
 
     Parameters
     ----------

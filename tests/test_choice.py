@@ -80,12 +80,12 @@ def test_a_kernel_says_which_shapes_it_does_not_take(changes, refused):
         assert name in candidates.why_not(name, problem(**changes), H200)
 
 
-@pytest.mark.parametrize(("channels", "taken"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("channels", "taken"), [(3, False), (4, True)])
 def test_split_operands_take_no_long_chain_of_taps(channels, taken):
     few = {"precision": "ieee", "in_channels": channels, "kernel_h": 8, "kernel_w": 6}
     assert legal(**few) == {"conv_direct"} | ({"conv_wgmma_ieee"} if taken else set())
     if not taken:
-        why = "conv_wgmma_ieee takes at most 12 filter taps for each channel, not 48 for 2"
+        why = "conv_wgmma_ieee takes at most 12 filter taps for each channel, not 48 for 3"
         assert candidates.why_not("conv_wgmma_ieee", problem(**few), H200) == why
 
 

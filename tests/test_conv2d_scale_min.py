@@ -203,7 +203,9 @@ def draw_problem(draw, function):
     kernel, dilation = pair(1, 5), pair(1, 3)
     padding = draw(st.sampled_from(("same", "valid"))) if stride == (1, 1) and draw(st.booleans()) else pair(0, 3)
     size = [d * (k - 1) + 1 + draw(st.integers(0, 24)) for d, k in zip(dilation, kernel, strict=True)]
-    shape = (draw(st.integers(0, 3)), groups * draw(st.integers(1, 20)), *size)
+    most = isinstance(function, Rung) and function.most_taps_per_channel
+    channels = draw(st.integers(math.ceil(math.prod(kernel) / most) if most else 1, 20))
+    shape = (draw(st.integers(0, 3)), groups * channels, *size)
     dtypes = [dtype for dtype in DTYPES if not isinstance(function, Rung) or dtype in function.dtypes]
     dtype, layout = draw(st.sampled_from(dtypes)), draw(st.sampled_from(sorted(LAYOUTS)))
     tensors = (shape, groups * draw(st.integers(1, 40)), kernel, dtype, groups, layout, draw(st.booleans()))

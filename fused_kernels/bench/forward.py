@@ -85,7 +85,7 @@ def _rungs_and_eager(work, asked):
     for rung in LADDER:
         fused = rung.operator == "conv2d_scale_min"
         here = rung.device in (None, work.input.device.type) and (fused or asked == "auto")
-        if not here or rung.why_not(work.input.dtype, work.problem(asked).precision):
+        if not here or rung.why_not(work.input.dtype, work.problem(asked).precision, weight_shape=work.weight.shape):
             continue
         call = functools.partial(rung, *work.arguments, precision=asked) if fused else functools.partial(_conv_then, rung, work)
         passes = 4 if rung.name == "reference" else 2 if rung.device is None or not fused else 0

@@ -207,11 +207,13 @@ template <class T> struct Convolution {
 
   // The depth is cut evenly, so that the weights stay in the L1 cache. The last block of output channels may be smaller: a
   // power of two, its last channel repeated, which a minimum does not mind.
-  const int64_t terms = ceil_div(in_channels, PER_TERM), cuts = ceil_div(terms, std::max<int64_t>(DEPTH / taps, 1));
+  const PartialSums partial_sums = PartialSums(in_channels * taps);
+  const int64_t terms = ceil_div(in_channels, PER_TERM);
+  const int64_t cuts = std::min(ceil_div(terms, std::max<int64_t>(DEPTH / taps, 1)), ceil_div(partial_sums.longest, 2));
   const int64_t block_terms = ceil_div(terms, cuts), depth_blocks = ceil_div(terms, block_terms);
   // Each part of the depth is summed in chains, short enough for the promise.
   const int64_t depth = block_terms * taps;
-  const int64_t chains = PartialSums(in_channels * taps).parts(depth, PER_TERM, depth_blocks);
+  const int64_t chains = partial_sums.parts(depth, PER_TERM, depth_blocks);
   const int64_t chain = ceil_div(depth, std::max(chains, ceil_div(depth, CHAIN)));
   // Winograd's sums are of the channels only, but nine of them make a result.
   const int64_t winograd_chain = ceil_div(in_channels, PartialSums(in_channels).parts(in_channels, 1, 1));
@@ -462,7 +464,7 @@ template <class T> struct Convolution {
   // largest weights; of the output channels the smallest.
   struct Sizes {
     double shares[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1}, largest = 1;
-    double alike = 0;  // 1 where every input channel has the same filter: then rounding errors add up instead of cancelling
+    double alike = 0;  // 1 where all input channels have one filter, but for its sign: then rounding errors may all add up
     bool fit = true;   // finite, and no quarter loses digits
 
     void take(const double* sizes, const double* sums, double of_largest, double most) {
@@ -496,17 +498,19 @@ template <class T> struct Convolution {
         for (int64_t c = 0; c < in_channels; c++)
           for (int64_t o = 0; o < size; o++) {
             const T* from = (const T*)weight.data_ptr() + packed_channel(0, block, o) * s0 + c * s1;
-            double rows[4][3], most = 0;
+            double rows[4][3], filter[9], most = 0, along = 0;
             for (int x = 0; x < 3; x++) {
               const double a = Scalar(from[x * s3]), b = Scalar(from[s2 + x * s3]), d = Scalar(from[2 * s2 + x * s3]);
               rows[0][x] = a, rows[1][x] = (a + d + b) / 2, rows[2][x] = (a + d - b) / 2, rows[3][x] = d;
               const double column[3] = {a, b, d};
               for (int y = 0; y < 3; y++) {
                 const int tap = 3 * y + x;
-                sums_of[o][tap] += column[y], sizes_of[o][tap] += std::abs(column[y]);
-                most = std::max(most, std::abs(column[y]));
+                filter[tap] = column[y], sizes_of[o][tap] += std::abs(column[y]);
+                along += sums_of[o][tap] * column[y], most = std::max(most, std::abs(column[y]));
               }
             }
+            // A filter turned round is the same one: so may the input's signs be.
+            for (int tap = 0; tap < 9; tap++) sums_of[o][tap] += along < 0 ? -filter[tap] : filter[tap];
             of_largest[o] += most, largest[o] = std::max(largest[o], most);
             for (int y = 0; y < 4; y++) {
               const double a = rows[y][0], b = rows[y][1], d = rows[y][2];

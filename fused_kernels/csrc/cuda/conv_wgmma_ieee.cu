@@ -7,7 +7,7 @@
 // Tensor cores truncate a sum where a processor would round it; over a long sum that alone would cost more than float32's
 // rounding. So no sum stays in the tensor cores for longer than a filter tap; then it is added to another sum, in float32
 // registers. Sums of few products are more exact without all this: where a tap's are so few that the taps' sums make a long chain,
-// conv_direct is faster, too, and this kernel declines.
+// this kernel declines. Others are as fast there.
 // The weights' parts do not fit in shared memory and stream through a ring, unless they are few.
 // Limit: the tensor cores, at three times conv_wgmma's work.
 // Previous rung: conv_wgmma.
