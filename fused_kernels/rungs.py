@@ -110,7 +110,10 @@ class Rung:
         return capability == self.only_capability if self.only_capability else capability >= self.min_capability
 
     def why_not(self, dtype, precision="ieee", stride=1, groups=1, weight_shape=None):
-        """Say in one sentence why this rung doesn't take such an input, or None; ``precision`` matters for float32 alone."""
+        """Say in one sentence why this rung doesn't take such an input, or None.
+
+        The ``precision`` matters for float32 alone; without ``weight_shape``, (C', C, k_h, k_w), no filter is too large.
+        """
         if dtype not in self.dtypes:
             return f"{self.name} does not take {str(dtype).removeprefix('torch.')}"
         if dtype == torch.float32 and precision not in self.float32_precisions:
