@@ -205,8 +205,8 @@ template <class T> struct Convolution {
   const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3), taps = kernel_h * kernel_w;
   const int64_t images = output.size(0), out_rows = output.size(2), out_columns = output.size(3);
 
-  // The depth is cut evenly, so that the weights stay in the L1 cache, but into few enough blocks for the promise. The last block
-  // of output channels may be smaller: a power of two, its last channel repeated, which a minimum does not mind.
+  // The depth is cut evenly, so that the weights stay in the L1 cache, but into few enough blocks for the promise. The last
+  // block of output channels may be smaller: a power of two, its last channel repeated, which a minimum does not mind.
   const PartialSums partial_sums = PartialSums(in_channels * taps);
   const int64_t terms = ceil_div(in_channels, PER_TERM);
   const int64_t cuts = std::min(ceil_div(terms, std::max<int64_t>(DEPTH / taps, 1)), ceil_div(partial_sums.longest, 2));
