@@ -70,8 +70,8 @@ def call(function, *args):
     return function(*args, precision="ieee" if only_ieee else "auto")
 
 
-def skip_unless_takes(function, dtype, precision="ieee", stride=1, groups=1, **_):
-    if isinstance(function, Rung) and (reason := function.why_not(dtype, precision, stride, groups)):
+def skip_unless_takes(function, dtype, precision="ieee", stride=1, groups=1, weight_shape=None, **_):
+    if isinstance(function, Rung) and (reason := function.why_not(dtype, precision, stride, groups, weight_shape)):
         pytest.skip(reason)
 
 

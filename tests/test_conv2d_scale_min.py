@@ -19,6 +19,7 @@ from conftest import (
     far_apart,
     implementations,
     precision_for,
+    skip_unless_takes,
     takes_tensor_scales,
 )
 from hypothesis import given
@@ -58,11 +59,9 @@ def rms_error(result, expected):
 
 def check(function, input, weight, bias, scale, precision=None, **conv):
     precision = precision_for(function, precision)
-    if isinstance(function, Rung):
-        stride = conv.get("stride", 1)
-        stride = stride[0] if stride in ([1], (1, 1)) else stride
-        if reason := function.why_not(input.dtype, precision, stride, conv.get("groups", 1), weight.shape):
-            pytest.skip(reason)
+    stride = conv.get("stride", 1)
+    asked = {**conv, "stride": stride[0] if stride in ([1], (1, 1)) else stride}
+    skip_unless_takes(function, input.dtype, precision, weight_shape=weight.shape, **asked)
     before = [t if t is None else t.clone() for t in (input, weight, bias)]
     result = function(input, weight, bias, scale, precision=precision, **conv)
     for now, then in zip((input, weight, bias), before, strict=True):

@@ -5,7 +5,7 @@ import math
 import hypothesis
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS, on
+from conftest import DEVICES, LAYOUTS, on, skip_unless_takes
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -47,18 +47,12 @@ def run(function, tensors, scale, precision, keeps_winners, **conv):
     return operator(*tensors, 1.0 if factors else scale, *check_problem(*tensors, *geometry, precision).conv, *factors)
 
 
-def skip_unless_taken(rung, tensors, precision, stride=1, groups=1):
-    input, weight, *_ = tensors
-    if reason := rung.why_not(input.dtype, precision, stride, groups, weight.shape):
-        pytest.skip(reason)
-
-
 def assert_kept(function, precision, device, tensors, scale=1.5, layout="nchw", **conv):
     """Hold results to the promise, without winners and with them."""
     input, *others = (t if t is None else t.to(device) for t in tensors)
     tensors = LAYOUTS[layout](input), *others, *[None] * (2 - len(others))
     if isinstance(function, Rung):
-        skip_unless_taken(function, tensors, precision, conv.get("stride", 1), conv.get("groups", 1))
+        skip_unless_takes(function, input.dtype, precision, weight_shape=others[0].shape, **conv)
     elif (found := explain(*tensors, scale, precision=precision, **conv)).rung == "composite":
         pytest.skip(found.why)
     bare, _ = run(function, tensors, scale, precision, False, **conv)
@@ -383,7 +377,7 @@ def test_windows_made_to_lose_each_product(function, precision, device, channels
     input = torch.full((1, channels, 40, 44), part * 2.0**-24 * (1 - 2.0**-11))
     input[:, :large, 20, 20] = 1 / large
     tensors = input.to(device), torch.ones(out_channels, channels, kernel, kernel, device=device)
-    skip_unless_taken(function, tensors, precision)
+    skip_unless_takes(function, input.dtype, precision, weight_shape=tensors[1].shape)
     result = run(function, (*tensors, None), 1.0, precision, False)[0]
     limit = 2 if device == "cuda" else 1.01
     assert bounds.promise(*tensors, precision=precision).share(result) <= limit
@@ -463,7 +457,7 @@ def test_an_image_of_padding_alone(function, precision, device, value):
     """Zeros times an infinity are NaN. (torch.nn.functional.conv2d takes no image without pixels.)"""
     weight, bias = torch.full((64, 64, 3, 3), value, device=device), torch.randn(64, device=device)
     tensors = weight.new_empty(1, 64, 0, 30), weight, bias
-    skip_unless_taken(function, tensors, precision)
+    skip_unless_takes(function, weight.dtype, precision, weight_shape=weight.shape)
     result = run(function, tensors, 1.5, precision, False, padding=4)[0]
     expected = bias.min() * 1.5 if math.isfinite(value) else torch.tensor(math.nan)
     torch.testing.assert_close(result, expected.to(device).expand(1, 1, 6, 36), equal_nan=True)

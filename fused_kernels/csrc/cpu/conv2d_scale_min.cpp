@@ -509,7 +509,7 @@ template <class T> struct Convolution {
                 along += sums_of[o][tap] * column[y], most = std::max(most, std::abs(column[y]));
               }
             }
-            // A filter turned round is the same one: so may the input's signs be.
+            // Whatever their signs: where the input's follow them, all products are alike.
             for (int tap = 0; tap < 9; tap++) sums_of[o][tap] += along < 0 ? -filter[tap] : filter[tap];
             of_largest[o] += most, largest[o] = std::max(largest[o], most);
             for (int y = 0; y < 4; y++) {

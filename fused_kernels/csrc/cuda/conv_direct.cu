@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<CHANNELS>) conv_direct_
   __shared__ Strip strips[kMaxStrips];
   __shared__ float minima[kWarps][kRows][kWarpSize];
   // Whether multiplications start partial sums, so that none are cleared.
-  // NOTE: not for three rows of the filter: that code is longer, and up to 9 % slower (nvcc 13.0, on an H200).
+  // NOTE: not for three rows of the filter: that code is longer, and slower (nvcc 13.0, on an H200).
   constexpr bool kStarts = CHANNELS != kHalf<CHANNELS> && TAPS == 1;
   const ConvShape& s = p.shape;
   const int entries = p.channels * p.taps * TAPS, channel_size = p.strips_per_block * p.columns * kColumnPitch;
@@ -380,7 +380,7 @@ void launch(ConvDirectPlan p, int device, cudaStream_t stream) {
   p.channel_step = p.strips_per_block * p.columns * kColumnPitch - taps * p.tap_step;
   p.pieces = s.kernel[0] / TAPS * (s.kernel[1] / taps);
 
-  // An eighth more than promised: fewer partial sums take up to 4 % less time (on an H200).
+  // An eighth more than promised: each partial sum takes time.
   const PartialSums sums(s.in_channels * s.taps(), 0.125);
   // A half's partial sums end with the step, as the other half needs the registers; those of all channels carry over.
   constexpr bool kCarryOver = CHANNELS == kHalf<CHANNELS>;

@@ -12,11 +12,11 @@ namespace fused_kernels {
 // Partial sums of a sum of so many products. Of r products that are added one by one r - 1 can be lost, each just below half of
 // the sum's last bit; of the partial sums, all but the first.
 struct PartialSums {
-  double allowed;   // to be lost: the promise of fused_kernels/bounds.py, in roundings, and so much more, for fewer parts
+  double allowed;   // to be lost: the promise of fused_kernels/bounds.py, in roundings, and a margin, for fewer parts
   int64_t longest;  // the largest r that keeps to it
 
-  explicit PartialSums(int64_t products, double more = 0) {
-    allowed = (1 + more) * std::max(16.0, 2 * std::sqrt(static_cast<double>(products)));
+  explicit PartialSums(int64_t products, double margin = 0) {
+    allowed = (1 + margin) * std::max(16.0, 2 * std::sqrt(static_cast<double>(products)));
     const double half = allowed / 2 + 1;  // r + products / r <= allowed + 2
     longest = static_cast<int64_t>(half + std::sqrt(half * half - products));
   }
