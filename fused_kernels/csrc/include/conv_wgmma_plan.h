@@ -235,7 +235,7 @@ void improve(ConvWgmmaCandidate& best, int config, const ConvShape& shape, Way w
   const int64_t channel_steps = ceil_div(p.in_channels, kStepDepth);
   p.chunks = static_cast<int>(ceil_div(channel_steps, kRowSteps));
   p.chunk = static_cast<int>(ceil_div(channel_steps, p.chunks)) * kStepDepth;
-  // NOTE: tensor cores truncate (notebook 07 has the sources), so beside a large product sums lose more than a processor's.
+  // NOTE: tensor cores truncate (notebook 08 has the sources), so beside a large product sums lose more than a processor's.
   // The fewer products there are in all, the less may be lost.
   p.whole_taps = p.chunk > 2 * kStepDepth && shape.in_channels * shape.taps() >= 256;
   if (C::OVERLAPS && (p.chunks > 1 || p.chunk != kRowChannels || p.kernel[1] != C::kRowTaps)) return;
