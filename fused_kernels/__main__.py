@@ -237,7 +237,7 @@ def main(arguments=None):
 
     parser_bench = commands.add_parser("bench", help=run_bench.__doc__)
     parser_bench.add_argument("--record", action="store_true", help="append the measurements to figures/data")
-    parser_bench.add_argument("--quick", action="store_true", help="float32 alone, without torch.compile's max-autotune")
+    parser_bench.add_argument("--quick", action="store_true", help="float32 alone, without sustained times and max-autotune")
     parser_bench.add_argument(
         "--layers", action="store_true", help="conv2d_scale_min alone, on many layers of networks; records: figures/data/layers"
     )

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from . import files
-from .bench.records import latest, select
+from .bench.records import CLOCKS, SUSTAINED, latest, select
 from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, whole_model
 from .rungs import LADDER
 
@@ -34,10 +34,13 @@ COLOURS = {
 OTHER = "#332288"
 # Of the parts of a training step.
 _PART_COLOURS = ("#117733", "#56b4e9", "#d55e00")
+_SUSTAINED = "second time: back to back for three seconds"
 
 
 def ladder(records, dtype="float32", precision=None):
     """Draw the whole model's time: every rung and peer, with speedups over eager, beside the machine's floors.
+
+    Bars and speedups are of calls in turns; where sustained times are recorded, diamonds and the second numbers are those.
 
     Parameters
     ----------
@@ -48,10 +51,12 @@ def ladder(records, dtype="float32", precision=None):
         By default PyTorch's own for this dtype: "tf32" for float32 on a GPU.
     """
     chosen, layouts = whole_model(records, dtype, precision)
+    like = {"operator": chosen[0].operator, "direction": "forward", "dtype": dtype, "precision": chosen[0].precision}
     names = in_order(chosen)
     figure, axes = _figure(len(layouts), 1.1 + 0.33 * len(names), sharey=True)
     for axis, layout in zip(axes, layouts, strict=True):
         here = {r.rung: r for r in chosen if r.layout == layout}
+        held = {r.rung: r.p50_ms for r in select(records, **like, layout=layout, clock=SUSTAINED)}
         eager = here["eager"].p50_ms
         for y, name in enumerate(names):
             if name not in here:
@@ -61,15 +66,21 @@ def ladder(records, dtype="float32", precision=None):
             error = [[time - here[name].p20_ms], [here[name].p80_ms - time]]
             axis.errorbar(time, y, xerr=error, color="black", linewidth=0.8)
             speedup = ("" if name == "eager" else f"  {eager / time:.2f}x") + ("" if here[name].correct else "  (less exact)")
-            _label(axis, max(time, here[name].p80_ms), y, f"{_ms(time)}{speedup}")
+            times, end = three(time), max(time, here[name].p80_ms)
+            if name in held:
+                axis.plot(held[name], y, "D", color="black", markeredgecolor="white", markersize=4.5, label=_SUSTAINED)
+                times, end = f"{times} / {three(held[name])}", max(end, held[name])
+            _label(axis, end, y, f"{times} ms{speedup}")
         for y, (label, floor) in zip((-0.6, -1.05), _floors(records, chosen[0]).items(), strict=True):
             axis.axvline(floor, color="black", linestyle=":", linewidth=1)
             _label(axis, floor, y, f"{label}, {_ms(floor)}", fontsize=7, color="#404040")
-        axis.set_xlim(0, 1.32 * max(r.p50_ms for r in here.values()))
+        axis.set_xlim(0, (1.45 if held else 1.32) * max([*(r.p50_ms for r in here.values()), *held.values()]))
         axis.set_ylim(len(names) - 0.4, -1.4)
         axis.set_yticks(range(len(names)), names)
         axis.set_xlabel("ms, less is better")
         axis.set_title(f"{layout} input", fontsize=9, loc="left")
+    if marks := axes[0].get_legend_handles_labels()[0]:
+        figure.legend(handles=marks[:1], loc="upper right", fontsize=8, frameon=False)
     return _finish(figure, f"min over channels of (scale · conv2d(x)), {precision_words(chosen[0])}", chosen[0])
 
 
@@ -307,7 +318,7 @@ def save_all(records, out, training_records=()):
     out.mkdir(parents=True, exist_ok=True)
     drawn = {"access-pattern": access_pattern()}
     for name in machines(records):
-        newest = latest(records, machine=name)
+        newest = latest(records, machine=name, clock=CLOCKS)
         for draw in (ladder, roofline, bandwidth, where_time_goes, precision_against_time):
             drawn[f"{draw.__name__.replace('_', '-')}-{name}"] = draw(newest)
         for dtype in sorted({r.dtype for r in newest if r.operator == "conv2d_scale_min"} - {"float32"}):

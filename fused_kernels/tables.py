@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 
 from . import files
-from .bench.records import latest, select
+from .bench.records import CLOCKS, SUSTAINED, latest, select
 from .bench.views import PARTS, PEERS, in_order, machines, parts_of_a_step, precision_words, three, time_ratios, whole_model
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
@@ -58,6 +58,11 @@ _TRAINING_LAYERS = """## Training steps on layers of usual networks
 Layers of usual networks gain less, because their convolutions are a larger part of a step. Recorded in
 [`data/training-layers/`](data/training-layers) by `python -m fused_kernels bench --training --layers --record`."""
 
+_TWO_CLOCKS = (
+    " Of two times the first is that of calls in turns with the column's others, between which the chip stays cool, the second "
+    "that of the same call back to back for three seconds, when clock and power have settled; the speedup is the first's."
+)
+
 # What has changed since the commit of a table's records; it falls away with the next record.
 _SINCE = {
     "76fccbc": "Since this record `scale_min_vectorized` has changed, and `composite` with it.",
@@ -66,8 +71,10 @@ _SINCE = {
 
 
 def ladder(records, dtypes=("float32", "bfloat16")):
-    """Lay out one run's ladder: the whole model's time, and its speedup over eager in the same column."""
-    whole = select(records, operator="conv2d_scale_min", direction="forward", dtype=tuple(dtypes))
+    """Lay out one run's ladder: the whole model's time, sustained where recorded, and its speedup over eager in the column."""
+    where = {"operator": "conv2d_scale_min", "direction": "forward", "dtype": tuple(dtypes)}
+    whole = select(records, **where)
+    held = {(r.rung, r.precision, r.layout): r for r in select(records, **where, clock=SUSTAINED)}
     columns = list(dict.fromkeys((r.precision, r.layout) for r in whole))
     cells = {(r.rung, r.precision, r.layout): r for r in whole}
 
@@ -75,11 +82,12 @@ def ladder(records, dtypes=("float32", "bfloat16")):
         r = cells.get((name, *column))
         if r is None:
             return ""
-        return _time_and_speedup(r, cells[("eager", *column)]) + ("" if r.correct else " (*)")
+        times = _time_and_speedup(r, cells[("eager", *column)], held.get((name, *column)))
+        return times + ("" if r.correct else " (*)")
 
     lines = [
         f"Milliseconds, and speedup over eager at the same precision and layout; {whole[0].shape}, forward. "
-        f"{_origin(whole[0])}",
+        f"{_origin(whole[0])}{_TWO_CLOCKS if held else ''}",
         *_heads([f"{precision}, {layout}" for precision, layout in columns] + ["rms error"]),
     ]
     for name in in_order(whole):
@@ -173,7 +181,8 @@ def update_readme(path, records, draws=""):
         The file lacks the markers.
     """
     path = Path(path)
-    text = _replace(path, path.read_text(encoding="utf-8"), BEGIN, END, ladder(latest(records, machine=machines(records)[0])))
+    newest = latest(records, machine=machines(records)[0], clock=CLOCKS)
+    text = _replace(path, path.read_text(encoding="utf-8"), BEGIN, END, ladder(newest))
     if draws:
         text = _replace(path, text, *_DRAWS, draws)
     files.write(path, text)
@@ -203,7 +212,7 @@ def figures_page(records, training_records=(), layer_records=(), training_layer_
     """
     parts = [_INTRODUCTION]
     for name in machines(records):
-        newest = latest(records, machine=name)
+        newest = latest(records, machine=name, clock=CLOCKS)
         parts += [f"## {newest[0].device}", ladder(newest)]
         if newest[0].commit in _SINCE:
             parts.append(_SINCE[newest[0].commit])
@@ -245,6 +254,8 @@ def _pictures(records, name):
             f"Bars: time of every rung and peer in {precision_words(eager)}, NCHW and channels_last; "
             f"in NCHW from {three(eager.p50_ms)} ms of eager to {three(best.p50_ms)} ms of {best.rung}."
         )
+        if select(records, operator="conv2d_scale_min", dtype=dtype, clock=SUSTAINED):
+            alt += " Diamonds: the times back to back."
         found.append((f"ladder-{name}" if dtype == "float32" else f"ladder-{dtype}-{name}", alt))
     found += [(f"{kind}-{name}", alt) for kind, alt in _PICTURES.items()]
     return [f"![{alt}]({file}.png)" for file, alt in found]
@@ -280,6 +291,8 @@ def _is_ours(rung):
     return rung not in PEERS
 
 
-def _time_and_speedup(record, eager):
+def _time_and_speedup(record, eager, held=None):
+    """Write a time, behind a stroke the sustained one where there is one, and the speedup."""
+    times = " / ".join(three(r.p50_ms) for r in (record, held) if r)
     speedup = "" if record.rung == "eager" else f" · {eager.p50_ms / record.p50_ms:.2f}x"
-    return three(record.p50_ms) + speedup
+    return times + speedup

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from conftest import implementations
 
 import fused_kernels as fk
 from fused_kernels import __main__, bench, check, plots, reference, tables
-from fused_kernels.bench import environment, forward, peers, records, views, workloads
+from fused_kernels.bench import choices, clock, comparison, environment, forward, peers, records, views, workloads
 from fused_kernels.rungs import LADDER
 
 SMALL = {"in_channels": 3, "out_channels": 8, "height": 12, "width": 14}
@@ -269,6 +270,29 @@ def test_records_go_through_a_file(measured, tmp_path):
     assert records.latest(measured, machine="absent") == []
 
 
+def test_a_file_from_before_the_clock_column_is_read_and_goes_on(measured, tmp_path):
+    records.append(measured[:2], tmp_path)
+    file = tmp_path / "cpu.csv"
+    head, *lines = (line.rpartition(b",")[0] for line in file.read_bytes().splitlines())
+    assert head.endswith(b",correct")
+    file.write_bytes(b"\n".join([head, *lines, b""]))
+    assert records.read(data=tmp_path) == measured[:2]
+    later = dataclasses.replace(measured[2], clock="sustained")
+    for _ in range(2):
+        records.append([later], tmp_path)
+    assert file.read_bytes().startswith(b"\n".join([head + b",clock", *lines, b""]))
+    assert records.read(data=tmp_path) == [*measured[:2], later, later]
+
+
+def test_records_in_turns_are_selected_unless_others_are_asked_for(measured):
+    both = with_sustained(measured)
+    (one,) = records.select(both, rung="conv2d_scale_min", layout="NCHW")
+    (other,) = records.select(both, rung="conv2d_scale_min", layout="NCHW", clock="sustained")
+    assert (one.clock, other.clock) == ("in turns", "sustained")
+    assert records.latest(both) == records.select(both) == measured
+    assert records.latest(both, clock=records.CLOCKS) == records.select(both, clock=records.CLOCKS) == both
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_workload_is_the_reference_models(dtype):
     work = bench.workload("cpu", dtype, channels_last=True, batch=1)
@@ -293,6 +317,114 @@ def test_compare_calls_before_every_call():
     calls = []
     bench.compare({"": lambda: calls.append("call")}, "cpu", seconds=0.0, warm_up=0.0, before=lambda: calls.append("before"))
     assert calls == ["before", "call"] * (len(calls) // 2)
+
+
+class Gpu:
+    """Stands for a GPU that becomes slower after a while, and is never caught up with."""
+
+    def __init__(self):
+        self.end, self.ahead = 0.0, []
+
+    def call(self):
+        self.end += 1e-3 if self.end < 1.5 else 1.25e-3
+
+    def event(self, enable_timing):
+        return GpuEvent(self)
+
+
+class GpuEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.at = self.gpu.end
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+    def synchronize(self):
+        self.gpu.ahead.append(self.gpu.end - self.at)
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Give what a pretended GPU had before it whenever it was waited for, and the timing of its calls."""
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    timing = clock.sustained(gpu.call, torch.device("cuda"))
+    return gpu.ahead, timing
+
+
+def test_sustained_counts_the_last_second_alone(busy):
+    _, timing = busy
+    assert [timing.p20, timing.p50, timing.p80] == pytest.approx([1.25e-3] * 3)
+    assert 1.0 < timing.repeats * timing.p50 < 1.05
+
+
+def test_sustained_never_lets_the_gpu_wait_nor_runs_far_ahead(busy):
+    ahead, _ = busy
+    assert min(ahead) > 0.05
+    assert max(ahead) < 0.1
+
+
+def test_sustained_is_of_gpus_alone():
+    with pytest.raises(ValueError, match="device: expected a GPU, got cpu"):
+        bench.sustained(lambda: None, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_sustained_counts_some_of_the_calls():
+    calls, x = [], torch.ones(2**20, device="cuda")
+    timing = bench.sustained(lambda: calls.append(x.add_(1)), x.device, seconds=0.02)
+    assert 0 < timing.repeats < len(calls)
+    assert 0 < timing.p20 <= timing.p50 <= timing.p80
+
+
+def test_what_is_right_is_recorded_in_both_clock_states():
+    input = torch.randn(2, 8, 5, 6)
+    functions = {"eager": lambda: reference.scale_min(input, 2.0), "compile": lambda: reference.scale_min(input, 3.0)}
+    subject = records.Subject(operator="", rung="", precision="ieee", dtype="float32", layout="NCHW", shape="")
+    compared = comparison.Comparison(
+        environment.run_info(torch.device("cpu")), subject, input, check.expected(input, scale=2.0)
+    )
+    first, second = compared.run(
+        [comparison.Candidate(name, lambda f=f: f, 8, 6, "scale_min") for name, f in functions.items()],
+        lambda functions: dict.fromkeys(functions, bench.Timing(1e-3, 2e-3, 3e-3, 10)),
+        sustained=lambda function: bench.Timing(4e-3, 5e-3, 6e-3, 10),
+    )
+    assert (first.rung, first.clock, first.p50_ms) == ("eager", "in turns", 2.0)
+    times = {"p20_ms": 4.0, "p50_ms": 5.0, "p80_ms": 6.0}
+    assert second == dataclasses.replace(first, clock="sustained", **times)
+
+
+def test_a_cpu_is_timed_in_turns_alone(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(reference, name, value)
+    monkeypatch.setattr(peers, "compile_modes", lambda device, quick: [])
+    work = bench.workload("cpu")
+    found = forward._whole_model(environment.run_info(torch.device("cpu")), work, "ieee", quick=False, seconds=0.0)
+    assert {r.clock for r in found} == {"in turns"}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_draw_times_the_compiler_where_it_is_right(monkeypatch, wrong):
+    def compiled(function, mode, *args):
+        return lambda: function(*args) + wrong
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(peers, "compiled", compiled)
+    monkeypatch.setattr(choices, "Graphs", lambda: None)
+    monkeypatch.setattr(choices, "_compile_beforehand", lambda todo: None)
+    monkeypatch.setattr(choices, "_trial", lambda *_: "")
+    draw = choices.draw
+    monkeypatch.setattr(choices, "draw", lambda layer, precision, layout, device: draw(layer, precision, layout, "cpu"))
+    monkeypatch.setattr(choices.candidates, "read_hardware", lambda device: None)
+    monkeypatch.setattr(choices, "time_cell", lambda graphs, functions, *_: dict.fromkeys(functions, bench.Timing(1, 1, 1, 1)))
+    layer = choices.Layer(2, 3, 9, 9, 8, 3, 3, 1, 0, 1, 1)
+    (row,) = choices.measure([((layer, "ieee", "NCHW", "forward"), False)], drawn=True)
+    assert {"eager", "composite"} <= row.times.keys()
+    assert ("compile" in row.times) != wrong
 
 
 def test_machine_is_a_file_name(monkeypatch):
@@ -374,6 +506,46 @@ def test_table_has_one_row_per_rung_with_speedups(measured):
     assert "(*)" in tables.ladder([dataclasses.replace(r, correct=r.rung != "composite") for r in measured])
 
 
+def with_sustained(found):
+    """Add the whole model's times in the other clock state: one and a half times those in turns."""
+    whole = [r for r in found if r.operator == "conv2d_scale_min"]
+    return found + [dataclasses.replace(r, clock="sustained", p50_ms=1.5 * r.p50_ms, p80_ms=2 * r.p80_ms) for r in whole]
+
+
+def test_table_shows_sustained_times_behind_those_in_turns(measured):
+    text = tables.ladder(with_sustained(measured))
+    (ours,) = records.select(measured, rung="composite", layout="NCHW")
+    (row,) = (line for line in text.splitlines() if "`composite`" in line)
+    assert f" {views.three(ours.p50_ms)} / {views.three(1.5 * ours.p50_ms)} · " in row
+    (sentence,) = (line for line in text.splitlines() if "back to back" in line)
+    older = tables.ladder(measured)
+    assert sentence.startswith(older.splitlines()[0])
+    assert re.sub(r" / [\d.,]+", "", text).splitlines()[1:] == older.splitlines()[1:]
+
+
+def test_summary_has_a_column_of_sustained_times(measured):
+    older, text = bench.summary(measured).splitlines(), bench.summary(with_sustained(measured)).splitlines()
+    assert "sustained" not in "".join(older)
+    (ours,) = records.select(measured, rung="composite", layout="NCHW")
+    row = next(line for line in text if line.startswith("composite"))
+    assert row.split()[1:3] == [f"{ours.p50_ms:.3f}", f"{1.5 * ours.p50_ms:.3f}"]
+    # The convolution alone and scale_min alone have no such column.
+    assert [line for line in text if line.startswith("library")] == [line for line in older if line.startswith("library")]
+
+
+def test_ladder_marks_sustained_times(measured):
+    (legend,) = plots.ladder(with_sustained(measured)).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["second time: back to back for three seconds"]
+    assert not plots.ladder(measured).legends
+
+
+@pytest.mark.parametrize("draw", [plots.roofline, plots.bandwidth, plots.where_time_goes, plots.precision_against_time])
+def test_other_figures_are_of_times_in_turns(measured, tmp_path, draw):
+    for name, found in (("one", measured), ("two", with_sustained(measured))):
+        draw(found).savefig(tmp_path / name, format="png")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
 def test_update_readme_changes_what_is_between_the_markers(measured, tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
@@ -385,6 +557,8 @@ def test_update_readme_changes_what_is_between_the_markers(measured, tmp_path):
     assert "old" not in text
     tables.update_readme(path, measured)
     assert path.read_text(encoding="utf-8") == text
+    tables.update_readme(path, with_sustained(measured))
+    assert tables.ladder(with_sustained(measured)) in path.read_text(encoding="utf-8")
     path.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="path: "):
         tables.update_readme(path, measured)

@@ -11,7 +11,7 @@ import importlib
 
 # A name is loaded when it is first used: who only reads records does not load what measures.
 _NAMES = {
-    "clock": ("Timing", "compare", "measure", "replay"),
+    "clock": ("Timing", "compare", "measure", "replay", "sustained"),
     "environment": ("default_device", "machine"),
     "limits": ("ceilings",),
     "peers": ("MAX_AUTOTUNE",),

@@ -295,7 +295,6 @@ def measure(cells, drawn=False, seconds=2e-3):
         _compile_beforehand([key for key, _ in cells])
     for number, (key, library) in enumerate(cells, 1):
         layer, precision, layout, direction = key
-        trial = ""
         label = f"{layer}, {precision}, {layout}, {direction}"
         with progress.task(f"{number} of {len(cells)}: timing {label}"), setting(precision):
             try:
@@ -305,10 +304,10 @@ def measure(cells, drawn=False, seconds=2e-3):
                     kinds = _forward(work, problem, hardware, library)
                 else:
                     kinds = _training(work, problem, hardware)
-                functions = {n: function for kind in kinds for n, function in _right(kind, precision, label).items()}
                 if drawn:
-                    trial = _trial(work, problem, hardware)
-                    functions["compile"] = peers.compiled(peers.eager(work), "default", *work.arguments)
+                    kinds[0]["compile"] = peers.compiled(peers.eager(work), "default", *work.arguments)
+                functions = {n: function for kind in kinds for n, function in _right(kind, precision, label).items()}
+                trial = _trial(work, problem, hardware) if drawn else ""
                 timings = time_cell(graphs, functions, work, seconds)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""How calls are timed: warm-up, turns, CUDA events, replayed graphs, calls that nobody waits for."""
+"""How calls are timed: warm-up, turns, CUDA events, replayed graphs, seconds back to back, calls that nobody waits for."""
 
 import math
 import random
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from .environment import default_device
+
+# A GPU that is kept busy has so many seconds of calls before it: longer than the host is ever late, shorter than its queue.
+_WAITING = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,38 @@ def compare(functions, device=None, *, bytes=None, seconds=0.3, warm_up=0.1, bef
     return {name: _timing(times) for name, times in clock(functions, repeats, before).items()}
 
 
+def sustained(function, device, seconds=3.0):
+    """Time a function back to back, until clock and power have settled: of ``seconds`` of calls those of the last third count.
+
+    Parameters
+    ----------
+    function : callable
+        Takes no arguments. What it moves should be far more than the L2 cache holds, as the reference workload's is: nothing is
+        flushed in between, which would leave the chip time to recover.
+    device : torch.device
+        A GPU: no other device is timed in this state.
+    seconds : float
+
+    Returns
+    -------
+    Timing
+    """
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a GPU, got {device}")
+    once = min(_cuda_times({"": function}, 3, lambda: None)[""])
+    ahead = 2 + math.ceil(_WAITING / once)
+    calls, elapsed = [], 0.0
+    while elapsed < seconds:
+        calls.append(_between_events(function))
+        if len(calls) > ahead:
+            calls[-ahead - 1][1].synchronize()
+            elapsed = calls[0][0].elapsed_time(calls[-ahead - 1][1]) / 1e3
+    torch.cuda.synchronize(device)
+    first, last = calls[0][0], calls[-1][1]
+    settled = 2 / 3 * first.elapsed_time(last)
+    return _timing([start.elapsed_time(end) / 1e3 for start, end in calls if first.elapsed_time(start) >= settled])
+
+
 def replay(function, calls=10):
     """Capture calls of a function in a CUDA graph; replayed, they take none of the host's time.
 
@@ -119,13 +154,18 @@ def _cuda_times(functions, repeats, before):
     events = {name: [] for name in functions}
     for name, function in _in_turns(functions, repeats):
         before()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        events[name].append((start, end))
+        events[name].append(_between_events(function))
     torch.cuda.synchronize()
     return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def _between_events(function):
+    """Call a function, and give the events before and after it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    return start, end
 
 
 def _in_turns(functions, repeats):

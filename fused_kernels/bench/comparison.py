@@ -1,4 +1,4 @@
-"""Candidates for one result: each is held against float64 before its time counts, then all are timed in turns."""
+"""Candidates for one result: each is held against float64 before its time counts, then all are timed, in turns or sustained."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import torch
 from .. import check, progress
 from ..check import Errors
 from ..rungs import rungs
-from .records import Record, RunInfo, Subject
+from .records import IN_TURNS, SUSTAINED, Record, RunInfo, Subject
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Comparison:
     target: torch.Tensor
     library: Errors | None = None
 
-    def run(self, candidates, clock, *, reads=None, prepare=None):
+    def run(self, candidates, clock, *, reads=None, prepare=None, sustained=None):
         """Check every candidate, then time those that run.
 
         Parameters
@@ -68,6 +68,8 @@ class Comparison:
             Name -> a read-only reduction of the input; they are timed in the same turns, and the fastest is a ceiling.
         prepare : callable, optional
             Makes of a checked function the one that is timed.
+        sustained : callable, optional
+            Function -> its timing in the sustained clock state, which becomes a second record.
 
         Returns
         -------
@@ -77,13 +79,16 @@ class Comparison:
         with progress.task(f"timing {len(ready)} of {candidates[0].operator} ({self._where})"):
             functions = {candidate: checked.function for candidate, checked in ready.items()}
             timings = clock({**functions, **(reads or {})})
+        by_clock = {IN_TURNS: timings}
+        if sustained:
+            by_clock[SUSTAINED] = {}
+            for candidate, function in functions.items():
+                with progress.task(f"timing {candidate.rung}, sustained ({self._where})"):
+                    by_clock[SUSTAINED][candidate] = sustained(function)
         torch.compiler.reset()
         done = []
-        for c, found in ready.items():
-            cost = {"bytes": c.bytes, "flops": c.flops, "peak_bytes": found.peak_bytes}
-            errors = found.errors.rms, found.errors.max
-            subject = replace(self.subject, operator=c.operator, rung=c.rung)
-            done.append(Record.of(self.info, subject, timings[c], **cost, errors=errors, correct=found.correct))
+        for state, found in by_clock.items():
+            done += [self._record(c, checked, found[c], state) for c, checked in ready.items()]
         if reads:
             best = min(reads, key=lambda name: timings[name].p50)
             for rung, name in (("read", best), ("read-sum", "sum")):
@@ -114,11 +119,17 @@ class Comparison:
                 limit = check.tolerance(self.input.dtype, library, self.target)
             fine = found.within(limit)
             # A rung that is wrong is not worth a time; a peer may be less exact than promised here, and is then marked.
-            if not fine and (candidate.rung in rungs or not found.rms < 10 * limit.rms):
+            if not fine and (candidate.rung in rungs or not found.within(Errors(*(10 * most for most in limit)))):
                 print(f"not timed, being WRONG: {candidate.rung} ({self._where}): {found}, at most {limit}")
                 continue
             ready[candidate] = _Checked(function, found, fine, peak)
         return ready
+
+    def _record(self, candidate, checked, timing, clock):
+        subject = replace(self.subject, operator=candidate.operator, rung=candidate.rung, clock=clock)
+        cost = {"bytes": candidate.bytes, "flops": candidate.flops, "peak_bytes": checked.peak_bytes}
+        errors = checked.errors.rms, checked.errors.max
+        return Record.of(self.info, subject, timing, **cost, errors=errors, correct=checked.correct)
 
     @property
     def _where(self):

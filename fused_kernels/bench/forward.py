@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .. import check, composite, dispatch, ops, reference
 from ..rungs import LADDER
 from . import peers, workloads
-from .clock import compare, per_call, replay, steady, unwaited
+from .clock import compare, per_call, replay, steady, sustained, unwaited
 from .comparison import Candidate, Comparison, available, ends
 from .limits import ceiling_records, reads
 from .records import Subject
@@ -49,7 +49,7 @@ def layers(info, device, dtypes, seconds):
 
 
 def _whole_model(info, work, precision, quick, seconds):
-    """Check and time every rung and peer on the reference workload."""
+    """Check and time every rung and peer on the reference workload: in turns, and on a GPU sustained as well."""
     device = work.input.device
     asked = "auto" if precision == work.precision else precision
     candidates = _rungs_and_eager(work, asked)
@@ -66,12 +66,12 @@ def _whole_model(info, work, precision, quick, seconds):
     library = check.library_errors(images, work.weight, work.bias, work.scale, precision=asked, target=target)
     subject = work.subject("conv2d_scale_min", "eager", precision=precision)
     clock = steady(device, work.bytes_moved(4), seconds)
-    done = Comparison(info, subject, work.input, target, library).run(candidates, clock)
-
-    # The convolution alone, for Amdahl.
+    # The convolution alone, for Amdahl; first, before the sustained times heat the chip.
     moved = work.bytes_moved(1) - work.result_bytes
     alone = Candidate("library", lambda: functools.partial(_conv_output, work, asked), moved, work.flops, "conv2d")
-    return done + Comparison(info, subject, work.input, conv64, library).run([alone], clock)
+    done = Comparison(info, subject, work.input, conv64, library).run([alone], clock)
+    hold = functools.partial(sustained, device=device) if device.type == "cuda" and not quick else None
+    return Comparison(info, subject, work.input, target, library).run(candidates, clock, sustained=hold) + done
 
 
 def _rungs_and_eager(work, asked):

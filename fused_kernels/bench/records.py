@@ -2,10 +2,13 @@
 
 import csv
 import io
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .. import files
+
+# The clock states: the same kernel takes longer on a GPU that has been busy with nothing else for seconds.
+CLOCKS = IN_TURNS, SUSTAINED = "in turns", "sustained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class Subject:
     where it is "host", times are the processor's for a call, and "operator" is that rung's operator by itself.
     Direction "training" is forward and backward with all three gradients; "forward with winners" and "backward" are its parts,
     whose operator is "grad_input" or "grad_weight".
+    ``clock`` names the state: "in turns" with what it is compared with, or "sustained", the same call back to back for seconds
+    until clock and power have settled. In both is the whole model alone, on a GPU; everything else is in turns.
     """
 
     operator: str
@@ -41,6 +46,7 @@ class Subject:
     layout: str
     shape: str
     direction: str = "forward"
+    clock: str = IN_TURNS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,10 @@ class Record(Subject, RunInfo):
         return self.flops / self.p50_ms / 1e9
 
 
+# As they stand in a file. The clock is the last, for it came last: lines from before it end without one.
+_COLUMNS = sorted(fields(Record), key=lambda field: field.name == "clock")
+
+
 def data_dir():
     """Give the folder of the records: figures/data of the checkout that holds this package, else of the current folder."""
     checkout = Path(__file__).parent.parent.parent
@@ -130,14 +140,29 @@ def append(new, data=None):
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = io.StringIO(newline="")
         writer = csv.writer(lines, lineterminator="\n")
-        if not file.exists():
-            writer.writerow(f.name for f in fields(Record))
-        writer.writerows(astuple(record) for record in new if record.machine == machine)
+        if file.exists():
+            _name_all_columns(file)
+        else:
+            writer.writerow(column.name for column in _COLUMNS)
+        chosen = (record for record in new if record.machine == machine)
+        writer.writerows([getattr(record, column.name) for column in _COLUMNS] for record in chosen)
         files.append(file, lines.getvalue())
 
 
+def _name_all_columns(file):
+    """Write the first line anew where it lacks the last columns; what was measured stays as it is."""
+    head, end, measured = file.read_bytes().partition(b"\n")
+    names, found = [column.name.encode() for column in _COLUMNS], head.strip().split(b",")
+    if found != names and found == names[: len(found)]:
+        with files.whole(file) as partial:
+            partial.write_bytes(b",".join(names) + end + measured)
+
+
 def latest(records, **where):
-    """Select the newest run among the records that match, such as ``latest(all, machine="cpu", operator="scale_min")``."""
+    """Select the newest run among the records that match, such as ``latest(all, machine="cpu", operator="scale_min")``.
+
+    As :func:`select` does, in one clock state; ``clock=CLOCKS`` keeps both.
+    """
     matching = select(records, **where)
     if not matching:
         return []
@@ -146,7 +171,11 @@ def latest(records, **where):
 
 
 def select(records, **where):
-    """Select the records whose fields have these values, a tuple standing for any of its members."""
+    """Select the records whose fields have these values, a tuple standing for any of its members.
+
+    Where no ``clock`` is asked for, in turns: of what was measured in both clock states, the one that compares with all else.
+    """
+    where = {"clock": IN_TURNS} | where
     return [
         r for r in records if all(getattr(r, k) in v if isinstance(v, tuple) else getattr(r, k) == v for k, v in where.items())
     ]
@@ -154,7 +183,9 @@ def select(records, **where):
 
 def _parse(row, file):
     convert = {int: lambda s: int(float(s)), float: float, bool: lambda s: s == "True", str: str}
+    if row.get("clock") is None:
+        row["clock"] = IN_TURNS
     try:
-        return Record(**{f.name: convert[f.type](row[f.name]) for f in fields(Record)})
+        return Record(**{column.name: convert[column.type](row[column.name]) for column in _COLUMNS})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"data: expected a folder of bench's records, got {file}, which holds something else") from error

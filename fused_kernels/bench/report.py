@@ -1,21 +1,25 @@
 """One run's records as plain text, for a terminal."""
 
-from .records import select
+from .records import SUSTAINED, select
 
 
 def summary(records):
-    """Lay out one run's records as plain text: time, speedup over eager in the same group, error, right or not."""
+    """Lay out one run's records as plain text: time (also sustained), speedup over eager in its group, error, right or not."""
     lines = []
     names = ("operator", "dtype", "precision", "layout", "direction", "shape")
     for group in dict.fromkeys(tuple(getattr(r, name) for name in names) for r in records if r.operator != "ceiling"):
         operator, dtype, precision, layout, direction, shape = group
         title = " ".join(dict.fromkeys((operator, dtype, precision, layout, *[direction] * (direction != "forward"))))
-        lines += ["", f"{title}, {shape}", f"{'rung':<22}{'ms':>10}{'speedup':>10}{'rms error':>12}  correct"]
-        group = select(records, **dict(zip(names, group, strict=True)))
+        where = dict(zip(names, group, strict=True))
+        group, held = select(records, **where), {r.rung: r.p50_ms for r in select(records, **where, clock=SUSTAINED)}
+        more = f"{SUSTAINED:>11}" if held else ""
+        lines += ["", f"{title}, {shape}", f"{'rung':<22}{'ms':>10}{more}{'speedup':>10}{'rms error':>12}  correct"]
         eager = next((r.p50_ms for r in group if r.rung == "eager"), None)
         for r in group:
             speedup = f"{eager / r.p50_ms:.2f}x" if eager else ""
-            lines.append(f"{r.rung:<22}{r.p50_ms:>10.3f}{speedup:>10}{r.rms_error:>12.2e}  {'yes' if r.correct else 'NO'}")
+            more = f"{held[r.rung]:>11.3f}" if held else ""
+            right = "yes" if r.correct else "NO"
+            lines.append(f"{r.rung:<22}{r.p50_ms:>10.3f}{more}{speedup:>10}{r.rms_error:>12.2e}  {right}")
         for r in select(records, operator="ceiling", rung="read", dtype=dtype, layout=layout, shape=shape):
             lines.append(f"{'(reading it once)':<22}{r.p50_ms:>10.3f}")
     for r in select(records, operator="ceiling", layout="flat"):

@@ -12,8 +12,9 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, training=False, 
 
     And the public function on other shapes, where there is a choice to make.
 
-    Rungs and peers of one dtype, precision and layout are timed in turns. What this machine lacks is skipped, with a printed
-    reason.
+    Rungs and peers of one dtype, precision and layout are timed in turns; those of the whole model on a GPU then one by one
+    for three seconds each as well, until clock and power have settled ("sustained"). What this machine lacks is skipped, with
+    a printed reason.
 
     Parameters
     ----------
@@ -23,7 +24,7 @@ def run(device=None, *, dtypes=None, quick=False, layers=False, training=False, 
         By default float32, bfloat16 and float16 on a GPU, float32 and bfloat16 on a CPU or if ``layers``; float32 alone if
         ``quick``, or on a CPU if ``training``.
     quick : bool
-        One dtype and shape, and without torch.compile's max-autotune, whose search takes minutes.
+        One dtype and shape, without sustained times, and without torch.compile's max-autotune, whose search takes minutes.
     layers : bool
         In place of all that, the public function on ``LAYERS``.
     training : bool
