@@ -9,7 +9,6 @@ import platform
 import re
 import shlex
 import shutil
-import sysconfig
 from pathlib import Path
 
 import torch
@@ -49,6 +48,7 @@ def doctor(_):
         "C++ compiler": _compiler(broken["cpu"]),
         "CUDA toolkit": found,
         "built kernels": places.why_none() or places.why_not_wanted() or _in_home(places.cache_dir()),
+        "Triton": toolchain.why_no_triton() or "ready",
         "torch.compile": _why_no_torch_compile(broken["cpu"]) or "ready",
     }
     for name, fact in facts.items():
@@ -98,8 +98,7 @@ def _why_no_torch_compile(broken):
         # It keeps what it compiles in a folder of the user's name.
         if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
             return "it lacks the user's name; set USER, or TORCHINDUCTOR_CACHE_DIR to a folder"
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not header.exists():
+    if not (header := toolchain.python_header()).exists():
         return f"it lacks {header}; install Python's headers (Debian: apt install python3-dev)"
     if torch.cuda.is_available() and not importlib.util.find_spec("triton"):
         return "it lacks Triton for the GPU; pip install triton"

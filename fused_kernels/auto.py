@@ -15,7 +15,7 @@ import functools
 import torch
 
 from . import arguments, build, choice, composite, dispatch, flops, gradients, registry, subclasses, trials
-from .composite import has_scale_min
+from .composite import has_backward, has_scale_min, scale_min_for
 from .dispatch import is_jit_tracing, is_transformed, operator, run, wants_gradient
 from .operators import SCHEMAS, define_rules
 from .problem import make_problem
@@ -87,7 +87,7 @@ IN_PYTHON = "in_python"
 
 def _choose_scale_min(input, scale, scales=None):
     arguments.check_input(input)
-    return choice.SCALE_MIN[input.device.type] if has_scale_min(input.device, input.dtype) else IN_PYTHON, "", True
+    return scale_min_for(input.device, input.dtype) or IN_PYTHON, "", True
 
 
 def _decide(input, weight, bias, scale, *rest, winners):
@@ -111,11 +111,11 @@ def _choose_forward(winners, *args):
 
 
 def _choose_scale_min_backward(grad, *args):
-    return choice.SCALE_MIN_BACKWARD[grad.device.type] if has_scale_min(grad.device, grad.dtype) else IN_PYTHON, "", True
+    return choice.SCALE_MIN_BACKWARD[grad.device.type] if has_backward(grad.device, grad.dtype) else IN_PYTHON, "", True
 
 
 def _choose_grad_bias(grad, *args):
-    return choice.GRAD_BIAS[grad.device.type] if has_scale_min(grad.device, grad.dtype) else IN_PYTHON, "", True
+    return choice.GRAD_BIAS[grad.device.type] if has_backward(grad.device, grad.dtype) else IN_PYTHON, "", True
 
 
 def _choose_grad_input(grad, winners, weight, scale, input_size, *args):
@@ -136,7 +136,7 @@ def _choose_grad_weight(grad, winners, input, scale, out_channels, kernel_size, 
 
 
 def _choose_gradient(kind, problem, args):
-    if not has_scale_min(problem.device, problem.dtype):
+    if not has_backward(problem.device, problem.dtype):
         return IN_PYTHON, problem.precision, True
     if trials.are_asked_for():
         name = trials.settle_gradient(kind, problem, args)

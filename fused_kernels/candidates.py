@@ -3,6 +3,7 @@
 Nothing here says what is fast.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .rungs import rungs, steps
 # The fused kernels of each device, and the kernels of the backward pass that there is a choice of.
 FUSED = {
     "cpu": ("conv2d_scale_min",),
-    "cuda": ("conv_direct", "conv_mma", "conv_wgmma", "conv_wgmma_ieee"),
+    "cuda": ("conv_direct", "conv_mma", "conv_triton", "conv_wgmma", "conv_wgmma_ieee"),
 }
 GRAD_INPUT = {"cpu": ("grad_input",), "cuda": ("grad_input_gather", "grad_input_mma")}
 GRAD_WEIGHT = {"cpu": ("grad_weight",), "cuda": ("grad_weight_gather", "grad_weight_private", "grad_weight_sorted")}
@@ -63,7 +64,7 @@ def why_not(name, problem, hardware):
     check = _CHECKS.get(name)
     if check and (reason := check(name, problem, hardware)):
         return reason
-    if hardware is not None and name in FUSED["cuda"] and plans.plan_costs(problem, hardware)[name] is None:
+    if hardware is not None and name in plans.PLANNED and plans.plan_costs(problem, hardware)[name] is None:
         return plans.why_unavailable() or f"{name} has no plan for such a shape"
     return None
 
@@ -80,6 +81,14 @@ def _check_fused(name, problem, hardware):
     if max(*problem.input_shape, *problem.stride, *problem.padding, *problem.dilation) >= 2**28:
         return f"{name} counts rows, columns and channels in 32 bits"
     return None
+
+
+def _check_triton(name, problem, hardware):
+    sizes = zip(problem.input_shape[2:], problem.padding[::2], problem.padding[1::2], problem.output_size, strict=True)
+    rows = math.prod(size + before + after + out for size, before, after, out in sizes) * problem.input_shape[0]
+    if rows * math.prod(problem.stride) >= 2**30 or problem.input_shape[1] * problem.taps >= 2**24:
+        return f"{name} counts pixels, and the products of one, in 32 bits"
+    return _check_fused(name, problem, hardware)
 
 
 def _check_wgmma(name, problem, hardware):
@@ -140,6 +149,7 @@ def _check_grad_weight_sorted(name, problem, hardware):
 _CHECKS = {
     "conv_direct": _check_fused,
     "conv_mma": _check_fused,
+    "conv_triton": _check_triton,
     "conv_wgmma": _check_wgmma,
     "conv_wgmma_ieee": _check_wgmma,
     "grad_input_mma": _check_grad_input_mma,

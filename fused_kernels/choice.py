@@ -16,8 +16,9 @@ from .candidates import Copy, read_hardware
 from .problem import Problem, check_problem, cudnn_precision, describe_problem
 from .rungs import rungs, when_unavailable, why_unavailable
 
-# Where there is no choice.
-SCALE_MIN = {"cpu": "scale_min", "cuda": "scale_min_vectorized"}
+# Where there is no choice: the first that can be had. What adds a bias as well is an operator of the same rung.
+SCALE_MIN = {"cpu": ("scale_min",), "cuda": ("scale_min_vectorized", "scale_min_triton")}
+SCALE_MIN_BIAS = {"scale_min_vectorized": "scale_min_bias", "scale_min_triton": "scale_min_bias_triton"}
 SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized_backward"}
 GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
 
@@ -161,7 +162,11 @@ def choose(problem, hardware, missing=lambda name: None):
 def why_not_fused(problem, hardware, missing):
     """Say of each fused kernel why it can't run, or None."""
     names = candidates.FUSED[problem.device.type]
-    return {name: missing(name) or candidates.why_not(name, problem, hardware) for name in names}
+    refused = {name: missing(name) or candidates.why_not(name, problem, hardware) for name in names}
+    if list(refused.values()).count(None) > 1 and not refused.get("conv_triton", "none"):
+        # Its times are not in the record yet: it runs where nothing else of ours can.
+        refused["conv_triton"] = "conv_triton runs where no other fused kernel can"
+    return refused
 
 
 def _fastest(seconds, refused, margin):

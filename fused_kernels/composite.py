@@ -15,7 +15,7 @@ from .candidates import copy_into_other_layout
 from .choice import Decision
 from .dispatch import attach_backward, is_transformed, operator, rules_without_python, run, wants_gradient
 from .problem import cudnn_precision, describe_problem
-from .rungs import COPY, is_available, rungs, why_unavailable
+from .rungs import COPY, first_available, rungs, why_unavailable
 
 
 def compute(decision, input, weight, bias, scale, scales=None, return_indices=False):
@@ -138,10 +138,20 @@ def _by_name(input, weight, bias, conv):
     return choice.decide_checked(input, weight, bias, *conv)
 
 
+def scale_min_for(device, dtype):
+    """Name the kernel of ours that takes the minimum of such tensors, or None."""
+    return None if is_transformed() else first_available(choice.SCALE_MIN.get(device.type, ()), device.index, dtype)
+
+
 def has_scale_min(device, dtype):
-    """Tell whether a kernel of ours can take the minimum of such tensors."""
-    name = choice.SCALE_MIN.get(device.type)
-    return name is not None and not is_transformed() and is_available(name, device.index, dtype)
+    """Tell whether there is one."""
+    return scale_min_for(device, dtype) is not None
+
+
+def has_backward(device, dtype):
+    """Tell whether the kernels of the backward pass can be had: those are compiled, none is Triton's."""
+    names = choice.SCALE_MIN.get(device.type, ())[:1]
+    return bool(names) and not is_transformed() and not why_unavailable(names[0], device.index, dtype)
 
 
 def reference_scale_min(input, scale, scales=None, return_indices=False):
@@ -191,14 +201,15 @@ def _convolve_then_minimum(decision, input, weight, bias, scale, scales, suffix=
         problem, input, weight = copied(problem, copy, input, weight)
     if bias is None or not _adds_bias(input):
         args = library_conv(problem, input, weight, bias), scale, *_given(scales)
-        minimum = run(choice.SCALE_MIN[input.device.type] + suffix, *args)
+        minimum = run(scale_min_for(input.device, dtype) + suffix, *args)
         if not _is_wider(bias, input):
             return minimum
         return (minimum[0].to(dtype), minimum[1]) if suffix else minimum.to(dtype)
     output = library_conv(problem, input, weight, None)
     if bias.dtype != output.dtype and not _is_wider(bias, input):
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
-    return run("scale_min_bias" + suffix, output, bias, scale, _minimum_is_early(problem, copy), *_given(scales))
+    name = choice.SCALE_MIN_BIAS[scale_min_for(input.device, dtype)] + suffix
+    return run(name, output, bias, scale, _minimum_is_early(problem, copy), *_given(scales))
 
 
 def _is_wider(bias, input):
@@ -241,7 +252,8 @@ def steps(decision, input, weight, bias):
         precision = -1 if _can_follow_setting(problem) else int(problem.precision == "tf32")
     adds_bias = bias is not None and _adds_bias(input)
     copied = (copy.copies_weight, copy.skips_unread, copy.early) if copy else (False, False, False)
-    name = "scale_min_bias" if adds_bias else choice.SCALE_MIN[input.device.type]
+    name = scale_min_for(input.device, input.dtype)
+    name = choice.SCALE_MIN_BIAS[name] if adds_bias else name
     return Steps(kind, *copied, precision, adds_bias, _minimum_is_early(problem, copy)), name
 
 

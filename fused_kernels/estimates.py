@@ -21,6 +21,7 @@ import torch
 
 from . import measured, plans
 from .measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT, Index
+from .triton_kernels import conv_triton_plan
 
 # Of a GPU on which no times were recorded these are a careful guess.
 NETWORKS = measured.FOLDER / "nvidia-h200.npz"
@@ -31,6 +32,8 @@ _MARGIN = 1.15
 # times), which follows from nothing that an estimate is told. There a fused kernel may be slower by so much, by estimate. A few
 # layers decide by how much: 1.1 to 1.5 do about as well. From 256 channels on it gained nothing on the few that were timed.
 _ERRATIC = 1.2
+# What has no times in the record yet, and an estimate of its own.
+_UNRECORDED = {"conv_triton": conv_triton_plan.seconds}
 # What the networks tell: log of time over floor.
 TARGETS = (*FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)
 
@@ -50,10 +53,16 @@ def forward(problem, hardware, fused):
     dict
         Name -> seconds, of these, of the composite, and of the composite after a copy where there is another layout.
     """
+    library = ["composite", *(["copied"] if problem.input_shape[1] > 1 else [])]
+    unrecorded = {name: estimate(problem, hardware) for name, estimate in _UNRECORDED.items() if name in fused}
+    if unrecorded and plans.why_unavailable():
+        # The networks are told of plans. A floor is less than the library takes: a careful guess.
+        floors = _floors(problem, hardware, {})
+        return {name: floors[name] for name in library} | unrecorded
     if not fused or plans.plan_costs(problem, hardware)["conv_mma"] is None:
         return {}
-    names = ["composite", *(["copied"] if problem.input_shape[1] > 1 else []), *fused]
-    return _estimate(problem, hardware, names)
+    names = [*library, *(name for name in fused if name not in unrecorded)]
+    return _estimate(problem, hardware, names) | unrecorded
 
 
 def backward(problem, hardware, names):

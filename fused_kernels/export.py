@@ -6,7 +6,7 @@ from . import reference, toolchain
 from .rungs import LADDER, rungs
 
 OPERATOR = "conv2d_scale_min"
-EXPORTABLE = tuple(rung.name for rung in LADDER if rung.operator == OPERATOR and rung.device == "cuda")
+EXPORTABLE = tuple(r.name for r in LADDER if r.operator == OPERATOR and r.device == "cuda" and not r.in_triton)
 
 TEMPLATE = '''"""{idea}."""
 

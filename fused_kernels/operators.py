@@ -2,8 +2,12 @@
 
 import functools
 import hashlib
+import importlib
+import linecache
 import os
+import sys
 import threading
+import types
 from dataclasses import replace
 
 import torch
@@ -185,6 +189,11 @@ def define(rung):
         # Not by its kind: it is made of operators that count by themselves.
         registry.register(rung.namespace, rung.name, "composite", fill)
         return
+    if rung.in_triton:
+        _define_triton(rung, rung.name, rung.operator)
+        if rung.has_winners:
+            _define_triton(rung, f"{rung.name}_winners", f"{rung.operator}_winners", winners=True)
+        return
     _define_built(rung, rung.name, rung.operator)
     if rung.has_winners:
         _define_built(rung, f"{rung.name}_winners", f"{rung.operator}_winners", winners=True)
@@ -245,6 +254,66 @@ def _define_implementation(rung, name, kind, winners, overload):
     if overload is None:
         dispatch.loaders[rung.namespace, name] = load
     _register_python(rung.namespace, qualified, kind, stand_in, "CompositeExplicitAutograd", rung.takes_scales)
+
+
+def _define_triton(rung, name, kind, winners=False, arguments_of=lambda *args: (args, {})):
+    """Register an operator of a rung in Triton: a function of its module, which compiles when it is called.
+
+    ``arguments_of``: gives the function's positional and named arguments from the operator's.
+    """
+    available_on = set()
+
+    def load(device, dtype):
+        if device.type != rung.device:
+            raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {device}")
+        if dtype not in rung.dtypes:
+            taken = " or ".join(str(one).removeprefix("torch.") for one in rung.dtypes)
+            raise RuntimeError(f"input: expected {taken} for {name}, got {dtype}")
+        if device not in available_on:
+            if missing := rung.why_unavailable(device.index):
+                raise build.UnavailableError(f"{name} cannot run here: {missing}")
+            available_on.add(device)
+        return triton_module(rung)
+
+    def implementation(*args):
+        try:
+            module = load(args[0].device, args[0].dtype)
+            positional, named = arguments_of(*args)
+            output, won = module.compute(*positional, winners=winners, **named)
+        except (build.UnavailableError, OSError) as error:
+            # Such as a folder that cannot be written, for what Triton compiles.
+            if rung.edited_source is not None:
+                raise
+            available_on.clear()
+            note_unavailable(rung, None, str(error))
+            progress.warn_once("kernels", f"{INSTEAD}: {error}")
+            return _by_library(kind, args)
+        return (output, won) if winners else output
+
+    dispatch.loaders[rung.namespace, name] = load
+    # An overload for each dtype, as the others have: who calls without Python names it.
+    for qualified in (name, *(f"{name}.{dispatch.OVERLOADS[dtype]}" for dtype in rung.dtypes)):
+        _register_python(rung.namespace, qualified, kind, implementation, "CompositeExplicitAutograd", rung.takes_scales)
+
+
+def triton_module(rung):
+    """Import the module of a rung in Triton, or make one of an edited source."""
+    if rung.edited_source is None:
+        return importlib.import_module(f".triton_kernels.{rung.name}", __package__)
+    name = f"{__package__}.triton_kernels.{rung.namespace.removeprefix('fused_kernels_')}"
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        module.__package__, module.__file__ = f"{__package__}.triton_kernels", f"<{rung.name}, edited>"
+        # Triton compiles the text that it finds here.
+        lines = rung.source.splitlines(keepends=True)
+        linecache.cache[module.__file__] = len(rung.source), None, lines, module.__file__
+        sys.modules[name] = module
+        try:
+            exec(compile(rung.source, module.__file__, "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _register_python(namespace, name, kind, function, key, takes_scales=True):
@@ -325,9 +394,17 @@ def _define_all():
 
     # The second operators of scale_min_vectorized's libraries: the minimum over the channels of (x + bias) * scale. If `early`
     # they may begin, where small, while the kernel before them ends. Only the composite calls them, below its own gradient.
-    with_bias = rungs[choice.SCALE_MIN["cuda"]]
+    with_bias = rungs["scale_min_vectorized"]
     _define_built(with_bias, "scale_min_bias", "scale_min_bias")
     _define_built(with_bias, "scale_min_bias_winners", "scale_min_bias_winners", winners=True)
+
+    # The same of scale_min_triton, to which early is nothing.
+    def with_bias_in_triton(input, bias, scale, early, scales=None):
+        return (input, scale, scales), {"bias": bias}
+
+    for suffix in ("", "_winners"):
+        names = f"scale_min_bias_triton{suffix}", f"scale_min_bias{suffix}"
+        _define_triton(rungs["scale_min_triton"], *names, bool(suffix), with_bias_in_triton)
 
     # A library that makes the gradient of weights also makes that of a bias alone.
     for rung in BACKWARD:

@@ -6,7 +6,6 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import arguments, auto, candidates, choice, composite, estimates, subclasses, trials
-from .composite import has_scale_min
 from .dispatch import is_transformed, run_forward
 from .problem import describe_problem
 from .rungs import why_unavailable
@@ -58,11 +57,11 @@ def scale_min(input, scale, *, return_indices=False):
     arguments.check_input(input)
     if type(scale) is not float:
         scale, scales = _per_channel(scale, input, input.shape[1])
-    if not has_scale_min(input.device, input.dtype):
+    name = composite.scale_min_for(input.device, input.dtype)
+    if name is None:
         return composite.reference_scale_min(input, scale, *scales, return_indices=return_indices)
-    device = input.device.type
-    args, backward = (input, scale, *scales), (choice.SCALE_MIN_BACKWARD[device],)
-    return run_forward(choice.SCALE_MIN[device], args, backward, return_indices)
+    args, backward = (input, scale, *scales), (choice.SCALE_MIN_BACKWARD[input.device.type],)
+    return run_forward(name, args, backward, return_indices)
 
 
 def _per_channel(scale, input, channels):
@@ -258,8 +257,11 @@ def explain(input, weight, bias=None, scale=1.0, *, stride=1, padding=0, dilatio
     if foreign:
         name, why = "composite", f"a {foreign[0]} may know no operators but PyTorch's"
     if name == "composite":
-        inner = choice.SCALE_MIN.get(device.type)
+        inner, *others = choice.SCALE_MIN.get(device.type, (None,))
         missing = why_unavailable(inner, device.index, input.dtype) if inner else f"no kernel for {device.type} tensors"
+        for other in others:
+            if missing and not why_unavailable(other, device.index, input.dtype):
+                inner, missing = other, None
         missing = why if foreign else missing
         why = f"the library's convolution, then scale and min: {why}"
         why += f"; its scale and min: {inner}" if not missing else f"; its scale and min: PyTorch's own, because {missing}"

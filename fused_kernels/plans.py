@@ -83,6 +83,7 @@ class WgmmaPlan(NamedTuple):
 
 # In the order of plans.cpp.
 _KINDS = {"conv_direct": DirectPlan, "conv_mma": MmaPlan, "conv_wgmma": WgmmaPlan, "conv_wgmma_ieee": WgmmaPlan}
+PLANNED = tuple(_KINDS)
 _ENDS = [sum(len(kind._fields) for kind in [*_KINDS.values()][: i + 1]) for i in range(len(_KINDS))]
 _PLACES = [(name, kind, end - len(kind._fields), end) for (name, kind), end in zip(_KINDS.items(), _ENDS, strict=True)]
 _Question, _Answer = ctypes.c_int64 * 25, ctypes.c_int64 * _ENDS[-1]

@@ -5,6 +5,7 @@ A rung's name is its file's name under ``csrc/``, its operator's name, its key i
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import arguments, build, jobs, places, progress, toolchain
 from .dispatch import OVERLOADS, is_jit_tracing, is_transformed, operator, require, wants_gradient
 from .problem import check_problem
+
+TRITON = Path(__file__).parent / "triton_kernels"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Rung:
         Whether its source can also be compiled to give each pixel's winner, from which gradients are made.
     tensor_scales : bool
         Whether the scale may be a tensor; an edited source must have the argument `scales` for that.
+    in_triton : bool
+        Whether it is written in Triton, which compiles it when it is called, for that kind of call, and keeps it; nothing else
+        of it is built.
     namespace : str
         The namespace of its operator in ``torch.ops``.
     """
@@ -61,6 +67,7 @@ class Rung:
     most_taps_per_channel: int | None = None
     winners: bool = False
     tensor_scales: bool = True
+    in_triton: bool = False
     namespace: str = build.NAMESPACE
     edited_source: str | None = None
 
@@ -82,6 +89,8 @@ class Rung:
             missing = toolchain.why_no_compiler()
         elif reason := self._why_no_gpu(device):
             return reason
+        elif self.in_triton:
+            return toolchain.why_no_triton() or _failed.get((self.namespace, self.name, None))
         else:
             missing = toolchain.why_no_nvcc(torch.cuda.get_device_capability(device))
         missing = missing or places.why_none()
@@ -132,6 +141,8 @@ class Rung:
         """The path of its kernel, or None for rungs made of PyTorch's own operations."""
         if self.device is None:
             return None
+        if self.in_triton:
+            return TRITON / f"{self.name}.py"
         return build.CSRC / self.device / f"{self.name}.{'cu' if self.device == 'cuda' else 'cpp'}"
 
     @property
@@ -149,6 +160,8 @@ class Rung:
     @property
     def overloads(self):
         """The names of the dtypes for which it has a library each; only None where one library takes them all."""
+        if self.in_triton:
+            return ()
         if self.edited_source is not None and not build.takes_one_dtype(self.edited_source):
             return (None,)
         return tuple(OVERLOADS[dtype] for dtype in self.dtypes)
@@ -187,6 +200,10 @@ class Rung:
             missing = [self._why_no_gpu(device) for device in range(torch.cuda.device_count()) or (None,)]
             if all(missing):
                 raise build.UnavailableError(f"{self.name} cannot run here: {missing[0]}")
+        if self.in_triton:
+            if reason := toolchain.why_no_triton():
+                raise build.UnavailableError(f"{self.name} cannot run here: {reason}")
+            return
         overloads = self.overloads if overloads is None else overloads
         jobs.map_all(lambda one: build.load(**self.library(one, winners, arch), at_once=at_once), overloads, len(overloads))
 
@@ -276,6 +293,7 @@ LADDER = (
     ),
     Rung("scale_min_coalesced", "scale_min", "one thread per pixel: neighbours read neighbours", "cuda", tensor_scales=False),
     Rung("scale_min_vectorized", "scale_min", "wide loads, several in flight, both layouts", "cuda", winners=True),
+    Rung("scale_min_triton", "scale_min", "the same loads, found by a compiler", "cuda", winners=True, in_triton=True),
     Rung(
         "conv_direct",
         "conv2d_scale_min",
@@ -292,6 +310,15 @@ LADDER = (
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         float32_precisions=("tf32",),
         winners=True,
+    ),
+    Rung(
+        "conv_triton",
+        "conv2d_scale_min",
+        "implicit GEMM over pixels in one row, whose pipeline a compiler writes: no nvcc",
+        "cuda",
+        dtypes=(torch.float16, torch.bfloat16),
+        winners=True,
+        in_triton=True,
     ),
     Rung(
         "conv_wgmma",
@@ -384,12 +411,14 @@ def why_unavailable(name, device_index, dtype):
     return _availability[key]
 
 
-def is_available(name, device_index, dtype):
-    """Tell whether it can be had; if not, the caller runs PyTorch's own operations, and one warning a process says why."""
-    reason = why_unavailable(name, device_index, dtype)
-    if reason:
-        progress.warn_once("kernels", f"{INSTEAD}: {reason}")
-    return not reason
+def first_available(names, device_index, dtype):
+    """Name the first that can be had; if none, the caller runs PyTorch's own operations, and one warning a process says why."""
+    for name in names:
+        if not why_unavailable(name, device_index, dtype):
+            return name
+    if names:
+        progress.warn_once("kernels", f"{INSTEAD}: {why_unavailable(names[0], device_index, dtype)}")
+    return None
 
 
 def note_unavailable(rung, overload, reason):
@@ -406,4 +435,4 @@ when_unavailable = []
 _availability, _failed = {}, {}
 # What torch.compiler.assume_constant_result sets; that function would import the compiler, one second, for this line.
 why_unavailable._dynamo_marked_constant = True
-is_available._dynamo_marked_constant = True
+first_available._dynamo_marked_constant = True

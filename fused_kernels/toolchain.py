@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,6 +233,32 @@ def linkable_home(toolkit):
                 link.unlink(missing_ok=True)
                 link.symlink_to(target)
     return shim
+
+
+# ---- Triton ----
+
+
+def why_no_triton():
+    """Say in one sentence why Triton can compile nothing for a GPU here, or None."""
+    # Not imported for the question: that takes a third of a second.
+    found = importlib.util.find_spec("triton")
+    if found is None:
+        return "Triton was not found; pip install triton"
+    if not any(Path(folder, "tools", "tensor_descriptor.py").exists() for folder in found.submodule_search_locations or ()):
+        return "Triton is too old: expected 3.4 or newer; pip install -U triton"
+    # What calls a kernel is C, which Triton compiles by one of these.
+    words = _words("CC") or ["gcc"]
+    if not any(shutil.which(name) for name in (words[0], *(() if os.environ.get("CC") else ("clang",)))):
+        return f"Triton needs a C compiler, and {words[0]} was not found; on Debian: apt install gcc"
+    header = python_header()
+    if not header.exists():
+        return f"Triton needs {header}; install Python's headers (Debian: apt install python3-dev)"
+    return None
+
+
+def python_header():
+    """Give the place of Python.h, with which Triton and torch.compile compile."""
+    return Path(sysconfig.get_path("include"), "Python.h")
 
 
 # ---- what both are called with ----

@@ -84,10 +84,10 @@ def pytest_runtest_setup(item):
         if reason := rung.why_unavailable():
             pytest.skip(reason)
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    dtype = given.get("dtype", torch.float32)
+    dtype = given.get("dtype")
     precision = precision_for(given.get("function", given.get("rung")), given.get("precision", given.get("setting")))
     for rung in takers:
-        if reason := rung.why_not(dtype, precision):
+        if reason := rung.why_not(dtype_for(rung, torch.float32) if dtype is None else dtype, precision):
             pytest.skip(reason)
 
 

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from conftest import DEVICES, SCALES, call, compiled, implementations, precision_for, skip_unless_takes, takes_tensor_scales
+from conftest import (
+    DEVICES,
+    SCALES,
+    call,
+    compiled,
+    dtype_for,
+    implementations,
+    precision_for,
+    skip_unless_takes,
+    takes_tensor_scales,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -112,7 +122,7 @@ def test_gradient_of_some_arguments_alone(function, device, needed, set_conv_pre
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_gradient_where_none_is_wanted(function, device, mode):
     with mode():
-        assert not call(function, *tensors(device), 2.0).requires_grad
+        assert not call(function, *tensors(device, dtype_for(function, torch.float32)), 2.0).requires_grad
 
 
 @pytest.mark.parametrize(("function", "device"), takes_tensor_scales("scale_min"))
@@ -198,7 +208,7 @@ class TestTensorScalesOfConvolutions:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
     def test_same_bits_every_time(self, function, device):
-        inputs = [*tensors(device), torch.randn(6, device=device, requires_grad=True)]
+        inputs = [*tensors(device, dtype_for(function, torch.float32)), torch.randn(6, device=device, requires_grad=True)]
         first = gradients(call(function, *inputs), inputs)
         for _ in range(3):
             assert all(one.equal(other) for one, other in zip(first, gradients(call(function, *inputs), inputs), strict=True))
@@ -295,7 +305,7 @@ OPERATORS = [p for operator in ("scale_min", "conv2d_scale_min") for p in implem
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(rung, device, requires_grad):
     operator = getattr(torch.ops.fused_kernels, rung.name).default
-    input, weight, bias = (t.detach().requires_grad_(requires_grad) for t in tensors(device))
+    input, weight, bias = (t.detach().requires_grad_(requires_grad) for t in tensors(device, dtype_for(rung, torch.float32)))
     if rung.operator == "scale_min":
         samples = [(input, 2.0), (input[:, :1, ::2], -1.0)]
     else:

@@ -58,8 +58,8 @@ def test_a_kernel_runs_at_the_precisions_that_it_keeps(precision):
     expected = {
         "tf32": {"conv_direct", "conv_mma", "conv_wgmma"},
         "ieee": {"conv_direct", "conv_wgmma_ieee"},
-        "bfloat16": {"conv_mma", "conv_wgmma"},
-        "float16": {"conv_mma", "conv_wgmma"},
+        "bfloat16": {"conv_mma", "conv_triton", "conv_wgmma"},
+        "float16": {"conv_mma", "conv_triton", "conv_wgmma"},
     }
     assert legal(precision=precision) == expected[precision]
 

@@ -115,7 +115,8 @@ GEOMETRIES = {
 def test_geometry(function, device, layout, geometry, poisoned):
     shape, out_channels, kernel, conv = GEOMETRIES[geometry]
     for bias in (True, False):
-        tensors = problem(device, shape, out_channels, kernel, groups=conv.get("groups", 1), layout=layout, bias=bias)
+        dtype = dtype_for(function, torch.float32)
+        tensors = problem(device, shape, out_channels, kernel, dtype, conv.get("groups", 1), layout, bias)
         check(function, *tensors, 1.7 if bias else -0.6, **conv)
 
 
@@ -237,8 +238,8 @@ def test_a_filter_that_reaches_far(function, device, poisoned):
 
 @EVERY
 def test_empty_batch(function, device):
-    weight, bias = torch.randn(5, 3, 3, 3, device=device), torch.randn(5, device=device)
-    assert call(function, torch.empty(0, 3, 8, 9, device=device), weight, bias, 2.0).shape == (0, 1, 6, 7)
+    tensors = problem(device, (0, 3, 8, 9), 5, (3, 3), dtype_for(function, torch.float32))
+    assert call(function, *tensors, 2.0).shape == (0, 1, 6, 7)
 
 
 @EVERY
@@ -330,6 +331,7 @@ def test_calls_in_a_row_read_what_was_just_written(function, device, dtype, layo
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_no_less_accurate_than_torch(function, device, precision, set_conv_precision):
     """The design's promise: rms error at most 1.1 times that of torch's convolution at the same precision."""
+    skip_unless_takes(function, torch.float32, precision)
     input, weight, bias = problem(device, (2, 64, 34, 66), 128, (3, 3))
     expected = exact(input, 2.0, weight, bias)
     set_conv_precision(precision)
@@ -349,7 +351,7 @@ def test_16_bit_no_less_accurate_than_torch(function, device, dtype):
 @EVERY
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_auto_follows_torchs_setting(function, device, setting, set_conv_precision):
-    input, weight, bias = problem(device, (1, 64, 20, 20), 32, (3, 3))
+    input, weight, bias = problem(device, (1, 64, 20, 20), 32, (3, 3), dtype_for(function, torch.float32))
     set_conv_precision(setting)
     assert function(input, weight, bias, 2.0).equal(function(input, weight, bias, 2.0, precision=setting))
 
@@ -364,7 +366,7 @@ def test_finite_scale(function, device, scale):
 @pytest.mark.parametrize("scale", [1e300, math.inf, -math.inf, 10**400])
 def test_overflowing_scale(function, device, scale):
     """No output is zero, so that none becomes NaN."""
-    tensors = problem(device, (1, 5, 8, 9), 7, (3, 3))
+    tensors = problem(device, (1, 5, 8, 9), 7, (3, 3), dtype_for(function, torch.float32))
     sign = torch.min(F.conv2d(*tensors) * (-1 if scale < 0 else 1), dim=1, keepdim=True).values.sign()
     assert call(function, *tensors, scale).equal(sign * math.inf)
 
@@ -388,7 +390,7 @@ def test_nan_and_infinities_reach_what_they_touch(function, device, dtype):
     ("value", "scale", "expected"), [(math.nan, 2.0, math.nan), (-math.inf, 2.0, -math.inf), (math.inf, -1.0, -math.inf)]
 )
 def test_one_special_bias_decides_every_pixel(function, device, value, scale, expected):
-    input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3))
+    input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3), dtype_for(function, torch.float32))
     bias[10] = value
     result = call(function, input, weight, bias, scale)
     torch.testing.assert_close(result, torch.full_like(result, expected), equal_nan=True)
@@ -396,7 +398,7 @@ def test_one_special_bias_decides_every_pixel(function, device, value, scale, ex
 
 @EVERY
 def test_nan_weight_makes_every_pixel_nan(function, device):
-    input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3))
+    input, weight, bias = problem(device, (2, 3, 7, 9), 11, (3, 3), dtype_for(function, torch.float32))
     weight[5, 2, 1, 1] = math.nan
     assert call(function, input, weight, bias, -2.0).isnan().all()
 
@@ -514,7 +516,7 @@ class TestFloat32Bias:
 @EVERY
 def test_one_image(function, device):
     """Without a batch around it."""
-    input, weight, bias = problem(device, (2, 5, 8, 9), 6, (3, 3))
+    input, weight, bias = problem(device, (2, 5, 8, 9), 6, (3, 3), dtype_for(function, torch.float32))
     assert call(function, input[1], weight, bias, -1.5).shape == (1, 6, 7)
     check_one = call(function, input[1], weight, bias, -1.5)
     torch.testing.assert_close(check_one, call(function, input[1:], weight, bias, -1.5)[0], rtol=0, atol=0)
@@ -586,7 +588,7 @@ def test_timing_decides_nothing(shaken, shape, out_channels, dtype, layout):
 @EVERY
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_same_bits_every_time(function, device, layout):
-    tensors = problem(device, (2, 33, 30, 41), 37, (3, 3), layout=layout)
+    tensors = problem(device, (2, 33, 30, 41), 37, (3, 3), dtype_for(function, torch.float32), layout=layout)
     first = call(function, *tensors, 1.3)
     assert all(call(function, *tensors, 1.3).equal(first) for _ in range(4))
 
@@ -614,7 +616,7 @@ class TestGpu:
             assert_within(result[2:, :, :38] if rows.start == 0 else result[2:, :, -38:], expected, bound)
 
     def test_side_stream_and_graph_capture(self, function, device):
-        input, weight, bias = problem(device, (2, 16, 20, 24), 32, (3, 3))
+        input, weight, bias = problem(device, (2, 16, 20, 24), 32, (3, 3), dtype_for(function, torch.float32))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -628,7 +630,7 @@ class TestGpu:
         torch.testing.assert_close(result, call(function, input, weight, bias, 2.0))
 
     def test_does_not_synchronise(self, function, device):
-        tensors = problem(device, (2, 16, 20, 24), 32, (3, 3))
+        tensors = problem(device, (2, 16, 20, 24), 32, (3, 3), dtype_for(function, torch.float32))
         call(function, *tensors, 2.0)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -639,7 +641,7 @@ class TestGpu:
     def test_second_device(self, function, device):
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
-        tensors = problem("cuda:1", (2, 16, 20, 24), 32, (3, 3))
+        tensors = problem("cuda:1", (2, 16, 20, 24), 32, (3, 3), dtype_for(function, torch.float32))
         check(function, *tensors, 2.0)
         assert torch.cuda.current_device() == 0
 

@@ -231,6 +231,8 @@ def test_ladder_and_sources_agree():
     """A rung's name is its file's name, and every kernel is on the ladder, of the backward pass, or the layout copy."""
     files = {path for path in build.CSRC.rglob("*") if path.suffix in (".cpp", ".cu")}
     files -= {*(build.CSRC / "autograd").glob("*.cpp"), build.CSRC / "cpu" / "plans.cpp"}  # which have no kernel
+    triton_kernels = build.CSRC.parent / "triton_kernels"
+    files |= {*triton_kernels.glob("*_triton.py")}
     assert files == {rung.source_file for rung in (*LADDER, COPY, *BACKWARD) if rung.device}
     assert len({rung.name for rung in LADDER}) == len(LADDER)
 
@@ -240,7 +242,9 @@ def test_every_rung_says_its_idea(rung):
     (rung,) = (r for r in LADDER if r.name == rung)
     assert rung.operator in ("scale_min", "conv2d_scale_min")
     assert 10 < len(rung.idea) < 120
-    if rung.device:
+    if rung.in_triton:
+        assert "\n@triton.jit" in rung.source
+    elif rung.device:
         assert re.search(rf'm\.impl\((FORWARD|OPERATOR)\("{rung.name}"', rung.source)
         assert "FUSED_KERNELS_NAMESPACE" in rung.source
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS, assert_one_sentence, on, skip_unless_takes
+from conftest import DEVICES, LAYOUTS, assert_one_sentence, dtype_for, on, skip_unless_takes
 from torch.nn import functional as F
 
 import fused_kernels as fk
@@ -104,8 +104,9 @@ def test_winner_of_a_convolution_has_the_minimum(rung, device, dtype, layout, sh
 
 @CONV
 def test_winner_of_a_convolution_is_a_nan_where_there_is_one(rung, device):
-    input = torch.randn(2, 16, 20, 24, device=device)
-    weight, bias = torch.randn(40, 16, 3, 3, device=device), torch.randn(40, device=device)
+    dtype = dtype_for(rung, torch.float32)
+    shapes = (2, 16, 20, 24), (40, 16, 3, 3), (40,)
+    input, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     bias[7] = torch.nan
     input[1, 3, 5, 6] = torch.inf
     output, winners = operator(f"{rung.name}_winners")(
@@ -551,9 +552,8 @@ OPERATORS = [on(r.device, f"{r.name}_winners", r, id=f"{r.name}_winners") for r 
 @pytest.mark.parametrize(("name", "rung", "device"), OPERATORS)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_of_operators_with_winners(name, rung, device, requires_grad):
-    input, weight, bias = (
-        torch.randn(shape, device=device, requires_grad=requires_grad) for shape in ((2, 4, 9, 11), (6, 4, 3, 2), (6,))
-    )
+    shapes, how = ((2, 4, 9, 11), (6, 4, 3, 2), (6,)), {"device": device, "dtype": dtype_for(rung, torch.float32)}
+    input, weight, bias = (torch.randn(shape, **how, requires_grad=requires_grad) for shape in shapes)
     args = (input, 2.0)
     if rung.operator == "conv2d_scale_min":
         args = input, weight, bias, 2.0, [1, 1], [0] * 4, [1, 1], 1, precision_of(rung, input.dtype)
