@@ -85,7 +85,8 @@ def choose(sizes, span, pieces, out_channels, groups, hardware):
     multiprocessors, shared_bytes = hardware
     of_group = out_channels // groups
     tiles = [tile for tile in TILES if tile[1] < 2 * max(16, of_group)]
-    block_ks = [k for k in (64, 32, 16) if k < 2 * span or k == 16]
+    # A row that begins at a multiple of 64 bytes is brought whole in steps of so many.
+    block_ks = [64 if span > 32 else 32 if span > 16 else 16, *([32] if span > 32 and sizes.columns % 64 == 32 else [])]
     configs = [_fit(Config(m, n, k, *rest), shared_bytes) for m, n, *rest in tiles for k in block_ks]
     return min(filter(None, configs), key=lambda config: cycles(config, sizes, span, pieces, of_group, groups, multiprocessors))
 
