@@ -245,7 +245,7 @@ def test_float32_is_refused():
     assert_one_sentence(choice.why_not_fused(problem(), H200, only_triton)["conv_triton"])
 
 
-def test_it_is_chosen_without_a_compiler_for_plans(monkeypatch):
+def test_without_a_compiler_for_plans_it_still_decides(monkeypatch):
     plans.plan_costs.cache_clear()
     monkeypatch.setattr(plans, "why_unavailable", lambda: "no C++ compiler")
     decision = choice.choose(problem(**BFLOAT16), H200, only_triton)

@@ -92,10 +92,13 @@ def choose(sizes, span, pieces, out_channels, groups, hardware):
 
 
 def _fit(config, shared_bytes):
-    """Take as many stages as fit into shared memory; None where those are no pipeline."""
+    """Take as many stages as fit into shared memory, and fewer programs before there is no pipeline; None where none fits."""
     stage = 2 * config.block_k * (config.block_m + config.block_n)
-    stages = min(config.stages, (shared_bytes - 1024) // (config.programs * stage))
-    return config._replace(stages=stages) if stages > 1 else None
+    for programs in (config.programs, 1):
+        stages = min(config.stages, (shared_bytes - 1024) // (programs * stage))
+        if stages > 1:
+            return config._replace(stages=stages, programs=programs)
+    return None
 
 
 class Sizes(NamedTuple):
