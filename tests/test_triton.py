@@ -294,12 +294,13 @@ def test_a_syntax_error_leaves_no_module():
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
 def test_any_tile_is_right_at_8_warps(poisoned, tile, warps, kernel, out_channels):
     """Triton's convolutions larger than 1 x 1 were reported wrong at 8 warps (pytorch/pytorch#173068)."""
-    if warps < tile[3]:
+    block_m, block_n, least, *rest = tile
+    if warps < least:
         pytest.skip("more sums than registers")
     module = operators.triton_module(rungs["conv_triton"])
     input = torch.randn(3, 64, 20, 21).half().cuda().contiguous(memory_format=torch.channels_last)
     weight = torch.randn(out_channels, 64, kernel, kernel).div(8 * kernel).half().cuda()
-    config = Config(tile[0], tile[1], 64, warps, *tile[4:])
+    config = Config(block_m, block_n, 64, warps, *rest)
     config = conv_triton_plan._fit(config, module._hardware(input.device)[1])
     if config is None:
         pytest.skip("no room in shared memory")
