@@ -16,9 +16,8 @@ from .candidates import Copy, read_hardware
 from .problem import Problem, check_problem, cudnn_precision, describe_problem
 from .rungs import rungs, when_unavailable, why_unavailable
 
-# Where there is no choice: the first that can be had. What adds a bias as well is an operator of the same rung.
+# Where there is no choice: the first that can be had.
 SCALE_MIN = {"cpu": ("scale_min",), "cuda": ("scale_min_vectorized", "scale_min_triton")}
-SCALE_MIN_BIAS = {"scale_min_vectorized": "scale_min_bias", "scale_min_triton": "scale_min_bias_triton"}
 SCALE_MIN_BACKWARD = {"cpu": "scale_min_backward", "cuda": "scale_min_vectorized_backward"}
 GRAD_BIAS = {"cpu": "grad_bias", "cuda": "grad_bias_private"}
 

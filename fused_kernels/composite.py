@@ -208,8 +208,8 @@ def _convolve_then_minimum(decision, input, weight, bias, scale, scales, suffix=
     output = library_conv(problem, input, weight, None)
     if bias.dtype != output.dtype and not _is_wider(bias, input):
         bias = bias.to(output.dtype)  # under autocast a convolution casts its arguments
-    name = choice.SCALE_MIN_BIAS[scale_min_for(input.device, dtype)] + suffix
-    return run(name, output, bias, scale, _minimum_is_early(problem, copy), *_given(scales))
+    name, early = _adding_bias(scale_min_for(input.device, dtype)) + suffix, _minimum_is_early(problem, copy)
+    return run(name, output, bias, scale, early, *_given(scales))
 
 
 def _is_wider(bias, input):
@@ -253,7 +253,7 @@ def steps(decision, input, weight, bias):
     adds_bias = bias is not None and _adds_bias(input)
     copied = (copy.copies_weight, copy.skips_unread, copy.early) if copy else (False, False, False)
     name = scale_min_for(input.device, input.dtype)
-    name = choice.SCALE_MIN_BIAS[name] if adds_bias else name
+    name = _adding_bias(name) if adds_bias else name
     return Steps(kind, *copied, precision, adds_bias, _minimum_is_early(problem, copy)), name
 
 
@@ -275,6 +275,11 @@ def can_copy(input, weight):
     if torch.compiler.is_compiling() or is_transformed() or not weight.is_contiguous():
         return False
     return not why_unavailable(COPY.name, input.device.index, input.dtype)
+
+
+def _adding_bias(name):
+    """Name the operator of the same rung that adds a bias on its way."""
+    return "scale_min_bias_triton" if name == "scale_min_triton" else "scale_min_bias"
 
 
 def _adds_bias(input):

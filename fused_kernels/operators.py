@@ -303,7 +303,7 @@ def triton_module(rung):
     name = f"{__package__}.triton_kernels.{rung.namespace.removeprefix('fused_kernels_')}"
     if name not in sys.modules:
         module = types.ModuleType(name)
-        module.__package__, module.__file__ = f"{__package__}.triton_kernels", f"<{rung.name}, edited>"
+        module.__package__, module.__file__ = f"{__package__}.triton_kernels", f"<{rung.name}, {rung.namespace}>"
         # Triton compiles the text that it finds here.
         lines = rung.source.splitlines(keepends=True)
         linecache.cache[module.__file__] = len(rung.source), None, lines, module.__file__

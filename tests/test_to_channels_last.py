@@ -102,7 +102,7 @@ def test_weights_may_be_left_out():
 
 def test_is_made_where_weights_are_contiguous_and_nothing_transforms(monkeypatch):
     monkeypatch.setattr(composite, "why_unavailable", lambda name, index, dtype: None)
-    monkeypatch.setattr(composite, "is_available", lambda name, index, dtype: True)
+    monkeypatch.setattr(composite, "first_available", lambda names, index, dtype: names[0])
     input, weight = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3)
     assert composite.can_copy(input, weight)
     assert not composite.can_copy(input, weight.contiguous(memory_format=torch.channels_last))
@@ -141,7 +141,7 @@ def test_refuses_a_cpu_tensor():
 def layout(monkeypatch):
     """Give what composite does to its arguments on a GPU, which need not be there: it depends on shapes and types alone."""
     monkeypatch.setattr(composite, "why_unavailable", lambda name, index, dtype: None)
-    monkeypatch.setattr(composite, "is_available", lambda name, index, dtype: True)
+    monkeypatch.setattr(composite, "first_available", lambda names, index, dtype: names[0])
 
     def layout(shape, dtype, out_channels, kernel, *, stride=1, padding=0, groups=1, precision="tf32"):
         input = torch.empty(shape, device="cuda", dtype=dtype)
@@ -172,7 +172,7 @@ def test_composite_copies_only_what_a_strided_1_x_1_kernel_reads(layout, dtype, 
 def early(monkeypatch):
     """Give what composite lets begin early: the copy, or None for input that lies in channels_last already, and the minimum."""
     monkeypatch.setattr(composite, "why_unavailable", lambda name, index, dtype: None)
-    monkeypatch.setattr(composite, "is_available", lambda name, index, dtype: True)
+    monkeypatch.setattr(composite, "first_available", lambda names, index, dtype: names[0])
 
     def early(shape, dtype, out_channels, kernel, memory_format=torch.contiguous_format):
         seen = []
