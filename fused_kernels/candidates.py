@@ -3,13 +3,13 @@
 Nothing here says what is fast.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from . import plans
 from .rungs import rungs, steps
+from .triton_kernels import conv_triton_plan
 
 # The fused kernels of each device, and the kernels of the backward pass that there is a choice of.
 FUSED = {
@@ -84,11 +84,11 @@ def _check_fused(name, problem, hardware):
 
 
 def _check_triton(name, problem, hardware):
-    sizes = zip(problem.input_shape[2:], problem.padding[::2], problem.padding[1::2], problem.output_size, strict=True)
-    rows = math.prod(size + before + after + out for size, before, after, out in sizes) * problem.input_shape[0]
-    if rows * math.prod(problem.stride) >= 2**30 or problem.input_shape[1] * problem.taps >= 2**24:
-        return f"{name} counts pixels, and the products of one, in 32 bits"
-    return _check_fused(name, problem, hardware)
+    geometry = problem.stride, problem.padding, problem.dilation, problem.groups
+    gpu = hardware.multiprocessors, hardware.shared_bytes
+    how = conv_triton_plan.plan(problem.input_shape, problem.weight_shape, *geometry, (True, True), gpu)
+    too_large = conv_triton_plan.why_too_large(how, problem.input_shape[0], problem.weight_shape, problem.groups)
+    return _check_fused(name, problem, hardware) or too_large
 
 
 def _check_wgmma(name, problem, hardware):

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import linecache
 import os
+import subprocess
 import sys
 import threading
 import types
@@ -280,8 +281,8 @@ def _define_triton(rung, name, kind, winners=False, arguments_of=lambda *args: (
             module = load(args[0].device, args[0].dtype)
             positional, named = arguments_of(*args)
             output, won = module.compute(*positional, winners=winners, **named)
-        except (build.UnavailableError, OSError) as error:
-            # Such as a folder that cannot be written, for what Triton compiles.
+        except (build.UnavailableError, OSError, ImportError, subprocess.SubprocessError) as error:
+            # Such as a folder that cannot be written, for what Triton compiles, or a C compiler that fails.
             if rung.edited_source is not None:
                 raise
             available_on.clear()
@@ -301,7 +302,9 @@ def triton_module(rung):
     if rung.edited_source is None:
         return importlib.import_module(f".triton_kernels.{rung.name}", __package__)
     name = f"{__package__}.triton_kernels.{rung.namespace.removeprefix('fused_kernels_')}"
-    if name not in sys.modules:
+    with _load_locks.setdefault(name, threading.Lock()):
+        if name in sys.modules:
+            return sys.modules[name]
         module = types.ModuleType(name)
         module.__package__, module.__file__ = f"{__package__}.triton_kernels", f"<{rung.name}, {rung.namespace}>"
         # Triton compiles the text that it finds here.

@@ -247,9 +247,10 @@ def why_no_triton():
     if not any(Path(folder, "tools", "tensor_descriptor.py").exists() for folder in found.submodule_search_locations or ()):
         return "Triton is too old: expected 3.4 or newer; pip install -U triton"
     # What calls a kernel is C, which Triton compiles by one of these.
-    words = _words("CC") or ["gcc"]
-    if not any(shutil.which(name) for name in (words[0], *(() if os.environ.get("CC") else ("clang",)))):
-        return f"Triton needs a C compiler, and {words[0]} was not found; on Debian: apt install gcc"
+    # NOTE: Triton 3.6 takes the whole of $CC for the name of a file.
+    given = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([given] if given else ["gcc", "clang"])):
+        return f"Triton needs a C compiler, and {given or 'gcc'} was not found; on Debian: apt install gcc"
     header = python_header()
     if not header.exists():
         return f"Triton needs {header}; install Python's headers (Debian: apt install python3-dev)"

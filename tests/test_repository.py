@@ -259,6 +259,15 @@ def test_records_are_of_rungs_and_peers_that_are_named():
         assert 0 < record.p20_ms <= record.p50_ms <= record.p80_ms
 
 
+@pytest.mark.parametrize("folder", ["triton-tiles", "triton-layers"])
+def test_tritons_records_name_their_commit(folder):
+    for file in (records.data_dir() / folder).glob("*.csv"):
+        with file.open(newline="", encoding="utf-8") as lines:
+            assert all(
+                re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) and float(row["p50_us"]) > 0 for row in csv.DictReader(lines)
+            )
+
+
 def test_errors_beside_outliers_are_of_rungs_that_are_named_and_the_last_run_keeps_the_promise():
     for file in (records.data_dir() / "outliers").glob("*.csv"):
         with file.open(newline="", encoding="utf-8") as lines:

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import is_channels_last
 from .common import check_conv, check_input, new_results, smaller
-from .conv_triton_plan import count_tiles, plan
+from .conv_triton_plan import count_tiles, plan, why_too_large
 
 
 # Not specialized: sizes change from call to call, and each new kind of number would be compiled anew.
@@ -182,6 +182,8 @@ def compute(
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     matrices = _is_matrix(input), _is_matrix(weight)
     how = _plan(tuple(input.shape), tuple(weight.shape), *geometry, matrices, _hardware(input.device), config)
+    if reason := why_too_large(how, len(input), weight.shape, groups):
+        raise RuntimeError(f"input: expected fewer pixels and channels, got {tuple(input.shape)}: {reason}")
     output, won = new_results(input, len(weight), how.out, winners)
     if output.numel():
         with torch.cuda.device(input.device) if input.is_cuda else contextlib.nullcontext():

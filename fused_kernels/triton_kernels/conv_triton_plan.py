@@ -73,6 +73,17 @@ def plan(shape, weight_shape, stride, padding, dilation, groups, matrices, hardw
     )
 
 
+def why_too_large(how, images, weight_shape, groups):
+    """Say in one sentence what does not fit into 32 bits, or into a grid, or None."""
+    out_channels, _, *kernel = weight_shape
+    rows = max(images * math.prod(how.pitch) * math.prod(how.planes) + how.left, out_channels * math.prod(kernel))
+    if rows >= 2**30:
+        return f"conv_triton counts the rows of a matrix in 32 bits, not {rows}"
+    if groups * how.width >= 2**21 or groups * how.span >= 2**30:
+        return f"conv_triton takes fewer than 2^21 channels, not {groups * how.width}"
+    return None
+
+
 # Pixels, output channels, warps, stages, programs: of 16 tiles on 80 layers one of these was nearly always the fastest (H200).
 TILES = (
     *((256, 128, 8, 4, 1), (128, 256, 8, 4, 1), (128, 128, 4, 3, 2), (256, 64, 8, 4, 1), (128, 64, 4, 4, 2)),
