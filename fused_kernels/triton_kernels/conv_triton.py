@@ -129,7 +129,7 @@ def pack(
     PADDING_W: tl.constexpr,
     PLANES_W: tl.constexpr,
     LEFT: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,  # whether the channels of a pixel lie side by side
+    CHANNELS_LAST: tl.constexpr,  # whether the channels of a pixel lie side by side
     UNIT: tl.constexpr,  # of so many pixels that lie side by side all are copied or none, and begin at a multiple of 16 bytes
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -148,7 +148,7 @@ def pack(
     at_pixel = tl.max_contiguous(tl.multiple_of(at_pixel, UNIT), UNIT)
     at_channel = (column // WIDTH * CHANNELS + c).to(tl.int64) * (stride_c * UNIT)
     # Neighbouring threads take neighbours along the last dimension.
-    if CHANNELS_FIRST:
+    if CHANNELS_LAST:
         values = tl.load(x + at_pixel[:, None] + at_channel, is_pixel[:, None] & is_channel, 0)
     else:
         values = tl.load(x + at_channel[:, None] + at_pixel, is_channel[:, None] & is_pixel, 0).T
@@ -224,26 +224,13 @@ def _pack(how, tensor, channels, groups, stride, padding):
     matrix = tensor.new_empty((rows, columns))
     block_p, block_c = 64, min(64, triton.next_power_of_2(columns))
     stride_n, stride_c, stride_h, stride_w = tensor.stride()
-    is_first, unit = stride_c == 1, 1
-    if not is_first and stride_w == 1 and tuple(stride) == (1, 1) and not how.left and tensor.data_ptr() % 16 == 0:
+    channels_last, unit = stride_c == 1, 1
+    if not channels_last and stride_w == 1 and tuple(stride) == (1, 1) and not how.left and tensor.data_ptr() % 16 == 0:
         unit = math.gcd(8, stride_n, stride_c, stride_h, tensor.shape[3], how.pitch[1])
+    strides = stride_n, stride_c // unit, stride_h, stride_w
     pack[(-(-rows // block_p), -(-columns // block_c))](
-        *(
-            tensor,
-            matrix,
-            stride_n,
-            stride_c // unit,
-            stride_h,
-            stride_w,
-            rows,
-            plane,
-            *tensor.shape[2:],
-            *how.pitch,
-            channels,
-            how.width,
-            groups,
-        ),
-        *(*stride, padding[0], padding[2], how.planes[1], how.left, is_first, unit, block_p, block_c),
+        *(tensor, matrix, *strides, rows, plane, *tensor.shape[2:], *how.pitch, channels, how.width, groups),
+        *(*stride, padding[0], padding[2], how.planes[1], how.left, channels_last, unit, block_p, block_c),
     )
     return matrix
 

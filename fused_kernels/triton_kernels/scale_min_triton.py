@@ -95,7 +95,7 @@ def compute(input, scale, scales=None, *, bias=None, winners=False):
     tuple
     """
     check_input(input, bias, scale, scales, input.shape[1] if input.dim() > 1 else 0)
-    if input.shape[2] * input.shape[3] >= 2**30 or input.shape[0] * input.shape[2] * input.shape[3] >= 2**37:
+    if input.shape[2] * input.shape[3] >= 2**30:
         raise RuntimeError(f"input: expected fewer than 2^30 pixels in an image, got shape {tuple(input.shape)}")
     bias, scales = (None if one is None else one.contiguous() for one in (bias, scales))
     output, won = new_results(input, input.shape[1], input.shape[2:], winners)
