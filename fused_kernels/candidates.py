@@ -84,9 +84,7 @@ def _check_fused(name, problem, hardware):
 
 
 def _check_triton(name, problem, hardware):
-    geometry = problem.stride, problem.padding, problem.dilation, problem.groups
-    gpu = hardware.multiprocessors, hardware.shared_bytes
-    how = conv_triton_plan.plan(problem.input_shape, problem.weight_shape, *geometry, (True, True), gpu)
+    how = conv_triton_plan.plan_of(problem, hardware)
     too_large = conv_triton_plan.why_too_large(how, problem.input_shape[0], problem.weight_shape, problem.groups)
     return _check_fused(name, problem, hardware) or too_large
 

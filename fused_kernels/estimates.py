@@ -34,8 +34,9 @@ _MARGIN = 1.15
 _ERRATIC = 1.2
 # What has no times in the record yet, and an estimate of its own.
 _UNRECORDED = {"conv_triton": conv_triton_plan.seconds}
+_LEARNT = tuple(name for name in FORWARD if name not in _UNRECORDED)
 # What the networks tell: log of time over floor.
-TARGETS = (*FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)
+TARGETS = (*_LEARNT, *GRAD_INPUT, *GRAD_WEIGHT)
 
 
 def forward(problem, hardware, fused):
@@ -230,7 +231,7 @@ def describe(problem, hardware):
         described += [wgmma.source == 0, wgmma.source == 1, wgmma.bulk]
     else:
         described += [1, _log(mma.cost), *[-1] * 8]
-    described += [math.log(floors.get(name, floors["composite"]) / floors["composite"]) for name in FORWARD[1:]]
+    described += [math.log(floors.get(name, floors["composite"]) / floors["composite"]) for name in _LEARNT[1:]]
     described.append(math.log(floors["composite"]))
     return described, floors
 

@@ -1,6 +1,7 @@
 """What was measured: how long every candidate took on layers drawn at random, one line for a layer in one precision and layout.
 
-The files lie in ``choices/``, one for each GPU; ``python -m fused_kernels bench --choices --record`` appends to them.
+The files lie in ``choices/``, one for each GPU; ``python -m fused_kernels bench --choices --record`` appends to them. Where a
+candidate came later there is a second line, of its times and those of its best rivals: a later time counts.
 """
 
 import ast
@@ -9,12 +10,14 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from . import files
+
 FOLDER = Path(__file__).parent / "choices"
 
 # What was timed, in microseconds. Forward: PyTorch's own operations; the composite as the input lies, and with a copy into the
 # other layout before it; the fused kernels. And the kernels of the backward pass.
 PEERS = ("eager", "compile")
-FORWARD = ("composite", "copied", "conv_direct", "conv_mma", "conv_wgmma", "conv_wgmma_ieee")
+FORWARD = ("composite", "copied", "conv_direct", "conv_mma", "conv_triton", "conv_wgmma", "conv_wgmma_ieee")
 GRAD_INPUT = ("grad_input_gather", "grad_input_mma")
 GRAD_WEIGHT = ("grad_weight_gather", "grad_weight_private", "grad_weight_sorted")
 TIMED = (*PEERS, *FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)
@@ -95,7 +98,7 @@ class Row(NamedTuple):
 
     @property
     def key(self):
-        """What no two lines have in common."""
+        """What was timed, all lines of which are one row."""
         return self[:4]
 
 
@@ -104,8 +107,12 @@ _COLUMNS = (*_KEY, *TIMED, "trial")
 
 
 def read(file):
-    """Read a file's rows; none if it is not there."""
-    return [_parse(line) for line in csv.DictReader(_lines(file), restval="")]
+    """Read a file's rows, each key's once; none if it is not there."""
+    rows = {}
+    for row in map(_parse, csv.DictReader(_lines(file), restval="")):
+        before = rows.get(row.key, row)
+        rows[row.key] = row._replace(times=before.times | row.times, trial=row.trial or before.trial)
+    return [*rows.values()]
 
 
 def _lines(file):
@@ -118,13 +125,19 @@ class Index:
     """A file's times, none if it is not there, to be looked up by a row's key: to parse all lines would take too long."""
 
     def __init__(self, file):
-        lines = (line.split(",", len(_KEY)) for line in _lines(file))
-        self._rest = {",".join(words[:-1]): words[-1] for words in lines}
+        names, *lines = _lines(file) or [""]
+        self._names, self._rest = names.split(",")[len(_KEY) :], {}
+        for line in lines:
+            *key, rest = line.split(",", len(_KEY))
+            self._rest.setdefault(",".join(key), []).append(rest)
 
     def find(self, *key):
         """Give the medians in microseconds by name; none of what was not timed; ``key``: all its numbers and words."""
-        words = self._rest.get(",".join(map(str, key)))
-        return {name: _time(word).p50 for name, word in zip(TIMED, words.split(","), strict=False) if word} if words else {}
+        found = {}
+        for rest in self._rest.get(",".join(map(str, key)), ()):
+            pairs = zip(self._names, rest.split(","), strict=False)
+            found |= {name: _time(word).p50 for name, word in pairs if word and name in TIMED}
+        return found
 
 
 def hardware_facts(file):
@@ -145,24 +158,24 @@ def append(file, facts, rows, spread=False):
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _end_in_a_whole_line(file)
-    is_fresh = not file.exists() or not file.stat().st_size
+    columns = _prepare(file)
     with file.open("a", encoding="utf-8") as lines:
-        if is_fresh:
-            lines.write(",".join(_COLUMNS) + "\n")
         lines.write("# " + " ".join(f"{name}={value!r}" for name, value in facts.items()) + "\n")
         for row in rows:
-            times = (_words(row.times[name], spread) if name in row.times else "" for name in TIMED)
-            words = *map(str, row.layer), row.precision, row.layout, row.direction, *times, row.trial
-            lines.write(",".join(words).rstrip(",") + "\n")
+            words = dict(zip(_KEY, map(str, (*row.layer, *row.key[1:])), strict=True)) | {"trial": row.trial}
+            words |= {name: _words(time, spread) for name, time in row.times.items()}
+            lines.write(",".join(words.get(name, "") for name in columns).rstrip(",") + "\n")
             lines.flush()
             yield row
 
 
-def _end_in_a_whole_line(file):
-    """Take away what a run that was killed had written of a line."""
-    if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
-        file.write_bytes(text[: text.rfind(b"\n") + 1])
+def _prepare(file):
+    """Take away what a run that was killed had written of a line, and add columns that are new; give all columns."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    names, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    columns = list(dict.fromkeys([*filter(None, names.split(",")), *_COLUMNS]))
+    files.write(file, "\n".join([",".join(columns), *lines]) + "\n")
+    return columns
 
 
 def _words(time, spread):
@@ -176,5 +189,5 @@ def _time(words):
 
 def _parse(line):
     layer = Layer(*(int(line[name]) for name in Layer._fields))
-    times = {name: _time(line[name]) for name in TIMED if line[name]}
+    times = {name: _time(line[name]) for name in TIMED if line.get(name)}
     return Row(layer, line["precision"], line["layout"], line["direction"], times, line["trial"])

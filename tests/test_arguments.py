@@ -237,7 +237,7 @@ def test_a_direct_call_with_lists_of_another_length():
 @pytest.mark.gpu
 @pytest.mark.parametrize("rung", [rung for rung in LADDER if rung.device == "cuda" and rung.operator == "conv2d_scale_min"])
 def test_a_direct_call_of_a_cuda_operator_with_lists_of_another_length(rung):
-    x, w = torch.rand(1, 4, 8, 9, device="cuda"), torch.rand(6, 4, 3, 3, device="cuda")
+    x, w = (torch.rand(shape, device="cuda", dtype=rung.dtypes[0]) for shape in ((1, 4, 8, 9), (6, 4, 3, 3)))
     refuses_other_lengths(getattr(torch.ops.fused_kernels, rung.name), x, w, None, 2.0)
 
 

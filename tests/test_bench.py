@@ -415,14 +415,14 @@ def test_a_draw_times_the_compiler_where_it_is_right(monkeypatch, wrong):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(peers, "compiled", compiled)
     monkeypatch.setattr(choices, "Graphs", lambda: None)
-    monkeypatch.setattr(choices, "_compile_beforehand", lambda todo: None)
+    monkeypatch.setattr(choices, "_compile_beforehand", lambda *_: None)
     monkeypatch.setattr(choices, "_trial", lambda *_: "")
     draw = choices.draw
     monkeypatch.setattr(choices, "draw", lambda layer, precision, layout, device: draw(layer, precision, layout, "cpu"))
     monkeypatch.setattr(choices.candidates, "read_hardware", lambda device: None)
     monkeypatch.setattr(choices, "time_cell", lambda graphs, functions, *_: dict.fromkeys(functions, bench.Timing(1, 1, 1, 1)))
     layer = choices.Layer(2, 3, 9, 9, 8, 3, 3, 1, 0, 1, 1)
-    (row,) = choices.measure([((layer, "ieee", "NCHW", "forward"), False)], drawn=True)
+    (row,) = choices.measure([((layer, "ieee", "NCHW", "forward"), None)], drawn=True)
     assert {"eager", "composite"} <= row.times.keys()
     assert ("compile" in row.times) != wrong
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_kernels import __main__, candidates, choice, estimates, measured, plans
-from fused_kernels.bench import fit, regret
+from fused_kernels.bench import choices, fit, regret
 from fused_kernels.bench.workloads import problem_of
 from fused_kernels.candidates import Hardware
 from fused_kernels.measured import FORWARD, Layer, Row, Time
@@ -427,7 +427,33 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
         assert measured.read(file) == [expected]
         assert Hardware(*measured.hardware_facts(file)) == H200
         list(measured.append(file, facts, [row], spread))
-        assert measured.read(file) == [expected] * 2
+        assert measured.read(file) == [expected]
+
+
+def test_a_later_line_adds_what_came_later(tmp_path):
+    """A candidate that is new has a column of its own, after those that the file has; its rivals were timed again beside it."""
+    row = Row(REFERENCE, "bfloat16", "NCHW", "forward", {"conv_mma": Time(4, 4, 4), "composite": Time(5, 5, 5)})
+    other = row._replace(layout="channels_last")
+    file, facts = tmp_path / "gpu.csv", {"hardware": tuple(H200)}
+    list(measured.append(file, facts, [row, other]))
+    names, *lines = file.read_text(encoding="utf-8").replace(",conv_triton", "").splitlines()
+    file.write_text("\n".join([names, *lines]) + "\n", encoding="utf-8")
+    assert measured.read(file) == [row, other]
+    later = row._replace(times={"conv_mma": Time(3, 3, 3), "conv_triton": Time(2, 2, 2)})
+    list(measured.append(file, facts, [later]))
+    assert file.read_text(encoding="utf-8").splitlines()[0] == names + ",conv_triton"
+    merged = row.times | later.times
+    assert measured.read(file) == [row._replace(times=merged), other]
+    found = measured.Index(file).find(*REFERENCE, "bfloat16", "NCHW", "forward")
+    assert found == {name: time.p50 for name, time in merged.items()}
+
+
+def test_of_a_row_what_it_lacks_is_timed_beside_its_two_fastest():
+    times = {"eager": 1.0, "composite": 4.0, "copied": 3.0, "conv_mma": 2.0, "conv_wgmma": 5.0}
+    row = Row(REFERENCE, "bfloat16", "NCHW", "forward", {name: Time(time, time, time) for name, time in times.items()})
+    assert choices._lacking(row, H200) == {"conv_mma", "copied", "conv_triton"}
+    assert not choices._lacking(row._replace(times=row.times | {"conv_triton": Time(1, 1, 1)}), H200)
+    assert not choices._lacking(row._replace(direction="training"), H200)
 
 
 def test_a_line_that_was_cut_off_is_written_again(tmp_path):

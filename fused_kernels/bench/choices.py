@@ -16,10 +16,11 @@ import torch
 from .. import candidates, choice, composite, dispatch, estimates, measured, progress, trials
 from ..candidates import FUSED, GRAD_INPUT, GRAD_WEIGHT
 from ..measured import Layer, Row, Time
+from ..triton_kernels import conv_triton_plan
 from . import peers, regret
 from .clock import Timing, compare
 from .environment import run_info
-from .workloads import LAYERS, Workload
+from .workloads import LAYERS, Workload, problem_of
 
 # A cell's most operations, and bytes of input, output and winners: what no GPU does in a few milliseconds teaches little more.
 _MOST_FLOPS, _MOST_BYTES = 2.5e11, 2**31
@@ -112,24 +113,25 @@ def draw(layer, precision, layout, device="cuda"):
 # ---- the candidates ----
 
 
-def _forward(work, problem, hardware, library):
-    """Name what can run: name -> function; one dictionary of all that compute the same."""
-    functions = {} if library else {"eager": functools.partial(peers.eager(work), *work.arguments)}
-    return [functions | _candidates(work, problem, hardware, "", library)]
+def _forward(work, problem, hardware, only):
+    """Name what can run, or of that some: name -> function; one dictionary of all that compute the same."""
+    names = _names(problem, hardware)
+    functions = {"eager": functools.partial(peers.eager(work), *work.arguments)}
+    functions |= composite.candidate_calls(problem, names, work.arguments)
+    return [{name: function for name, function in functions.items() if only is None or name in only}]
 
 
-def _candidates(work, problem, hardware, suffix, library=False):
-    """Make the calls of the composite, with a copy and without, and of each kernel that can take a problem."""
+def _names(problem, hardware):
+    """Name the composite, with a copy and without, and each kernel that can take a problem."""
     names = ["composite", *(["copied"] if candidates.copy_into_other_layout(problem, True) else [])]
-    names += [] if library else candidates.legal(FUSED, problem, hardware)
-    return composite.candidate_calls(problem, names, work.arguments, suffix)
+    return names + candidates.legal(FUSED, problem, hardware)
 
 
 def _training(work, problem, hardware):
     """Name what a training step can call: forward with winners, and the kernels of each gradient."""
     # What layers of networks read: nowhere negative, so that some channels win more pixels than others.
     work = replace(work, input=work.input.relu())
-    forward = _candidates(work, problem, hardware, "_winners")
+    forward = composite.candidate_calls(problem, _names(problem, hardware), work.arguments, "_winners")
     _, winners = forward["composite"]()
     grad = torch.randn(winners.shape, device=winners.device).to(work.input.dtype)
     args = candidates.gradient_args(problem, grad, winners, work.input, work.weight, work.scale)
@@ -249,22 +251,25 @@ def cells(layers, precisions=PRECISIONS, training=True):
                     yield layer, precision, layout, "training"
 
 
+_LIBRARY = ("composite", "copied")
+
+
 def broad(count=1260, library=2050):
-    """Give the cells of the record, and whether only the library's ways are timed.
+    """Give the cells of the record, and what alone is timed of each, or None.
 
     Of the first layers, many of which have sizes that no tile divides, everything is timed. What the fused kernels take follows
     from how they cut their work; the library's choice of a kernel does not, and is learnt from many more layers.
     """
     first = itertools.islice(itertools.chain(of_networks(), layers(0, usual=0.6)), count)
     for cell in cells(first):
-        yield cell, False
+        yield cell, None
     for cell in cells(itertools.islice(layers("library"), library), PRECISIONS[:3], training=False):
-        yield cell, True
+        yield cell, _LIBRARY
     # What is looked up most often need not be estimated.
     for cell in cells(with_other_images(), PRECISIONS[:3], training=False):
-        yield cell, False
+        yield cell, None
     for cell in itertools.product(of_networks(), PRECISIONS[:3], LAYOUTS, ("training",)):
-        yield cell, False
+        yield cell, None
 
 
 def drawn(seed, count):
@@ -279,7 +284,7 @@ def measure(cells, drawn=False, seconds=2e-3):
     Parameters
     ----------
     cells : iterable
-        Pairs: a row's key; whether the fused kernels are left out.
+        Pairs: a row's key; the names of what alone is timed, or None.
     drawn : bool
         Whether torch.compile is timed as well, and what a trial finds that ``torch.backends.cudnn.benchmark`` asks for.
     seconds : float
@@ -291,9 +296,8 @@ def measure(cells, drawn=False, seconds=2e-3):
     """
     device, graphs, cells = torch.device("cuda", torch.cuda.current_device()), Graphs(), list(cells)
     hardware = candidates.read_hardware(device)
-    if drawn:
-        _compile_beforehand([key for key, _ in cells])
-    for number, (key, library) in enumerate(cells, 1):
+    _compile_beforehand(cells, hardware, drawn)
+    for number, (key, only) in enumerate(cells, 1):
         layer, precision, layout, direction = key
         label = f"{layer}, {precision}, {layout}, {direction}"
         with progress.task(f"{number} of {len(cells)}: timing {label}"), setting(precision):
@@ -301,10 +305,10 @@ def measure(cells, drawn=False, seconds=2e-3):
                 work = draw(layer, precision, layout, device)
                 problem = work.problem()
                 if direction == "forward":
-                    kinds = _forward(work, problem, hardware, library)
+                    kinds = _forward(work, problem, hardware, only)
                 else:
                     kinds = _training(work, problem, hardware)
-                if drawn:
+                if drawn and only is None:
                     kinds[0]["compile"] = peers.compiled(peers.eager(work), "default", *work.arguments)
                 functions = {n: function for kind in kinds for n, function in _right(kind, precision, label).items()}
                 trial = _trial(work, problem, hardware) if drawn else ""
@@ -325,20 +329,44 @@ def _trial(work, problem, hardware):
     return " ".join((best, *names)) if best else ""
 
 
-def _compile_beforehand(todo, workers=12):
-    """Compile the peer's programs in several processes, into the compiler's cache on disk: one by one they take minutes."""
+def _compile_beforehand(todo, hardware, drawn, workers=16):
+    """Compile in several processes, into the compilers' caches on disk: one by one it takes minutes."""
     import multiprocessing
 
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for _ in pool.imap_unordered(_compile_one, todo):
-            pass
+    triton = {}
+    for key, only in todo:
+        if only is None or "conv_triton" in only:
+            triton.setdefault(_triton_kernel(key, hardware), key)
+    triton.pop(None, None)
+    # Two layouts share most: one after the other, it is compiled once.
+    jobs = [(key, False) for key in sorted(triton.values(), key=lambda key: key[2])]
+    jobs += [(key, True) for key, only in todo if drawn and only is None]
+    if jobs:
+        with progress.task(f"compiling for {len(jobs)} cells"), multiprocessing.get_context("spawn").Pool(workers) as pool:
+            for _ in pool.imap_unordered(_compile_one, jobs):
+                pass
 
 
-def _compile_one(cell):
-    layer, precision, layout, _ = cell
-    with setting(precision), torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):
+def _triton_kernel(key, hardware):
+    """Tell apart what Triton compiles for cells, None: nothing. Most sizes change nothing."""
+    layer, precision, layout, direction = key
+    problem = problem_of(Row(*key, {}))
+    if direction != "forward" or candidates.why_not("conv_triton", problem, hardware):
+        return None
+    how = conv_triton_plan.plan_of(problem, hardware)
+    powers = math.gcd(16, layer.height * layer.width), math.gcd(16, layer.width)
+    return layer._replace(images=0, height=0, width=0), precision, layout, how.config, how.copies_input, powers
+
+
+def _compile_one(job):
+    (layer, precision, layout, _), by_torch = job
+    # What fails here fails again, and says so, when it is timed.
+    with setting(precision), torch.no_grad(), contextlib.suppress(RuntimeError):
         work = draw(layer, precision, layout)
-        peers.compiled(peers.eager(work), "default", *work.arguments)()
+        if by_torch:
+            peers.compiled(peers.eager(work), "default", *work.arguments)()
+        else:
+            dispatch.run("conv_triton", *work.arguments, *work.problem().conv)
         torch.cuda.synchronize()
         torch.compiler.reset()
         torch.cuda.empty_cache()
@@ -347,8 +375,18 @@ def _compile_one(cell):
 # ---- a run ----
 
 
+def _lacking(row, hardware):
+    """Name the candidates that a row lacks, and what to time beside them; none of training, where nothing new is estimated."""
+    lacking = [] if row.direction == "training" else candidates.legal(FUSED, problem_of(row), hardware)
+    lacking = [name for name in lacking if name not in row.times]
+    fastest = sorted(row.times.keys() & {*measured.FORWARD}, key=lambda name: row.times[name].p50)[:2]
+    return {*fastest, *lacking} if lacking else set()
+
+
 def run(draw=None, count=34, record=True, file=None, each=None):
     """Time the cells of the record, or of a draw, that are not in a file yet, and append them to it as they come.
+
+    Of a cell that is there, candidates that it lacks are timed, beside the two that were fastest.
 
     Parameters
     ----------
@@ -371,11 +409,13 @@ def run(draw=None, count=34, record=True, file=None, each=None):
     hardware = candidates.read_hardware(torch.device("cuda", torch.cuda.current_device()))
     folder = measured.FOLDER if draw is None else regret.data_dir()
     file = file or folder / f"{estimates.file_name(hardware.name)}.csv"
-    done = {row.key for row in measured.read(file)} if record else set()
+    done = {row.key: row for row in measured.read(file)} if record else {}
     todo = {}
-    for key, library in broad() if draw is None else ((key, False) for key in drawn(draw, count)):
+    for key, only in broad() if draw is None else ((key, None) for key in drawn(draw, count)):
         if key not in done:
-            todo.setdefault(key, library)
+            todo.setdefault(key, only)
+        elif only is None and (lacking := _lacking(done[key], hardware)):
+            todo[key] = lacking
     rows = measure(todo.items(), drawn=draw is not None)
     info = run_info(torch.device("cuda"))
     facts = {name: getattr(info, name) for name in ("date", "commit", "driver", "cuda", "torch", "run")}

@@ -181,7 +181,7 @@ def compute(
     bias, scales = (None if one is None else one.contiguous() for one in (bias, scales))
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     matrices = _is_matrix(input), _is_matrix(weight)
-    how = _plan(tuple(input.shape), tuple(weight.shape), *geometry, matrices, _hardware(input.device), config)
+    how = plan(tuple(input.shape), tuple(weight.shape), *geometry, matrices, _hardware(input.device), config)
     if reason := why_too_large(how, len(input), weight.shape, groups):
         raise RuntimeError(f"input: expected fewer pixels and channels, got {tuple(input.shape)}: {reason}")
     output, won = new_results(input, len(weight), how.out, winners)
@@ -237,9 +237,6 @@ def _pack(how, tensor, channels, groups, stride, padding):
 
 def _is_matrix(tensor):
     return is_channels_last(tensor.shape, tensor.stride()) and tensor.data_ptr() % 16 == 0
-
-
-_plan = functools.lru_cache(4096)(plan)
 
 
 @functools.cache

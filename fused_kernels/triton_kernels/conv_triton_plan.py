@@ -1,5 +1,6 @@
 """How conv_triton computes a convolution: what it copies first, the matrix that the copy makes, the tile. No Triton here."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -30,13 +31,14 @@ class Plan(NamedTuple):
     config: Config
 
 
+@functools.lru_cache(4096)
 def plan(shape, weight_shape, stride, padding, dilation, groups, matrices, hardware, config=None):
     """Say how to compute a convolution.
 
     Parameters
     ----------
     shape, weight_shape, stride, padding, dilation, groups
-        As of :class:`fused_kernels.problem.Problem`.
+        As of :class:`fused_kernels.problem.Problem`; all are tuples, as plans are remembered.
     matrices : pair of bool
         Whether input and weights lie channel by channel, without gaps and from a multiple of 16 bytes on.
     hardware : pair of int
@@ -157,18 +159,26 @@ def _up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def seconds(problem, hardware):
-    """Estimate what a problem takes, with what is copied first.
+def plan_of(problem, hardware):
+    """Say how to compute a problem.
 
     Parameters
     ----------
     problem : fused_kernels.problem.Problem
     hardware : fused_kernels.candidates.Hardware
+
+    Returns
+    -------
+    Plan
     """
     gpu = hardware.multiprocessors, hardware.shared_bytes
     geometry = problem.stride, problem.padding, problem.dilation, problem.groups
-    how = plan(problem.input_shape, problem.weight_shape, *geometry, (problem.is_channels_last, True), gpu)
-    images, groups = problem.input_shape[0], problem.groups
+    return plan(problem.input_shape, problem.weight_shape, *geometry, (problem.is_channels_last, True), gpu)
+
+
+def seconds(problem, hardware):
+    """Estimate what a problem takes, with what is copied first; arguments as of ``plan_of``."""
+    how, images, groups = plan_of(problem, hardware), problem.input_shape[0], problem.groups
     sizes = Sizes(images, how.pitch, how.out, groups * how.width)
     of_group, pieces = problem.weight_shape[0] // groups, math.prod(how.pieces)
     busy = cycles(how.config, sizes, how.span, pieces, of_group, groups, hardware.multiprocessors) / (0.88 * hardware.clock)
