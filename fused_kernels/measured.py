@@ -158,13 +158,13 @@ def append(file, facts, rows, spread=False):
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    columns = _prepare(file)
+    columns, about = _prepare(file), "# " + " ".join(f"{name}={value!r}" for name, value in facts.items()) + "\n"
     with file.open("a", encoding="utf-8") as lines:
-        lines.write("# " + " ".join(f"{name}={value!r}" for name, value in facts.items()) + "\n")
         for row in rows:
             words = dict(zip(_KEY, map(str, (*row.layer, *row.key[1:])), strict=True)) | {"trial": row.trial}
             words |= {name: _words(time, spread) for name, time in row.times.items()}
-            lines.write(",".join(words.get(name, "") for name in columns).rstrip(",") + "\n")
+            lines.write(about + ",".join(words.get(name, "") for name in columns).rstrip(",") + "\n")
+            about = ""
             lines.flush()
             yield row
 
