@@ -15,7 +15,7 @@ import torch
 
 from . import __version__, bench, build, cleaning, console, export, files, measured, places, toolchain
 from .bench import records
-from .candidates import Hardware, read_hardware
+from .candidates import FUSED, Hardware, read_hardware
 from .check import DTYPES
 from .rungs import LADDER
 
@@ -115,8 +115,8 @@ def run_bench(options):
     """Check and time every rung that runs here beside its peers."""
     if options.choices:
         return run_choices(options)
-    if options.draw is not None or options.fit or options.folds:
-        raise SystemExit("--draw, --fit, --folds: expected --choices beside them")
+    if options.draw is not None or options.fit or options.folds or options.anew:
+        raise SystemExit("--draw, --anew, --fit, --folds: expected --choices beside them")
     dtypes = options.dtypes and [getattr(torch, name) for name in options.dtypes]
     # Apart, for the newest run of a machine's file is what all figures show.
     apart = "-".join(name for name in ("training", "layers") if getattr(options, name))
@@ -150,7 +150,7 @@ def run_choices(options):
         return
     if not torch.cuda.is_available():
         raise SystemExit("bench --choices: expected a CUDA GPU, torch sees none on this machine")
-    rows = choices.run(options.draw, options.count, options.record)
+    rows = choices.run(options.draw, options.count, options.record, anew=options.anew)
     if not rows:
         print("nothing was timed that was not recorded before")
     elif options.draw is not None:
@@ -250,6 +250,8 @@ def main(arguments=None):
     )
     parser_bench.add_argument("--draw", type=int, metavar="SEED", help="with --choices: on random layers, beside torch.compile")
     parser_bench.add_argument("--count", type=_at_least(1), default=34, help="with --draw: how many layers")
+    again = "with --choices: time these once more, as they have become faster"
+    parser_bench.add_argument("--anew", nargs="+", choices=FUSED["cuda"], default=(), metavar="RUNG", help=again)
     parser_bench.add_argument("--fit", action="store_true", help="with --choices: make the estimates' networks from the record")
     parser_bench.add_argument(
         "--folds", type=_at_least(2), help="with --fit: also say what is lost on layers left out, in so many turns"

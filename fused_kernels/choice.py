@@ -161,11 +161,11 @@ def choose(problem, hardware, missing=lambda name: None):
 def why_not_fused(problem, hardware, missing):
     """Say of each fused kernel why it can't run, or None."""
     names = candidates.FUSED[problem.device.type]
-    refused = {name: missing(name) or candidates.why_not(name, problem, hardware) for name in names}
-    if list(refused.values()).count(None) > 1 and not refused.get("conv_triton", "none"):
-        # Its times are not in the record yet: it runs where nothing else of ours can.
-        refused["conv_triton"] = "conv_triton runs where no other fused kernel can"
-    return refused
+    return {name: missing(name) or candidates.why_not(name, problem, hardware) for name in names}
+
+
+# Triton compiles conv_triton for every layer, which takes a second or so the first time: it must gain so much by it.
+_COMPILED_FOR_A_LAYER = 1.05
 
 
 def _fastest(seconds, refused, margin):
@@ -173,16 +173,24 @@ def _fastest(seconds, refused, margin):
 
     ``margin``: by what factor a fused kernel must be faster than the library; below one where the library's time is not sure.
     """
+
+    def cost(name):
+        return seconds[name] * (_COMPILED_FOR_A_LAYER if name == "conv_triton" else 1)
+
     fused = [name for name in seconds if name in refused]
     if not fused:
         return "composite", "; ".join(dict.fromkeys(filter(None, refused.values()))) or "there is no plan for such sizes"
     library = min(seconds[name] for name in ("composite", "copied") if name in seconds)
-    best = min(fused, key=seconds.get)
-    times = f"{best} {_microseconds(seconds[best])}, the library's convolution and scale_min {_microseconds(library)}"
-    if seconds[best] * margin > library:
-        return "composite", f"estimated from recorded times: {times}"
-    doubt = ", which is less sure" if seconds[best] > library else ""
-    return best, f"all in one kernel; estimated from recorded times: {times}{doubt}"
+    best = min(fused, key=cost)
+    is_fused = cost(best) * margin <= library
+    why = f"estimated from recorded times: {best} {_microseconds(seconds[best])}"
+    why += f", the library's convolution and scale_min {_microseconds(library)}"
+    rung, taken = (best, seconds[best]) if is_fused else ("composite", library)
+    if rung != "conv_triton" and seconds.get("conv_triton", taken) < taken:
+        why += f"; conv_triton, {_microseconds(seconds['conv_triton'])}, gains too little for a kernel of this layer alone"
+    if not is_fused:
+        return rung, why
+    return rung, f"all in one kernel; {why}" + (", which is less sure" if taken > library else "")
 
 
 def _microseconds(seconds):

@@ -32,11 +32,8 @@ _MARGIN = 1.15
 # times), which follows from nothing that an estimate is told. There a fused kernel may be slower by so much, by estimate. A few
 # layers decide by how much: 1.1 to 1.5 do about as well. From 256 channels on it gained nothing on the few that were timed.
 _ERRATIC = 1.2
-# What has no times in the record yet, and an estimate of its own.
-_UNRECORDED = {"conv_triton": conv_triton_plan.seconds}
-_LEARNT = tuple(name for name in FORWARD if name not in _UNRECORDED)
 # What the networks tell: log of time over floor.
-TARGETS = (*_LEARNT, *GRAD_INPUT, *GRAD_WEIGHT)
+TARGETS = (*FORWARD, *GRAD_INPUT, *GRAD_WEIGHT)
 
 
 def forward(problem, hardware, fused):
@@ -55,15 +52,13 @@ def forward(problem, hardware, fused):
         Name -> seconds, of these, of the composite, and of the composite after a copy where there is another layout.
     """
     library = ["composite", *(["copied"] if problem.input_shape[1] > 1 else [])]
-    unrecorded = {name: estimate(problem, hardware) for name, estimate in _UNRECORDED.items() if name in fused}
-    if unrecorded and plans.why_unavailable():
+    if "conv_triton" in fused and plans.why_unavailable():
         # The networks are told of plans. In three of four recorded layers the library takes more than this times its floor.
         floors = _floors(problem, hardware, {})
-        return {name: 1.7 * floors[name] for name in library} | unrecorded
+        return {name: 1.7 * floors[name] for name in library} | {"conv_triton": floors["conv_triton"]}
     if not fused or plans.plan_costs(problem, hardware)["conv_mma"] is None:
         return {}
-    names = [*library, *(name for name in fused if name not in unrecorded)]
-    return _estimate(problem, hardware, names) | unrecorded
+    return _estimate(problem, hardware, [*library, *fused])
 
 
 def backward(problem, hardware, names):
@@ -151,6 +146,8 @@ def _floors(problem, hardware, planned):
         if plan is not None:
             # The weights are brought into the kernel's order first, by few multiprocessors.
             floors[name] = max(plan.cost / clock, read + result) + 2.5 * weights + _LAUNCH
+    if size == 2:
+        floors["conv_triton"] = conv_triton_plan.seconds(problem, hardware)
     # A gradient reaches one channel of each pixel: as many products as the input of all pixels has, under all taps.
     reached = pixels * in_channels * taps
     for name in (*GRAD_INPUT, *GRAD_WEIGHT):
@@ -231,7 +228,7 @@ def describe(problem, hardware):
         described += [wgmma.source == 0, wgmma.source == 1, wgmma.bulk]
     else:
         described += [1, _log(mma.cost), *[-1] * 8]
-    described += [math.log(floors.get(name, floors["composite"]) / floors["composite"]) for name in _LEARNT[1:]]
+    described += [math.log(floors.get(name, floors["composite"]) / floors["composite"]) for name in FORWARD[1:]]
     described.append(math.log(floors["composite"]))
     return described, floors
 

@@ -451,9 +451,11 @@ def test_a_later_line_adds_what_came_later(tmp_path):
 def test_of_a_row_what_it_lacks_is_timed_beside_its_two_fastest():
     times = {"eager": 1.0, "composite": 4.0, "copied": 3.0, "conv_mma": 2.0, "conv_wgmma": 5.0}
     row = Row(REFERENCE, "bfloat16", "NCHW", "forward", {name: Time(time, time, time) for name, time in times.items()})
-    assert choices._lacking(row, H200) == {"conv_mma", "copied", "conv_triton"}
-    assert not choices._lacking(row._replace(times=row.times | {"conv_triton": Time(1, 1, 1)}), H200)
-    assert not choices._lacking(row._replace(direction="training"), H200)
+    assert choices._lacking(row, H200, ()) == {"conv_mma", "copied", "conv_triton"}
+    whole = row._replace(times=row.times | {"conv_triton": Time(1, 1, 1)})
+    assert choices._lacking(whole, H200, ()) == set()
+    assert choices._lacking(whole, H200, ["conv_mma"]) == {"conv_mma", "conv_triton", "copied"}
+    assert not choices._lacking(row._replace(direction="training"), H200, ["conv_mma"])
 
 
 def test_a_line_that_was_cut_off_is_written_again(tmp_path):

@@ -14,7 +14,8 @@ from conftest import assert_one_sentence, assert_within, exact
 from test_choice import GPUS, H200, problem
 
 import fused_kernels as fk
-from fused_kernels import choice, operators, plans, toolchain
+from fused_kernels import choice, estimates, measured, operators, plans, toolchain
+from fused_kernels.bench.workloads import problem_of
 from fused_kernels.rungs import rungs
 from fused_kernels.triton_kernels import conv_triton_plan
 from fused_kernels.triton_kernels.conv_triton_plan import TILES, Config
@@ -232,10 +233,33 @@ def test_without_nvcc_it_is_chosen():
     assert choice.choose(problem(**BFLOAT16), H200, only_triton).rung == "conv_triton"
 
 
-def test_beside_other_fused_kernels_it_is_not_chosen():
-    found = problem(**BFLOAT16)
-    assert choice.choose(found, H200).rung != "conv_triton"
-    assert_one_sentence(choice.why_not_fused(found, H200, lambda name: None)["conv_triton"])
+@pytest.mark.parametrize(
+    ("triton", "mma", "library", "rung"),
+    [(0.9, 1.0, 1.0, "conv_triton"), (0.97, 1.0, 1.1, "conv_mma"), (0.97, 1.1, 1.0, "composite"), (1.0, 0.9, 1.0, "conv_mma")],
+)
+def test_it_must_gain_more_than_what_is_compiled_once(monkeypatch, triton, mma, library, rung):
+    monkeypatch.setattr(estimates, "forward", lambda *_: {"composite": library, "conv_mma": mma, "conv_triton": triton})
+    decision = choice.choose(problem(**BFLOAT16), H200)
+    assert decision.rung == rung
+    assert ("gains too little" in decision.why) == (triton == 0.97)
+
+
+def test_it_is_chosen_where_it_was_recorded_to_be_far_ahead():
+    rows = [row for row in measured.read(estimates.NETWORKS.with_suffix(".csv")) if "conv_triton" in row.times]
+    ahead = [
+        row
+        for row in rows
+        if min(row.times, key=lambda name: row.times[name].p50 * (1.2 if name == "conv_triton" else 1)) == "conv_triton"
+    ]
+    assert len(ahead) > 200
+    assert {choice.choose(problem_of(row), H200).rung for row in ahead[::7]} == {"conv_triton"}
+
+
+def test_on_other_gpus_it_is_expected_to_be_slow():
+    """Nobody has timed it there."""
+    decision = choice.choose(problem(**BFLOAT16), GPUS[8, 0])
+    assert decision.rung == "conv_mma"
+    assert decision.seconds["conv_triton"] > 1.5 * decision.seconds["conv_mma"]
 
 
 def test_float32_is_refused():

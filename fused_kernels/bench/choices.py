@@ -375,18 +375,18 @@ def _compile_one(job):
 # ---- a run ----
 
 
-def _lacking(row, hardware):
+def _lacking(row, hardware, anew):
     """Name the candidates that a row lacks, and what to time beside them; none of training, where nothing new is estimated."""
-    lacking = [] if row.direction == "training" else candidates.legal(FUSED, problem_of(row), hardware)
-    lacking = [name for name in lacking if name not in row.times]
-    fastest = sorted(row.times.keys() & {*measured.FORWARD}, key=lambda name: row.times[name].p50)[:2]
-    return {*fastest, *lacking} if lacking else set()
+    legal = [] if row.direction == "training" else candidates.legal(FUSED, problem_of(row), hardware)
+    lacking = {name for name in legal if name not in row.times or name in anew}
+    rivals = row.times.keys() & {*measured.FORWARD} - lacking
+    return lacking.union(sorted(rivals, key=lambda name: row.times[name].p50)[:2]) if lacking else lacking
 
 
-def run(draw=None, count=34, record=True, file=None, each=None):
+def run(draw=None, count=34, record=True, file=None, each=None, anew=()):
     """Time the cells of the record, or of a draw, that are not in a file yet, and append them to it as they come.
 
-    Of a cell that is there, candidates that it lacks are timed, beside the two that were fastest.
+    Of a cell that is there, candidates that it lacks are timed, beside the two fastest of the others.
 
     Parameters
     ----------
@@ -400,6 +400,8 @@ def run(draw=None, count=34, record=True, file=None, each=None):
         By default the GPU's in :data:`fused_kernels.measured.FOLDER`, or for a draw in figures/data/draws.
     each : callable, optional
         Called with every row.
+    anew : sequence of str
+        Fused kernels that have become faster: what was recorded of them is taken as lacking.
 
     Returns
     -------
@@ -414,7 +416,7 @@ def run(draw=None, count=34, record=True, file=None, each=None):
     for key, only in broad() if draw is None else ((key, None) for key in drawn(draw, count)):
         if key not in done:
             todo.setdefault(key, only)
-        elif only is None and (lacking := _lacking(done[key], hardware)):
+        elif only is None and (lacking := _lacking(done[key], hardware, anew)):
             todo[key] = lacking
     rows = measure(todo.items(), drawn=draw is not None)
     info = run_info(torch.device("cuda"))

@@ -182,6 +182,9 @@ def seconds(problem, hardware):
     sizes = Sizes(images, how.pitch, how.out, groups * how.width)
     of_group, pieces = problem.weight_shape[0] // groups, math.prod(how.pieces)
     busy = cycles(how.config, sizes, how.span, pieces, of_group, groups, hardware.multiprocessors) / (0.88 * hardware.clock)
+    if hardware.capability[0] not in (9, 10):
+        # A guess: tensor cores of half the rate or less, and before Hopper no TMA, without which Triton writes no pipeline.
+        busy *= 3
     read = problem.input_elements * problem.dtype.itemsize / (0.77 * hardware.bandwidth)
     copied = 2 * images * math.prod(how.pitch + how.planes) * sizes.columns if how.copies_input else 0
     return 6e-6 + max(busy, read) + (2.4e-6 + copied / (0.32 * hardware.bandwidth) if copied else 0)
