@@ -165,7 +165,19 @@ def why_not_fused(problem, hardware, missing):
 
 
 # Triton compiles conv_triton for every layer, which takes a second or so the first time: it must gain so much by it.
-_COMPILED_FOR_A_LAYER = 1.05
+_FOR_ONE_LAYER = 1.05
+# Seconds that a launch takes the processor, which runs Python for it: a GPU that has nothing else to do waits for so long.
+# Where no other kernel of ours can be had, Python launches all.
+_LAUNCHED_BY_PYTHON = 4e-5
+
+
+def costs(seconds):
+    """Give what counts in a choice, name -> seconds: a kernel's time, of conv_triton somewhat more."""
+    counted = dict(seconds)
+    if "conv_triton" in seconds:
+        least = _LAUNCHED_BY_PYTHON if len(seconds.keys() & {*candidates.FUSED["cuda"]}) > 1 else 0.0
+        counted["conv_triton"] = max(_FOR_ONE_LAYER * seconds["conv_triton"], least)
+    return counted
 
 
 def _fastest(seconds, refused, margin):
@@ -173,21 +185,19 @@ def _fastest(seconds, refused, margin):
 
     ``margin``: by what factor a fused kernel must be faster than the library; below one where the library's time is not sure.
     """
-
-    def cost(name):
-        return seconds[name] * (_COMPILED_FOR_A_LAYER if name == "conv_triton" else 1)
-
     fused = [name for name in seconds if name in refused]
     if not fused:
         return "composite", "; ".join(dict.fromkeys(filter(None, refused.values()))) or "there is no plan for such sizes"
     library = min(seconds[name] for name in ("composite", "copied") if name in seconds)
-    best = min(fused, key=cost)
-    is_fused = cost(best) * margin <= library
+    counted = costs(seconds)
+    best = min(fused, key=counted.get)
+    is_fused = counted[best] * margin <= library
     why = f"estimated from recorded times: {best} {_microseconds(seconds[best])}"
     why += f", the library's convolution and scale_min {_microseconds(library)}"
     rung, taken = (best, seconds[best]) if is_fused else ("composite", library)
     if rung != "conv_triton" and seconds.get("conv_triton", taken) < taken:
-        why += f"; conv_triton, {_microseconds(seconds['conv_triton'])}, gains too little for a kernel of this layer alone"
+        why += f"; conv_triton, {_microseconds(seconds['conv_triton'])}, gains too little for what is compiled for one layer"
+        why += f" and launched by Python in {_microseconds(_LAUNCHED_BY_PYTHON)}"
     if not is_fused:
         return rung, why
     return rung, f"all in one kernel; {why}" + (", which is less sure" if taken > library else "")

@@ -228,6 +228,7 @@ def describe(problem, hardware):
         described += [wgmma.source == 0, wgmma.source == 1, wgmma.bulk]
     else:
         described += [1, _log(mma.cost), *[-1] * 8]
+    described += conv_triton_plan.describe(problem, hardware) if size == 2 else conv_triton_plan.NOTHING
     described += [math.log(floors.get(name, floors["composite"]) / floors["composite"]) for name in FORWARD[1:]]
     described.append(math.log(floors["composite"]))
     return described, floors

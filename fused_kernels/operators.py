@@ -262,19 +262,21 @@ def _define_triton(rung, name, kind, winners=False, arguments_of=lambda *args: (
 
     ``arguments_of``: gives the function's positional and named arguments from the operator's.
     """
-    available_on = set()
+    loaded = {}
 
     def load(device, dtype):
+        """Give the module, which has been found to run such tensors before or does now."""
+        if (device, dtype) in loaded:
+            return loaded[device, dtype]
         if device.type != rung.device:
             raise RuntimeError(f"input: {name} expected a {rung.device} tensor, got one on {device}")
         if dtype not in rung.dtypes:
             taken = " or ".join(str(one).removeprefix("torch.") for one in rung.dtypes)
             raise RuntimeError(f"input: expected {taken} for {name}, got {dtype}")
-        if device not in available_on:
-            if missing := rung.why_unavailable(device.index):
-                raise build.UnavailableError(f"{name} cannot run here: {missing}")
-            available_on.add(device)
-        return triton_module(rung)
+        if missing := rung.why_unavailable(device.index):
+            raise build.UnavailableError(f"{name} cannot run here: {missing}")
+        loaded[device, dtype] = triton_module(rung)
+        return loaded[device, dtype]
 
     def implementation(*args):
         try:
@@ -285,7 +287,7 @@ def _define_triton(rung, name, kind, winners=False, arguments_of=lambda *args: (
             # Such as a folder that cannot be written, for what Triton compiles, or a C compiler that fails.
             if rung.edited_source is not None:
                 raise
-            available_on.clear()
+            loaded.clear()
             note_unavailable(rung, None, str(error))
             progress.warn_once("kernels", f"{INSTEAD}: {error}")
             return _by_library(kind, args)

@@ -166,7 +166,7 @@ def _settle_forward(decision, args, wanted):
     if not composite.has_scale_min(problem.device, problem.dtype):
         return None
     suffix = "_winners" if wanted else ""
-    names = shortlist(decision.seconds, problem.dtype, bool(wanted), _MOST)
+    names = shortlist(choice.costs(decision.seconds), problem.dtype, bool(wanted), _MOST)
     with torch.no_grad():
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         calls = composite.candidate_calls(problem, names, args, suffix)
@@ -261,9 +261,9 @@ def fastest(calls, device):
         if len(ready) > 1:
             with contextlib.suppress(torch.OutOfMemoryError):
                 medians = _time({name: calls[name] for name in ready}, device)
-    best = ready[0] if ready else None
-    for name in medians:
-        if medians[name] < _GAIN * medians[best]:
+    best, costs = ready[0] if ready else None, choice.costs(medians)
+    for name in costs:
+        if costs[name] < _GAIN * costs[best]:
             best = name
     return best, medians
 

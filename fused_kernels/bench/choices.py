@@ -324,7 +324,7 @@ def measure(cells, drawn=False, seconds=2e-3):
 
 def _trial(work, problem, hardware):
     """Name what a trial finds fastest, then all that it tries."""
-    names = trials.shortlist(choice.choose(problem, hardware).seconds, problem.dtype, False)
+    names = trials.shortlist(choice.costs(choice.choose(problem, hardware).seconds), problem.dtype, False)
     best, _ = trials.fastest(composite.candidate_calls(problem, names, work.arguments), problem.device)
     return " ".join((best, *names)) if best else ""
 

@@ -21,7 +21,7 @@ class Cell:
     chosen : str
         The candidate that is chosen.
     regret : float
-        Its time over the best candidate's; 1 where the ranges of the two overlap.
+        What it costs (:func:`fused_kernels.choice.costs`) over what the best candidate does; 1 where their times overlap.
     gain : float
         The better of eager's and torch.compile's time over its time.
     possible : float
@@ -67,9 +67,10 @@ def by_estimate(row, hardware):
 
 
 def _cell(row, chosen):
-    best = min((name for name in FORWARD if name in row.times), key=lambda name: row.times[name].p50)
+    costs = choice.costs({name: 1e-6 * row.times[name].p50 for name in FORWARD if name in row.times})
+    best = min(costs, key=costs.get)
     ours, least = row.times[chosen], row.times[best]
-    regret = 1.0 if ours.p20 <= least.p80 else ours.p50 / least.p50
+    regret = 1.0 if ours.p20 <= least.p80 else costs[chosen] / costs[best]
     others = min(row.times[name].p50 for name in ("eager", "compile") if name in row.times)
     return Cell(row, chosen, regret, others / ours.p50, others / least.p50)
 

@@ -8,9 +8,9 @@ Limit: every row of the filter is brought from the L2 cache again, and nothing i
 Previous rung: conv_mma, whose pipeline is written by hand. Next: conv_wgmma, which brings each pixel once.
 """
 
-import contextlib
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import is_channels_last
-from .common import check_conv, check_input, new_results, smaller
+from .common import Launch, check_conv, check_input, check_scale, kind, new_results, on, smaller, winners_dtype
 from .conv_triton_plan import count_tiles, plan, why_too_large
 
 
@@ -176,71 +176,117 @@ def compute(
     -------
     tuple
     """
-    check_input(input, bias, scale, scales, len(weight))
-    check_conv(input, weight, stride, padding, dilation, groups)
+    check_scale(scale, scales)
     bias, scales = (None if one is None else one.contiguous() for one in (bias, scales))
+    # A positive factor changes no order: so it need not be applied to every channel.
+    scale_last = scales is None and 0 < scale < math.inf
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
-    matrices = _is_matrix(input), _is_matrix(weight)
-    how = plan(tuple(input.shape), tuple(weight.shape), *geometry, matrices, _hardware(input.device), config)
-    if reason := why_too_large(how, len(input), weight.shape, groups):
-        raise RuntimeError(f"input: expected fewer pixels and channels, got {tuple(input.shape)}: {reason}")
-    output, won = new_results(input, len(weight), how.out, winners)
+    kinds = kind(input), kind(weight), kind(bias), kind(scales)
+    ready = _prepare(*kinds, *geometry, winners, scale_last, config)
+    output, won = new_results(input, ready.shape, ready.winners)
     if output.numel():
-        with torch.cuda.device(input.device) if input.is_cuda else contextlib.nullcontext():
-            _launch(how, input, weight, bias, scale, scales, geometry, output, won)
+        with on(input.device):
+            if ready.pack_input:
+                input = _packed(ready.pack_input, input)
+            if ready.pack_weight:
+                weight = _packed(ready.pack_weight, weight)
+            ready.conv(_descriptor(ready.x, input), _descriptor(ready.w, weight), bias, scales, output, won, scale)
     return output, won
 
 
-def _launch(how, input, weight, bias, scale, scales, geometry, output, won):
-    stride, padding, dilation, groups = geometry
-    out_channels, channels, *kernel = weight.shape
-    config, images, rows = how.config, len(input), len(input) * math.prod(how.pitch)
-    if how.copies_input:
-        input = _pack(how, input, channels, groups, stride, padding)
-    if how.copies_weight:
-        weight = _pack(how._replace(pitch=tuple(kernel), planes=(1, 1), left=0), weight, channels, 1, (1, 1), (0,) * 4)
+class _Ready(NamedTuple):
+    """What is launched for arguments of some kinds."""
+
+    shape: tuple[int, ...]
+    winners: torch.dtype | None
+    pack_input: tuple | None  # the matrix's shape, and the launch
+    pack_weight: tuple | None
+    x: dict  # descriptors without their tensors
+    w: dict
+    conv: Launch
+
+
+@functools.lru_cache(4096)
+def _prepare(input, weight, bias, scales, stride, padding, dilation, groups, winners, scale_last, config):
+    check_input(input, bias, scales, weight.shape[0])
+    check_conv(input, weight, stride, padding, dilation, groups)
+    (images, *_), (out_channels, channels, *kernel) = input.shape, weight.shape
+    multiprocessors, shared_bytes = hardware(input.device)
+    matrices, gpu = (_is_matrix(input), _is_matrix(weight)), (multiprocessors, shared_bytes)
+    how = plan(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups, matrices, gpu, config)
+    if reason := why_too_large(how, images, weight.shape, groups):
+        raise RuntimeError(f"input: expected fewer pixels and channels, got {tuple(input.shape)}: {reason}")
+    config, rows, pieces = how.config, images * math.prod(how.pitch), math.prod(how.pieces)
     # The last rows have no neighbours beside them in memory; nothing that is stored begins there.
     all_rows = math.prod(how.planes) * rows + how.left - how.span // how.width + 1
-    x = TensorDescriptor(input, [all_rows, groups * how.span], [groups * how.width, 1], [config.block_m, config.block_k])
-    pieces = math.prod(how.pieces)
-    shape, strides = [out_channels, pieces, how.span], [pieces * how.span, how.span, 1]
-    w = TensorDescriptor(weight, shape, strides, [config.block_n, 1, config.block_k])
+    of_weight = how._replace(pitch=tuple(kernel), planes=(1, 1), left=0)
     tiles, *part = count_tiles(images, how.pitch, how.out, config.block_m)
-    conv[(min(tiles, config.programs * _hardware(output.device)[0]),)](
-        *(x, w, bias, scales, output, won, scale, tiles, *part, rows, *how.pitch, *how.out),
-        *(out_channels // groups, groups, how.span, *how.pieces, *stride, *dilation, padding[0], padding[2], how.planes[1]),
-        # A positive factor changes no order: so it need not be applied to every channel.
-        scales is None and 0 < scale < math.inf,
-        *config[:3],
+    launch = Launch(
+        conv,
+        (min(tiles, config.programs * multiprocessors),),
+        (
+            *(tiles, *part, rows, *how.pitch, *how.out, out_channels // groups, groups, how.span, *how.pieces),
+            *(*stride, *dilation, padding[0], padding[2], how.planes[1], scale_last, *config[:3]),
+        ),
         num_warps=config.warps,
         num_stages=config.stages,
+    )
+    return _Ready(
+        (images, 1, *how.out),
+        winners_dtype(out_channels) if winners else None,
+        _pack(how, input, channels, groups, stride, padding) if how.copies_input else None,
+        _pack(of_weight, weight, channels, 1, (1, 1), (0,) * 4) if how.copies_weight else None,
+        _fields((all_rows, groups * how.span), (groups * how.width, 1), (config.block_m, config.block_k)),
+        _fields((out_channels, pieces, how.span), (pieces * how.span, how.span, 1), (config.block_n, 1, config.block_k)),
+        launch,
     )
 
 
 def _pack(how, tensor, channels, groups, stride, padding):
-    """Copy images into such a matrix."""
-    plane, columns = len(tensor) * math.prod(how.pitch), groups * how.width
+    """Say how to copy images into such a matrix."""
+    plane, columns = tensor.shape[0] * math.prod(how.pitch), groups * how.width
     rows = math.prod(how.planes) * plane + how.left
-    matrix = tensor.new_empty((rows, columns))
     block_p, block_c = 64, min(64, triton.next_power_of_2(columns))
-    stride_n, stride_c, stride_h, stride_w = tensor.stride()
+    stride_n, stride_c, stride_h, stride_w = tensor.strides
     channels_last, unit = stride_c == 1, 1
-    if not channels_last and stride_w == 1 and tuple(stride) == (1, 1) and not how.left and tensor.data_ptr() % 16 == 0:
+    if not channels_last and stride_w == 1 and stride == (1, 1) and not how.left and tensor.is_aligned:
         unit = math.gcd(8, stride_n, stride_c, stride_h, tensor.shape[3], how.pitch[1])
     strides = stride_n, stride_c // unit, stride_h, stride_w
-    pack[(-(-rows // block_p), -(-columns // block_c))](
-        *(tensor, matrix, *strides, rows, plane, *tensor.shape[2:], *how.pitch, channels, how.width, groups),
-        *(*stride, padding[0], padding[2], how.planes[1], how.left, channels_last, unit, block_p, block_c),
+    launch = Launch(
+        pack,
+        (-(-rows // block_p), -(-columns // block_c)),
+        (
+            *(*strides, rows, plane, *tensor.shape[2:], *how.pitch, channels, how.width, groups),
+            *(*stride, padding[0], padding[2], how.planes[1], how.left, channels_last, unit, block_p, block_c),
+        ),
     )
+    return (rows, columns), launch
+
+
+def _packed(how, tensor):
+    shape, launch = how
+    matrix = tensor.new_empty(shape)
+    launch(tensor, matrix)
     return matrix
 
 
+def _fields(shape, strides, block_shape):
+    return {"shape": [*shape], "strides": [*strides], "block_shape": [*block_shape], "padding": "zero"}
+
+
+def _descriptor(fields, tensor):
+    """Make a descriptor without its checks, which hold for every tensor of a kind."""
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=tensor)
+    return descriptor
+
+
 def _is_matrix(tensor):
-    return is_channels_last(tensor.shape, tensor.stride()) and tensor.data_ptr() % 16 == 0
+    return is_channels_last(tensor.shape, tensor.strides) and tensor.is_aligned
 
 
 @functools.cache
-def _hardware(device):
+def hardware(device):
     """Give the multiprocessors, and the bytes of shared memory that a block can have."""
     if device.type == "cpu":
         return 2, 2**18

@@ -188,3 +188,25 @@ def seconds(problem, hardware):
     read = problem.input_elements * problem.dtype.itemsize / (0.77 * hardware.bandwidth)
     copied = 2 * images * math.prod(how.pitch + how.planes) * sizes.columns if how.copies_input else 0
     return 6e-6 + max(busy, read) + (2.4e-6 + copied / (0.32 * hardware.bandwidth) if copied else 0)
+
+
+def describe(problem, hardware):
+    """Describe a plan by numbers for an estimate: the tile, how full tiles and waves are; arguments as of ``plan_of``."""
+    how, images, groups = plan_of(problem, hardware), problem.input_shape[0], problem.groups
+    block_m, block_n, block_k, _, _, programs = how.config
+    of_group, pieces = problem.weight_shape[0] // groups, math.prod(how.pieces)
+    tiles = count_tiles(images, how.pitch, how.out, block_m)[0]
+    blocks, chunks = -(-of_group // block_n), -(-how.span // block_k)
+    waves = -(-tiles // (programs * hardware.multiprocessors))
+    rows = images * math.prod(how.pitch + how.planes)
+    return [
+        *(how.copies_input, math.log2(block_m), math.log2(block_n), math.log2(block_k), programs),
+        *(math.log2(waves), tiles / (programs * hardware.multiprocessors * waves), math.log2(groups * blocks)),
+        *(math.log2(pieces * chunks), problem.pixels / (tiles * block_m), of_group / (blocks * block_n)),
+        *(how.span / (chunks * block_k), problem.input_shape[0] * math.prod(problem.input_shape[2:]) / rows),
+        math.gcd(2 * groups * how.width, 128) / 128,
+    ]
+
+
+# As many as there are of one that is described.
+NOTHING = [0.0] * 14

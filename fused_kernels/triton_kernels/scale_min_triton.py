@@ -5,14 +5,14 @@ once, where it can tell that all such groups begin at a multiple of 16 bytes: so
 Limit: the memory's bandwidth. Previous rung: scale_min_coalesced. Beside it: scale_min_vectorized, the same by hand.
 """
 
-import contextlib
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import check_input, new_results, smaller
+from .common import Launch, check_input, check_scale, kind, new_results, on, smaller, winners_dtype
 
 
 @triton.jit(do_not_specialize=["blocks", "pixels", "width", "stride_n", "stride_c", "stride_h", "stride_w"])
@@ -94,20 +94,24 @@ def compute(input, scale, scales=None, *, bias=None, winners=False):
     -------
     tuple
     """
-    check_input(input, bias, scale, scales, input.shape[1] if input.dim() > 1 else 0)
-    if input.shape[2] * input.shape[3] >= 2**30:
-        raise RuntimeError(f"input: expected fewer than 2^30 pixels in an image, got shape {tuple(input.shape)}")
+    check_scale(scale, scales)
     bias, scales = (None if one is None else one.contiguous() for one in (bias, scales))
-    output, won = new_results(input, input.shape[1], input.shape[2:], winners)
+    shape, won_dtype, launch = _prepare(kind(input), kind(bias), kind(scales), winners)
+    output, won = new_results(input, shape, won_dtype)
     if output.numel():
-        with torch.cuda.device(input.device) if input.is_cuda else contextlib.nullcontext():
-            _launch(input, bias, scale, scales, output, won)
+        with on(input.device):
+            launch(input, bias, scales, output, won, scale)
     return output, won
 
 
-def _launch(input, bias, scale, scales, output, won):
+@functools.lru_cache(4096)
+def _prepare(input, bias, scales, winners):
+    """Give the results' shape, the winners' dtype or None, and the launch for arguments of some kinds."""
+    check_input(input, bias, scales, input.shape[1] if len(input.shape) > 1 else 0)
     images, channels, height, width = input.shape
-    stride_n, stride_c, stride_h, stride_w = input.stride()
+    if height * width >= 2**30:
+        raise RuntimeError(f"input: expected fewer than 2^30 pixels in an image, got shape {tuple(input.shape)}")
+    stride_n, stride_c, stride_h, stride_w = input.strides
     # What is never stepped over may be of any size.
     stride_n, stride_w = stride_n if images > 1 else 0, stride_w if width > 1 else stride_h
     one_row = height == 1 or stride_h == width * stride_w
@@ -116,18 +120,22 @@ def _launch(input, bias, scale, scales, output, won):
         side_by_side, strides = "channels", (stride_n, stride_w, 0 if one_row else stride_h)
     elif stride_w == 1 and one_row:
         side_by_side, strides = "pixels", (stride_n, stride_c, height * width)
-    wide = 16 // input.element_size()
-    unit = math.gcd(*strides, wide) if strides and input.data_ptr() % 16 == 0 else 1
+    wide = 16 // input.dtype.itemsize
+    unit = math.gcd(*strides, wide) if strides and input.is_aligned else 1
     block_p, block_c = tile(channels, side_by_side, wide)
-    furthest = sum(stride * (size - 1) for stride, size in zip(input.stride()[1:], input.shape[1:], strict=True))
+    furthest = sum(stride * (size - 1) for stride, size in zip(input.strides[1:], input.shape[1:], strict=True))
     blocks, pixels = -(-height * width // block_p), height * width // (unit if side_by_side == "pixels" else 1)
-    scale_min[(blocks * images,)](
-        *(input, bias, scales, output, won, scale, blocks, pixels, width),
-        *(stride // unit for stride in (stride_n, stride_c, stride_h, stride_w)),
-        *(channels, side_by_side, unit, one_row, tl.int64 if furthest >= 2**30 else tl.int32),
-        *(tl.float64 if input.dtype == torch.float64 else tl.float32, block_p, block_c),
+    launch = Launch(
+        scale_min,
+        (blocks * images,),
+        (
+            *(blocks, pixels, width, *(stride // unit for stride in (stride_n, stride_c, stride_h, stride_w))),
+            *(channels, side_by_side, unit, one_row, tl.int64 if furthest >= 2**30 else tl.int32),
+            *(tl.float64 if input.dtype == torch.float64 else tl.float32, block_p, block_c),
+        ),
         num_warps=4,
     )
+    return (images, 1, height, width), winners_dtype(channels) if winners else None, launch
 
 
 def tile(channels, side_by_side, wide):
