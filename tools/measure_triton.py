@@ -3,10 +3,10 @@
     python tools/measure_triton.py [--record [FOLDER]]
 
 The first table is the benchmark in bfloat16 and channels_last by many tiles, in turns. The second one has layers of usual
-networks, replayed from CUDA graphs; the benchmark in turns and sustained, with the shortest such kernel, "flat"; the same for
-float32, which it multiplies as TF32; and with a 5-D descriptor, whose boxes are reshaped. Each result is held against float64
-before its time counts. --record appends to FOLDER/triton-tiles and FOLDER/triton-layers, by default in figures/data, in a file
-named after the machine: notebook 06's tables.
+networks, replayed from CUDA graphs; what a launch takes the processor; the benchmark in turns and sustained, with the shortest
+such kernel, "flat"; the same for float32, which it multiplies as TF32; and with a 5-D descriptor, whose boxes are reshaped. Each
+result is held against float64 before its time counts. --record appends to FOLDER/triton-tiles and FOLDER/triton-layers, by default
+in figures/data, in a file named after the machine: notebook 06's tables.
 """
 
 import argparse
@@ -136,6 +136,12 @@ def layers(device, seconds):
         replays = {name: clock.replay(function, 1) for name, function in right(functions, work).items()}
         for name, timing in clock.compare(replays, device, bytes=work.bytes, seconds=seconds / 10).items():
             yield "bfloat16", work.shape, "graph replays", name, timing
+    # What a launch takes the processor: flat's as Triton launches, conv_triton's by what it keeps.
+    tiny = workloads.draw(device, torch.bfloat16, True, (1, 64, 14, 14), 128, 3)
+    functions = {name: functools.partial(rungs[name], *tiny.arguments) for name in ("conv_triton", *BY_HAND)}
+    functions["flat"] = call_flat(tiny, 64, 4)
+    for name, timing in clock.unwaited(right(functions, tiny), device, 20, 100).items():
+        yield "bfloat16", tiny.shape, "launches", name, timing
     for dtype in (torch.bfloat16, torch.float32):
         work = workloads.workload(device, dtype, True)
         names = [name for name in ("conv_triton", *BY_HAND) if not rungs[name].why_not(dtype, "tf32")]

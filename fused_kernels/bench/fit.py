@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from .. import estimates, files, measured, progress
-from ..candidates import FUSED
 from ..estimates import TARGETS
 from ..measured import FORWARD, GRAD_INPUT, GRAD_WEIGHT
 from . import regret
@@ -102,7 +101,7 @@ def cross_validate(rows, hardware, folds=8):
 def lost_on_layers_left_out(rows, hardware, folds):
     """Say in lines what the choice by estimate loses on layers that were left out of the fit."""
     forward, *gradients = cross_validate(rows, hardware, folds).values()
-    whole = [row for row in rows if row.key in forward and any(name in row.times for name in FUSED["cuda"])]
+    whole = [row for row in rows if row.key in forward and "eager" in row.times]
     lines = [regret.summary(regret.judge(whole, hardware, lambda row: forward[row.key]))]
     for (kind, names), chosen in zip(GRADIENTS.items(), gradients, strict=True):
         found = [row for row in rows if row.key in chosen]
