@@ -4,9 +4,9 @@
 
 The first table is the benchmark in bfloat16 and channels_last by many tiles, in turns. The second one has layers of usual
 networks, replayed from CUDA graphs; what a launch takes the processor; the benchmark in turns and sustained, with the shortest
-such kernel, "flat"; the same for float32, which it multiplies as TF32; and with a 5-D descriptor, whose boxes are reshaped. Each
-result is held against float64 before its time counts. --record appends to FOLDER/triton-tiles and FOLDER/triton-layers, by default
-in figures/data, in a file named after the machine: notebook 06's tables.
+such kernel, "flat"; the same for float32, which it multiplies as TF32; and with a 5-D descriptor, whose boxes are reshaped.
+Each result is held against float64 before its time counts. --record appends to FOLDER/triton-tiles and FOLDER/triton-layers,
+by default in figures/data, in a file named after the machine: notebook 06's tables.
 """
 
 import argparse
