@@ -14,7 +14,7 @@ from . import choice, gradients, subclasses
 from .candidates import copy_into_other_layout
 from .choice import Decision
 from .dispatch import attach_backward, is_transformed, operator, rules_without_python, run, wants_gradient
-from .problem import cudnn_precision, describe_problem
+from .problem import cudnn_precision, describe_problem, winners_dtype
 from .rungs import COPY, first_available, rungs, why_unavailable
 
 
@@ -186,11 +186,6 @@ def winners_by_library(input, weight, bias, scale, stride, padding, dilation, gr
     """Do the same and give each pixel's winner."""
     problem = describe_problem(input, weight.shape, stride, padding, dilation, groups, precision)
     return _winners_by_library(problem, input, weight, bias, scale, scales)
-
-
-def winners_dtype(channels):
-    """Give the dtype in which winners among so many channels are kept."""
-    return torch.uint8 if channels <= 256 else torch.int32
 
 
 def _convolve_then_minimum(decision, input, weight, bias, scale, scales, suffix=""):

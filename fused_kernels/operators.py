@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from . import arguments, build, choice, composite, dispatch, flops, gradients, jobs, plans, progress, registry
+from .problem import winners_dtype
 from .rungs import BACKWARD, COPY, INSTEAD, LADDER, note_unavailable, rungs
 
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision"
@@ -125,7 +126,7 @@ def _with_winners(fake, channels):
 
     def rule(*args):
         output = fake(*args)
-        return output, output.new_empty(output.shape, dtype=composite.winners_dtype(channels(*args)))
+        return output, output.new_empty(output.shape, dtype=winners_dtype(channels(*args)))
 
     return rule
 

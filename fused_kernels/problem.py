@@ -133,6 +133,11 @@ def cudnn_precision():
 cudnn_precision._dynamo_marked_constant = True
 
 
+def winners_dtype(channels):
+    """Give the dtype in which winners among so many channels are kept."""
+    return torch.uint8 if channels <= 256 else torch.int32
+
+
 def is_channels_last(shape, strides):
     """Tell whether an image of several channels lies in memory channel by channel, without gaps."""
     return shape[1] > 1 and _is_dense(shape, strides, (1, 3, 2, 0))

@@ -5,8 +5,8 @@ import torch
 from conftest import LAYOUTS, on
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fused_kernels import arguments, candidates, composite
-from fused_kernels.problem import check_problem, describe_problem
+from fused_kernels import arguments, candidates
+from fused_kernels.problem import check_problem, describe_problem, winners_dtype
 from fused_kernels.rungs import BACKWARD
 
 GRAD_INPUT, GRAD_WEIGHT = (
@@ -151,7 +151,7 @@ def check_grad_weight(rung, input, weight_shape, grad, winners, geometry):
     by_channel = at_winners(grad, winners, out_channels)
     pixels = at_winners(torch.ones_like(grad), winners, out_channels).sum((0, 2, 3))
     bias_bound = tolerated("ieee", pixels, 1.5 * by_channel.abs().sum((0, 2, 3)), 0.0)
-    given = winners.to(composite.winners_dtype(out_channels))
+    given = winners.to(winners_dtype(out_channels))
     for precision in precisions(rung):
         skip_refused(rung, input, weight_shape, geometry, precision)
         args = grad, given, input, -1.5, out_channels, kernel, *geometry, precision
@@ -189,7 +189,7 @@ def test_grad_input(rung, device, layout, shape, out_channels, kernel, conv, of_
     expected, magnitudes = -1.5 * dense(grad, weight), 1.5 * dense(grad.abs(), weight.abs())
     slack = 1.5 * dense(grad.abs(), weight.abs().amax((1, 2, 3), keepdim=True).expand(weight.shape))
     products = dense(torch.ones_like(grad), torch.ones_like(weight))
-    given = winners.to(composite.winners_dtype(out_channels))
+    given = winners.to(winners_dtype(out_channels))
     for precision in precisions(rung):
         skip_refused(rung, input, weight.shape, geometry, precision)
         args = grad, given, weight, -1.5, shape[2:], *geometry, precision, layout == "channels_last"

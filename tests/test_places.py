@@ -11,8 +11,9 @@ import torch
 from conftest import assert_one_sentence
 
 import fused_kernels as fk
-from fused_kernels import build, composite, places, progress, toolchain
+from fused_kernels import build, places, progress, toolchain
 from fused_kernels.__main__ import main
+from fused_kernels.problem import winners_dtype
 
 # The module: the package has the ladder by this name.
 rungs = sys.modules["fused_kernels.rungs"]
@@ -382,7 +383,7 @@ def test_in_place_of_a_kernel_the_same_is_computed(kind, suffix):
     assert output.is_contiguous()
     if suffix:
         assert found[1].long().equal(expected.indices)
-        assert found[1].dtype == composite.winners_dtype(3)
+        assert found[1].dtype == winners_dtype(3)
 
 
 # ---- cut libraries ----

@@ -8,8 +8,8 @@ from conftest import DEVICES, LAYOUTS, assert_one_sentence, dtype_for, on, skip_
 from torch.nn import functional as F
 
 import fused_kernels as fk
-from fused_kernels import arguments, candidates, choice, composite, dispatch, gradients, places
-from fused_kernels.problem import check_problem, describe_problem
+from fused_kernels import arguments, candidates, choice, dispatch, gradients, places
+from fused_kernels.problem import check_problem, describe_problem, winners_dtype
 from fused_kernels.rungs import BACKWARD, LADDER
 
 ON = pytest.mark.parametrize("device", DEVICES)
@@ -179,7 +179,7 @@ def problem(device, dtype, layout, shape, out_channels, kernel, conv, skewed=Fal
     grad = LAYOUTS[grad_layout or "nchw"](torch.randn(size, device=device).to(dtype))
     at_winners = torch.zeros(shape[0], out_channels, *size[2:], dtype=torch.float64, device=device)
     at_winners.scatter_(1, winners, -1.5 * grad.double())
-    winners = winners.to(composite.winners_dtype(out_channels))
+    winners = winners.to(winners_dtype(out_channels))
     top_left = [padding[0], padding[2]]
 
     def dense(dtype, tf32=False):
@@ -349,7 +349,7 @@ def test_scale_min_backward(device, dtype, channels_last, shape, grad_layout, po
     winners = torch.randint(channels, (batch, 1, height, width), device=device)
     grad = LAYOUTS[grad_layout](torch.randn(batch, 1, height, width, device=device).to(dtype))
     name = choice.SCALE_MIN_BACKWARD[device]
-    result = operator(name)(grad, winners.to(composite.winners_dtype(channels)), -1.5, channels, channels_last)
+    result = operator(name)(grad, winners.to(winners_dtype(channels)), -1.5, channels, channels_last)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     expected = torch.zeros(shape, dtype=compute, device=device).scatter_(1, winners, grad.to(compute) * -1.5).to(dtype)
     assert result.equal(expected)

@@ -116,11 +116,6 @@ def new_results(input, shape, winners):
     return input.new_empty(shape), None if winners is None else input.new_empty(shape, dtype=winners)
 
 
-def winners_dtype(channels):
-    """Give the dtype in which winners among so many channels are kept."""
-    return torch.uint8 if channels <= 256 else torch.int32
-
-
 # ---- the interpreter ----
 
 

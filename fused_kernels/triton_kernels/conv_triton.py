@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..problem import is_channels_last
-from .common import Launch, check_conv, check_input, check_scale, kind, new_results, on, smaller, winners_dtype
+from ..problem import is_channels_last, winners_dtype
+from .common import Launch, check_conv, check_input, check_scale, kind, new_results, on, smaller
 from .conv_triton_plan import count_tiles, plan, why_too_large
 
 

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Launch, check_input, check_scale, kind, new_results, on, smaller, winners_dtype
+from ..problem import winners_dtype
+from .common import Launch, check_input, check_scale, kind, new_results, on, smaller
 
 
 @triton.jit(do_not_specialize=["blocks", "pixels", "width", "stride_n", "stride_c", "stride_h", "stride_w"])
