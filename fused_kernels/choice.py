@@ -164,10 +164,10 @@ def why_not_fused(problem, hardware, missing):
     return {name: missing(name) or candidates.why_not(name, problem, hardware) for name in names}
 
 
-# Triton compiles conv_triton for every layer, which takes a second or so the first time: it must gain so much by it.
+# Triton compiles conv_triton for every layer, while its first call waits: it must gain so much by it.
 _FOR_ONE_LAYER = 1.05
 # Seconds that a launch takes the processor, which runs Python for it: a GPU that has nothing else to do waits for so long.
-# Where no other kernel of ours can be had, Python launches all.
+# Where no other kernel of ours can be had, Python launches all. A guess, from launches without a GPU.
 _LAUNCHED_BY_PYTHON = 4e-5
 
 
@@ -197,7 +197,7 @@ def _fastest(seconds, refused, margin):
     rung, taken = (best, seconds[best]) if is_fused else ("composite", library)
     if rung != "conv_triton" and seconds.get("conv_triton", taken) < taken:
         why += f"; conv_triton, {_microseconds(seconds['conv_triton'])}, gains too little for what is compiled for one layer"
-        why += f" and launched by Python in {_microseconds(_LAUNCHED_BY_PYTHON)}"
+        why += " and launched by Python"
     if not is_fused:
         return rung, why
     return rung, f"all in one kernel; {why}" + (", which is less sure" if taken > library else "")

@@ -120,7 +120,8 @@ def sentences(folder=None):
             f"On {layers} layers drawn at random ({len(cells)} cases: float32 at TF32 and bfloat16, NCHW and channels_last; "
             f"{hardware.name}) the kernel that is chosen by recorded times is {chosen:.2f} times as fast as the better of "
             f"eager and torch.compile (geometric mean, by the GPU's time alone), and behind that by more than 2 % in {behind} "
-            f"cases; the best candidate is {best:.2f} times as fast. {losses('The choice', [cell.regret for cell in cells])}"
+            f"cases; the best candidate is {best:.2f} times as fast, where what conv_triton costs to compile and launch "
+            f"counts. {losses('The choice', [cell.regret for cell in cells])}"
         )
         tried = [row for row in rows if row.trial]
         if tried:
